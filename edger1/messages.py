@@ -1,0 +1,214 @@
+"""What goes into the engine and what comes out: plain frozen dataclasses that survive JSON.
+
+Requests go to the engine thread through a queue, or to an engine in a child process as one JSON object a line; events
+come back the same way. Every message carries the id of the request it belongs to. Nothing here imports MLX.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+Message = dict[str, Any]
+"""A chat message: {"role": "system" | "user" | "assistant" | "tool", "content": str, ...}."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn from the logits; None leaves the choice to the model's own defaults.
+
+    temperature 0 is greedy. `top_k` 0, `top_p` 1 and `min_p` 0 switch those off. `repetition_penalty` 1 is none.
+    """
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
+class Load:
+    """Load a model folder. Answered by Loaded or Failed."""
+
+    id: str
+    folder: str
+    memory_bytes: int | None = None
+    context: int | None = None
+    precision: str = "fast"
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Answer `messages` (through the chat template) or continue `prompt` (raw text). Exactly one of them is set."""
+
+    id: str
+    model: str
+    messages: list[Message] | None = None
+    prompt: str | None = None
+    max_tokens: int | None = None
+    sampling: Sampling = field(default_factory=Sampling)
+    stop: list[str] = field(default_factory=list)
+    think: str = "auto"
+
+
+@dataclass(frozen=True)
+class Score:
+    """Log-probability of each of `token_ids` after the first, given those before it. Answered by Scores."""
+
+    id: str
+    model: str
+    token_ids: list[int]
+
+
+@dataclass(frozen=True)
+class Cancel:
+    """Stop the request `target` within one token; its Done says finish_reason "cancelled"."""
+
+    id: str
+    target: str
+
+
+@dataclass(frozen=True)
+class Unload:
+    """Close the model and give its memory back. Answered by Unloaded."""
+
+    id: str
+    model: str
+
+
+Request = Load | Generate | Score | Cancel | Unload
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Token counts of one answer. `cached_tokens` of the prompt were in the KV cache and not prefilled again."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    prefilled_tokens: int = 0
+    completion_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What one answer cost. Rates are None where nothing was measured (one token, a fully cached prompt)."""
+
+    prefill_tokens_per_s: float | None = None
+    decode_tokens_per_s: float | None = None
+    time_to_first_token_s: float | None = None
+    peak_memory_bytes: int = 0
+    context_used: int = 0
+    context_size: int = 0
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model is ready under the name `model`; `info` describes it (architecture, precision, plan, markers ...)."""
+
+    id: str
+    model: str
+    info: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Unloaded:
+    """A model is closed and its memory is free."""
+
+    id: str
+    model: str
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A step of a longer piece of work: stage is "load" (bytes) or "prefill" (tokens)."""
+
+    id: str
+    stage: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Text:
+    """A piece of the answer."""
+
+    id: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Thought:
+    """A piece of the reasoning that comes before the answer."""
+
+    id: str
+    text: str
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """A call that the model asks for."""
+
+    id: str
+    name: str
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The answer to Score: natural log-probabilities, one for each token id after the first."""
+
+    id: str
+    logprobs: list[float]
+
+
+@dataclass(frozen=True)
+class Done:
+    """The end of an answer: finish_reason is "stop", "length" or "cancelled"."""
+
+    id: str
+    finish_reason: str
+    usage: Usage = field(default_factory=Usage)
+    figures: Figures = field(default_factory=Figures)
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The end of a request that could not be carried out: `error` names an EdgeR1Error class."""
+
+    id: str
+    error: str
+    message: str
+
+
+Event = Loaded | Unloaded | Progress | Text | Thought | ToolCall | Scores | Done | Failed
+
+_NESTED = {"sampling": Sampling, "usage": Usage, "figures": Figures}
+_KINDS: dict[str, type] = {
+    kind.__name__: kind
+    for kind in (
+        Load, Generate, Score, Cancel, Unload,
+        Loaded, Unloaded, Progress, Text, Thought, ToolCall, Scores, Done, Failed,
+    )
+}  # fmt: skip
+
+
+def encode(message: Request | Event) -> str:
+    """Write a message as one line of JSON, without the newline."""
+    return json.dumps({"kind": type(message).__name__, **dataclasses.asdict(message)}, ensure_ascii=True)
+
+
+def decode(line: str) -> Request | Event:
+    """Read a message back from a line that `encode` wrote. Raises ValueError for anything else."""
+    try:
+        fields = json.loads(line)
+        kind = _KINDS[fields.pop("kind")]
+        for name, nested in _NESTED.items():
+            if name in fields:
+                fields[name] = nested(**fields[name])
+        return kind(**fields)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"not a message of the engine: {line[:200]!r}") from error

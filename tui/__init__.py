@@ -1,0 +1,1 @@
+"""The terminal chat. Installed and imported as `edger1.tui`."""
