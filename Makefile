@@ -1,0 +1,51 @@
+# make chat and make test do all their set-up from nothing: they find Python, make .venv, install, fetch what is missing.
+VENV ?= .venv
+BIN := $(VENV)/bin
+SOURCES := pyproject.toml constraints.txt CMakeLists.txt scripts/setup.sh $(wildcard edger1/kernels/src/*)
+
+.PHONY: chat test lint parity bench screenshots clean
+.DEFAULT_GOAL := help
+
+help: ## Show this help
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+chat: $(VENV)/.installed ## Talk to the default model
+	@$(BIN)/edger1 chat
+
+test: $(VENV)/.installed-dev ## Run the tests (fetches the 98 MB test model once)
+	@$(BIN)/edger1 pull smollm2-135m
+	$(BIN)/python -m pytest -q
+
+lint: $(VENV)/.installed-dev ## Run the linters, and the type checker on the installed package
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	rm -rf build/typed
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install -q --no-deps --no-build-isolation --target build/typed \
+		--config-settings wheel.cmake=false .
+	cd build/typed && MYPYPATH=. $(CURDIR)/$(BIN)/python -m mypy --config-file $(CURDIR)/pyproject.toml -p edger1
+
+parity: $(VENV)/.installed-parity ## Compare with other people's code (needs torch)
+	@$(BIN)/edger1 pull smollm2-135m
+	$(BIN)/python -m pytest -q -m parity tests/parity
+
+bench: $(VENV)/.installed-dev ## Run the benchmarks, EdgeR1 beside its peers
+	@$(BIN)/edger1 pull smollm2-135m
+	$(BIN)/python -m benchmarks.startup
+
+screenshots: $(VENV)/.installed-dev ## Draw the pictures of the chat anew
+	$(BIN)/python docs/screenshots.py
+
+$(VENV)/.installed: $(SOURCES)
+	@scripts/setup.sh $(VENV)
+	@touch $@
+
+$(VENV)/.installed-dev: $(SOURCES)
+	@scripts/setup.sh $(VENV) dev
+	@touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-parity: $(SOURCES)
+	@scripts/setup.sh $(VENV) dev parity
+	@touch $@ $(VENV)/.installed-dev $(VENV)/.installed
+
+clean: ## Remove the virtual environment and everything built
+	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis

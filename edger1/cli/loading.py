@@ -1,0 +1,65 @@
+"""Loading a model for a command: the user's defaults filled in, fetching and loading shown."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edger1.config import load_config
+
+if TYPE_CHECKING:
+    from edger1.model import Model
+
+
+def ensure_model(name: str, offline: bool) -> Path:
+    """Return the model's folder, fetching it with a progress bar where it is not installed."""
+    from edger1.cli.pull import fetch_with_progress
+    from edger1.errors import UnknownModelError
+    from edger1.installed import resolve
+    from edger1.registry import lookup
+
+    try:
+        return resolve(name)
+    except UnknownModelError:
+        # Only what the registry knows is fetched without being asked to; `edger1 pull` takes the rest.
+        if "/" not in name:
+            lookup(name)
+        return fetch_with_progress(name, offline=offline)
+
+
+def load_model(name: str, *, memory: str | None, context: int | None, precision: str, offline: bool) -> Model:
+    """Load a model with what the command line says, else the user's config.toml, else the defaults."""
+    config = load_config()
+    apply_threads(config.threads)
+    folder = ensure_model(name, offline or config.offline)
+    from edger1.model import load
+
+    return load(
+        folder,
+        memory=memory if memory is not None else config.memory_bytes,
+        context=context if context is not None else config.context,
+        precision=precision,
+        on_progress=_LoadingLine() if sys.stderr.isatty() else None,
+    )
+
+
+def apply_threads(threads: int | None) -> None:
+    """Hand the user's number of threads to the kernels, unless the environment names one."""
+    if threads is not None:
+        os.environ.setdefault("EDGER1_THREADS", str(threads))
+
+
+class _LoadingLine:
+    """Shows a loading percentage on the terminal, and takes it away at the end."""
+
+    def __init__(self) -> None:
+        self._shown = -1
+
+    def __call__(self, done: int, total: int) -> None:
+        percent = 100 if total == 0 else done * 100 // total
+        if percent == self._shown:
+            return
+        self._shown = percent
+        print("\r\x1b[K" if percent >= 100 else f"\rLoading {percent}%", end="", file=sys.stderr, flush=True)

@@ -1,0 +1,66 @@
+"""Options that several commands share, and how an answer's figures are printed."""
+
+from __future__ import annotations
+
+import unicodedata
+from typing import Annotated
+
+import typer
+
+from edger1.messages import Figures, Usage
+
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE", help='Memory ceiling, such as "6GB" or "50%". Default: three quarters of the machine.'
+    ),
+]
+Context = Annotated[
+    int | None, typer.Option(metavar="TOKENS", help="Context: prompt and answer together. Default: up to 8192.")
+]
+Precision = Annotated[
+    str,
+    typer.Option(metavar="fast|exact", help='"fast" computes with int8 activations on CPUs, "exact" with f32.'),
+]
+System = Annotated[str | None, typer.Option(metavar="TEXT", help="System prompt.")]
+MaxTokens = Annotated[int | None, typer.Option(metavar="N", help="Longest answer in tokens. Default: what fits.")]
+Temperature = Annotated[
+    float | None, typer.Option(metavar="T", help="0 is greedy. Default: what the model recommends.")
+]
+TopP = Annotated[float | None, typer.Option("--top-p", metavar="P", help="Keep the likeliest tokens up to this mass.")]
+TopK = Annotated[int | None, typer.Option("--top-k", metavar="K", help="Keep the K likeliest tokens; 0 is off.")]
+MinP = Annotated[
+    float | None, typer.Option("--min-p", metavar="P", help="Drop tokens below this share of the likeliest one's.")
+]
+RepetitionPenalty = Annotated[
+    float | None, typer.Option("--repetition-penalty", metavar="R", help="Above 1 discourages repeating; 1 is none.")
+]
+Seed = Annotated[int | None, typer.Option(metavar="N", help="The same seed gives the same answer.")]
+Stop = Annotated[list[str] | None, typer.Option(metavar="TEXT", help="End the answer before this text; repeatable.")]
+Think = Annotated[str, typer.Option(metavar="auto|on|off", help="Reasoning, where the model's template can switch it.")]
+Offline = Annotated[bool, typer.Option("--offline", help="Ask no hub or package index for anything.")]
+
+
+def figures_line(usage: Usage, figures: Figures) -> str:
+    """Put what an answer cost into one line."""
+    from edger1.units import format_bytes
+
+    parts = [f"{usage.completion_tokens} tokens"]
+    if figures.decode_tokens_per_s is not None:
+        parts[0] += f" at {figures.decode_tokens_per_s:.1f}/s"
+    prefill = f"prompt {usage.prefilled_tokens} tokens"
+    if figures.prefill_tokens_per_s is not None:
+        prefill += f" at {figures.prefill_tokens_per_s:.0f}/s"
+    if usage.cached_tokens:
+        prefill += f" + {usage.cached_tokens} cached"
+    parts.append(prefill)
+    if figures.time_to_first_token_s is not None:
+        parts.append(f"first token after {figures.time_to_first_token_s:.2f} s")
+    parts.append(f"context {figures.context_used}/{figures.context_size}")
+    parts.append(f"peak memory {format_bytes(figures.peak_memory_bytes)}")
+    return " · ".join(parts)
+
+
+def printable(text: str) -> str:
+    """Drop control characters, which a terminal would obey, from a model's words; newlines and tabs stay."""
+    return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")

@@ -1,0 +1,140 @@
+"""`edger1 run`: one prompt, one answer."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import sys
+from typing import Annotated
+
+import typer
+
+from edger1.cli import options
+from edger1.errors import UsageError
+
+
+def read_stdin() -> str:
+    """Return what is piped or redirected into standard input, or "" where nothing is.
+
+    Raises UsageError where it is not text.
+    """
+    try:
+        mode = os.fstat(0).st_mode
+    except OSError:
+        return ""
+    if not (stat.S_ISFIFO(mode) or stat.S_ISREG(mode) or stat.S_ISSOCK(mode)):
+        return ""
+    try:
+        return sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"Standard input is not UTF-8 text ({error.reason} at byte {error.start}).") from None
+
+
+def run_command(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Alias, hub repository (owner/name) or folder.")],
+    prompt: Annotated[str | None, typer.Argument(help="The question. Standard input is added, or stands in.")] = None,
+    system: options.System = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Continue the prompt as it stands, without a chat template.")
+    ] = False,
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object with text, counts and figures.")] = False,
+    figures: Annotated[bool, typer.Option("--figures", help="Print a line of figures to standard error.")] = False,
+    show_thinking: Annotated[
+        bool, typer.Option("--show-thinking", help="Print the reasoning even where the output is not a terminal.")
+    ] = False,
+    max_tokens: options.MaxTokens = None,
+    temperature: options.Temperature = None,
+    top_p: options.TopP = None,
+    top_k: options.TopK = None,
+    min_p: options.MinP = None,
+    repetition_penalty: options.RepetitionPenalty = None,
+    seed: options.Seed = None,
+    stop: options.Stop = None,
+    think: options.Think = "auto",
+    memory: options.Memory = None,
+    context: options.Context = None,
+    precision: options.Precision = "fast",
+    offline: options.Offline = False,
+) -> None:
+    """Answer one prompt.
+
+    [bold]Examples[/bold]
+
+      edger1 run smollm2-135m "What is the capital of France?"
+
+      git diff | edger1 run smollm2-135m "Write a commit message for this diff."
+
+      edger1 run smollm2-135m --raw "Once upon a time" --max-tokens 50 --temperature 0.8 --seed 1
+
+      edger1 run smollm2-135m "Name three rivers." --json
+    """
+    from edger1.cli.loading import load_model
+    from edger1.messages import Done, Text, Thought
+
+    piped = read_stdin()
+    asked = "\n\n".join(part for part in (prompt, piped.strip("\n") if not raw else piped) if part)
+    if not asked:
+        raise UsageError('There is no prompt. Give one: edger1 run MODEL "...", or pipe it into standard input.')
+    if raw and system is not None:
+        raise UsageError("--system needs the chat template that --raw leaves out. Give one of the two.")
+
+    messages = [{"role": "user", "content": asked}]
+    if system is not None:
+        messages.insert(0, {"role": "system", "content": system})
+    terminal = sys.stdout.isatty()
+    text: list[str] = []
+    thinking: list[str] = []
+    with load_model(model, memory=memory, context=context, precision=precision, offline=offline) as loaded:
+        # A model without a chat template continues a plain prompt.
+        plain = raw or (system is None and not loaded.info["has_chat_template"])
+        for event in loaded.stream(
+            asked if plain else messages,
+            raw=plain,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+            stop=stop,
+            think=think,
+        ):
+            if isinstance(event, Thought):
+                thinking.append(event.text)
+                if not json_ and (terminal or show_thinking):
+                    shown = options.printable(event.text) if terminal else event.text
+                    typer.echo(typer.style(shown, dim=True), nl=False)
+            elif isinstance(event, Text):
+                if thinking and not text and not json_ and (terminal or show_thinking):
+                    typer.echo("\n")
+                text.append(event.text)
+                if not json_:
+                    typer.echo(options.printable(event.text) if terminal else event.text, nl=False)
+                    sys.stdout.flush()
+            elif isinstance(event, Done):
+                done = event
+    if json_:
+        usage, cost = done.usage, done.figures
+        answer = {
+            "model": loaded.name,
+            "text": "".join(text),
+            "thinking": "".join(thinking),
+            "finish_reason": done.finish_reason,
+            "prompt_tokens": usage.prompt_tokens,
+            "cached_tokens": usage.cached_tokens,
+            "prefilled_tokens": usage.prefilled_tokens,
+            "completion_tokens": usage.completion_tokens,
+            "prefill_tokens_per_s": cost.prefill_tokens_per_s,
+            "decode_tokens_per_s": cost.decode_tokens_per_s,
+            "time_to_first_token_s": cost.time_to_first_token_s,
+            "peak_memory_bytes": cost.peak_memory_bytes,
+            "precision": loaded.info["precision"],
+            "kernels": loaded.info["kernels"],
+        }
+        typer.echo(json.dumps(answer, ensure_ascii=False))
+        return
+    typer.echo()
+    if figures:
+        typer.echo(options.figures_line(done.usage, done.figures), err=True)

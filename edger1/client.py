@@ -1,0 +1,253 @@
+"""Talking to an engine: in this process on a thread of its own, or in a child process.
+
+Both carry the same messages. `submit` sends a request and calls back with its events, from a thread of the client; the
+last of them is terminal. If the engine dies, every open request gets a Failed, and nothing waits for ever.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Protocol
+
+from edger1 import errors
+from edger1.messages import (
+    Cancel,
+    Done,
+    Event,
+    Failed,
+    Loaded,
+    Request,
+    Scores,
+    Unloaded,
+    decode,
+    encode,
+)
+
+TERMINAL = (Done, Failed, Loaded, Unloaded, Scores)
+OnEvent = Callable[[Event], None]
+_SHUTDOWN_S = 10.0
+
+_ids = itertools.count(1)
+
+
+def next_id() -> str:
+    """Return an id for a request, unique in this process."""
+    return f"r{next(_ids)}"
+
+
+def error_of(failed: Failed) -> errors.EdgeR1Error:
+    """Turn a Failed back into the exception that it names."""
+    kind = getattr(errors, failed.error, errors.EngineError)
+    return kind(failed.message) if issubclass(kind, errors.EdgeR1Error) else errors.EngineError(failed.message)
+
+
+class Connection(Protocol):
+    """A way to an engine."""
+
+    def submit(self, request: Request, on_event: OnEvent) -> None:
+        """Send a request; `on_event` is called with each of its events, from another thread."""
+
+    def send(self, request: Cancel) -> None:
+        """Send a message that has no answer of its own."""
+
+    def close(self) -> None:
+        """End the engine; open requests get Failed."""
+
+
+class _Router:
+    """Hands each event to the request it belongs to."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._open: dict[str, OnEvent] = {}
+        self._gone: str | None = None
+
+    def add(self, request: Request, on_event: OnEvent) -> bool:
+        """Expect events for `request`; answers Failed at once and returns False where the engine is gone."""
+        with self._lock:
+            if self._gone is None:
+                self._open[request.id] = on_event
+                return True
+        on_event(Failed(request.id, "EngineError", self._gone))
+        return False
+
+    def deliver(self, event: Event) -> None:
+        """Hand an event on."""
+        with self._lock:
+            on_event = self._open.pop(event.id, None) if isinstance(event, TERMINAL) else self._open.get(event.id)
+        if on_event is not None:
+            on_event(event)
+
+    def end(self, reason: str) -> None:
+        """Fail everything that is open, and whatever comes later."""
+        with self._lock:
+            if self._gone is None:
+                self._gone = reason
+            waiting, self._open = self._open, {}
+        for id_, on_event in waiting.items():
+            on_event(Failed(id_, "EngineError", reason))
+
+
+class ThreadConnection:
+    """An engine on a thread of this process: what the library uses."""
+
+    def __init__(self, ceiling_bytes: int | None = None) -> None:
+        self._router = _Router()
+        self._inbox: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._serve, args=(ceiling_bytes,), name="edger1-engine", daemon=True)
+        self._thread.start()
+
+    def _serve(self, ceiling_bytes: int | None) -> None:
+        from edger1.engine import Scheduler
+
+        try:
+            Scheduler(self._router.deliver, ceiling_bytes).run(self._inbox)
+        finally:
+            self._router.end("The engine is closed.")
+
+    def submit(self, request: Request, on_event: OnEvent) -> None:
+        """Send a request; `on_event` is called from the engine's thread and must not block."""
+        if self._router.add(request, on_event):
+            self._inbox.put(request)
+
+    def send(self, request: Cancel) -> None:
+        """Send a message that has no answer of its own."""
+        self._inbox.put(request)
+
+    def close(self) -> None:
+        """End the engine and wait for its thread."""
+        self._inbox.put(None)
+        if threading.current_thread() is not self._thread:
+            self._thread.join(_SHUTDOWN_S)
+
+
+class ChildConnection:
+    """An engine in a child process: what the chat and the server use.
+
+    A crash or an out-of-memory kill ends the child alone. The child ends by itself when this process does, since its
+    standard input then closes. It is started anew and not forked: a child forked after MLX was used hangs.
+    """
+
+    def __init__(self, ceiling_bytes: int | None = None, log: int | None = None) -> None:
+        self._router = _Router()
+        command = [sys.executable, "-m", "edger1.child"]
+        if ceiling_bytes is not None:
+            command.append(str(ceiling_bytes))
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL if log is None else log,
+            # Ctrl-C in the terminal is for the program in front, which cancels the answer and keeps the engine.
+            start_new_session=True,
+            encoding="utf-8",
+            bufsize=1,
+        )
+        self._writing = threading.Lock()
+        self._closing = False
+        self._reader = threading.Thread(target=self._read, name="edger1-events", daemon=True)
+        self._reader.start()
+
+    @property
+    def pid(self) -> int:
+        """Process id of the child."""
+        return self._process.pid
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            self._router.deliver(decode(line))  # type: ignore[arg-type]
+        self._router.end(self._obituary(self._process.wait()))
+
+    def _obituary(self, status: int) -> str:
+        if self._closing:
+            return "The engine is closed."
+        if status == -signal.SIGKILL:
+            return (
+                "The engine's process was killed, most likely because memory ran out. Try a smaller --context or a "
+                "smaller model."
+            )
+        how = signal.Signals(-status).name if status < 0 else f"exit code {status}"
+        return f"The engine's process ended unexpectedly ({how}). Ask again to start a new one."
+
+    def submit(self, request: Request, on_event: OnEvent) -> None:
+        """Send a request; `on_event` is called from the reading thread and must not block."""
+        if self._router.add(request, on_event):
+            self._write(request)
+
+    def send(self, request: Cancel) -> None:
+        """Send a message that has no answer of its own."""
+        self._write(request)
+
+    def _write(self, request: Request) -> None:
+        assert self._process.stdin is not None
+        try:
+            with self._writing:
+                self._process.stdin.write(encode(request) + "\n")
+                self._process.stdin.flush()
+        except (BrokenPipeError, ValueError):
+            # The child is gone; the reading thread notices too and fails what is open.
+            pass
+
+    def close(self) -> None:
+        """End the child, kindly first."""
+        self._closing = True
+        assert self._process.stdin is not None
+        with self._writing:
+            try:
+                self._process.stdin.close()
+            except BrokenPipeError:
+                pass
+        try:
+            self._process.wait(_SHUTDOWN_S)
+        except subprocess.TimeoutExpired:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+        self._reader.join(_SHUTDOWN_S)
+
+
+def events(connection: Connection, request: Request) -> Iterator[Event]:
+    """Send a request and yield its events up to the terminal one. Leaving early cancels it."""
+    arrived: queue.SimpleQueue[Event] = queue.SimpleQueue()
+    connection.submit(request, arrived.put)
+    ended = False
+    try:
+        while not ended:
+            event = arrived.get()
+            ended = isinstance(event, TERMINAL)
+            yield event
+    finally:
+        if not ended:
+            connection.send(Cancel(next_id(), request.id))
+
+
+async def aevents(connection: Connection, request: Request) -> AsyncIterator[Event]:
+    """Send a request and yield its events, without blocking the event loop. Leaving early cancels it."""
+    loop = asyncio.get_running_loop()
+    arrived: asyncio.Queue[Event] = asyncio.Queue()
+
+    def hand_over(event: Event) -> None:
+        try:
+            loop.call_soon_threadsafe(arrived.put_nowait, event)
+        except RuntimeError:
+            # The loop has closed; nobody is waiting any more.
+            pass
+
+    connection.submit(request, hand_over)
+    ended = False
+    try:
+        while not ended:
+            event = await arrived.get()
+            ended = isinstance(event, TERMINAL)
+            yield event
+    finally:
+        if not ended:
+            connection.send(Cancel(next_id(), request.id))

@@ -1,0 +1,207 @@
+"""The step scheduler: everything that touches MLX happens here, on one thread.
+
+Requests come in through a queue, events go out through a callback. The loop takes what has arrived, then gives the next
+job in turn one step (a prefill chunk, a token, a few tensors of a model being loaded), and so on: several answers stream
+side by side, and a Cancel takes effect within one step of the job it names.
+
+A request that fails answers with Failed and leaves the engine alive; whatever it had reached is dropped with it.
+"""
+
+from __future__ import annotations
+
+import collections
+import queue
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+from edger1 import sampling
+from edger1.errors import EdgeR1Error, EngineError, UsageError
+from edger1.memory import default_ceiling
+from edger1.messages import (
+    Cancel,
+    Event,
+    Failed,
+    Generate,
+    Load,
+    Loaded,
+    Progress,
+    Request,
+    Score,
+    Unload,
+    Unloaded,
+)
+
+PRECISIONS = ("fast", "exact")
+THINK = ("auto", "on", "off")
+
+
+class Job(Protocol):
+    """A piece of work that goes on a step at a time."""
+
+    def step(self) -> bool:
+        """Go one step further; True when finished, all its events sent."""
+
+    def cancel(self) -> None:
+        """End here and send the closing event."""
+
+
+class LoadJob:
+    """A model being loaded, some tensors a step."""
+
+    def __init__(self, scheduler: Scheduler, request: Load) -> None:
+        from edger1.loader import load
+
+        self._scheduler = scheduler
+        self._request = request
+        self._steps: Iterator[tuple[int, int]] = load(
+            Path(request.folder).name,
+            Path(request.folder),
+            ceiling_bytes=scheduler.room(request.memory_bytes),
+            context=request.context,
+            precision=request.precision,
+        )
+
+    def step(self) -> bool:
+        """Load the next tensor; sends Loaded at the end."""
+        try:
+            done, total = next(self._steps)
+        except StopIteration as stop:
+            self._scheduler.add_model(self._request, stop.value)
+            return True
+        self._scheduler.emit(Progress(self._request.id, "load", done, total))
+        return False
+
+    def cancel(self) -> None:
+        """Drop what was loaded."""
+        self._steps = iter(())
+        self._scheduler.emit(Failed(self._request.id, "EngineError", "Loading was cancelled."))
+
+
+class Scheduler:
+    """One engine: its models, its running jobs, and the ceiling they share."""
+
+    def __init__(self, emit: Callable[[Event], None], ceiling_bytes: int | None = None) -> None:
+        self.emit = emit
+        self._ceiling_bytes = ceiling_bytes
+        self._models: dict[str, Any] = {}
+        self._jobs: collections.deque[tuple[str, str, Job]] = collections.deque()
+        self._turn: Any = None
+
+    def run(self, inbox: queue.SimpleQueue[Request | None]) -> None:
+        """Serve requests until None arrives. This thread owns MLX from here on."""
+        while True:
+            try:
+                request = inbox.get(block=not self._jobs)
+            except queue.Empty:
+                self._advance()
+                continue
+            if request is None:
+                break
+            self._handle(request)
+        for model in self._models.values():
+            model.close()
+        self._models.clear()
+
+    def room(self, asked_bytes: int | None) -> int:
+        """Bytes that a further model may take: what it was given, within what the engine's others leave."""
+        ceiling = self._ceiling_bytes or default_ceiling()
+        # The process itself is counted once in every plan, and is there only once.
+        taken = sum(m.plan.smallest_ceiling_bytes - m.plan.process_bytes for m in self._models.values())
+        left = max(0, ceiling - taken)
+        if asked_bytes is None:
+            return left
+        return min(asked_bytes, left) if self._ceiling_bytes or self._models else asked_bytes
+
+    def add_model(self, request: Load, model: Any) -> None:
+        """Take a loaded model into service."""
+        name = request.id
+        self._models[name] = model
+        self.emit(Loaded(request.id, name, model.describe()))
+
+    def _handle(self, request: Request) -> None:
+        try:
+            if isinstance(request, Cancel):
+                self._cancel(request.target)
+            elif isinstance(request, Unload):
+                self._unload(request)
+            else:
+                model = "" if isinstance(request, Load) else request.model
+                self._jobs.append((request.id, model, self._start(request)))
+        except Exception as error:
+            self._fail(request.id, error)
+
+    def _start(self, request: Load | Generate | Score) -> Job:
+        if isinstance(request, Load):
+            _check_load(request)
+            return LoadJob(self, request)
+        model = self._models.get(request.model)
+        if model is None:
+            raise EngineError(f"No model {request.model!r} is loaded in this engine; it may have been closed.")
+        if isinstance(request, Score):
+            from edger1.score import Scoring
+
+            return Scoring(model, request, self.emit)
+        from edger1.generate import Generation, RandomTurn
+
+        _check_generate(request)
+        self._turn = self._turn or RandomTurn()
+        return Generation(model, request, self.emit, self._turn)
+
+    def _advance(self) -> None:
+        """Give the job in front one step, and put it to the back unless it has finished."""
+        id_, model, job = self._jobs.popleft()
+        try:
+            finished = job.step()
+        except Exception as error:
+            self._fail(id_, error)
+            return
+        if not finished:
+            self._jobs.append((id_, model, job))
+
+    def _cancel(self, target: str) -> None:
+        for entry in list(self._jobs):
+            if entry[0] == target:
+                self._jobs.remove(entry)
+                entry[2].cancel()
+                return
+        # It has ended already, and said so.
+
+    def _unload(self, request: Unload) -> None:
+        for id_, model, _ in list(self._jobs):
+            if model == request.model:
+                self._cancel(id_)
+        model = self._models.pop(request.model, None)
+        if model is not None:
+            model.close()
+        self.emit(Unloaded(request.id, request.model))
+
+    def _fail(self, id_: str, error: Exception) -> None:
+        if isinstance(error, EdgeR1Error):
+            self.emit(Failed(id_, type(error).__name__, str(error)))
+            return
+        traceback.print_exc(file=sys.stderr)
+        self.emit(
+            Failed(id_, "EngineError", f"The engine failed inside ({type(error).__name__}: {error}). This is a bug.")
+        )
+
+
+def _check_load(request: Load) -> None:
+    if request.precision not in PRECISIONS:
+        raise UsageError(f"precision is {request.precision!r}; expected one of {', '.join(PRECISIONS)}.")
+    sampling.check_count("context", request.context)
+    sampling.check_count("memory", request.memory_bytes)
+
+
+def _check_generate(request: Generate) -> None:
+    if (request.messages is None) == (request.prompt is None):
+        raise UsageError("Give either messages or a prompt, and not both.")
+    if request.prompt is not None and not isinstance(request.prompt, str):
+        raise UsageError(f"prompt is {request.prompt!r:.200}; expected a string.")
+    if request.think not in THINK:
+        raise UsageError(f"think is {request.think!r}; expected one of {', '.join(THINK)}.")
+    sampling.check(request.sampling)
+    sampling.check_stop(request.stop)
+    sampling.check_count("max_tokens", request.max_tokens)

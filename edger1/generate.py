@@ -1,0 +1,251 @@
+"""One answer, step by step: prefill in chunks, then a token a step.
+
+    prompt -> (what the prefix cache has) + chunks of `prefill_step` tokens -> last prompt token -> token, token, ...
+
+Each call of `step` does one chunk or one token and returns, so that the scheduler can serve others and see a cancel in
+between. The prompt's last token is fed apart from the chunks: their logits are then never needed, and MLX, being lazy,
+never computes them.
+
+On a GPU the next token's graph is built and started before the last one is read back, so that the device never waits for
+Python. On a CPU there is nothing to overlap, and the forward pass after the last token would be wasted.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from edger1 import sampling
+from edger1.cache import Entry
+from edger1.errors import ContextError, UsageError
+from edger1.loader import LiveModel
+from edger1.messages import Done, Event, Figures, Generate, Message, Progress, Text, Thought, Usage
+from edger1.mlx_runtime import on_gpu
+from edger1.sampling import RandomState, Sampler
+from edger1.thinking import Splitter, begins_in_thought
+
+ROLES = ("system", "user", "assistant", "tool", "developer")
+
+
+def render(model: LiveModel, request: Generate) -> tuple[str, bool]:
+    """Return the prompt as text, and whether it is raw, so that special tokens (such as BOS) are still to be added.
+
+    Raises UsageError for messages that are none, or that the model's template refuses.
+    """
+    if request.prompt is not None:
+        return request.prompt, True
+    messages = check_messages(request.messages)
+    if not model.has_chat_template:
+        raise UsageError(
+            f"{model.name} has no chat template, so it cannot take messages. Give it raw text instead: "
+            f'edger1 run {model.name} --raw "..."'
+        )
+    thinking: dict[str, bool] = {} if request.think == "auto" else {"enable_thinking": request.think == "on"}
+    try:
+        text = model.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **thinking)
+    except Exception as error:
+        # Templates are programs; they refuse, for instance, a system message, or two user turns in a row.
+        raise UsageError(f"The chat template of {model.name} does not take these messages: {error}") from error
+    return str(text), False
+
+
+def check_messages(messages: Any) -> list[Message]:
+    """Raise UsageError unless `messages` is a non-empty list of {"role": ..., "content": str}."""
+    if not isinstance(messages, list) or not messages:
+        raise UsageError('messages must be a non-empty list such as [{"role": "user", "content": "Hello"}].')
+    for i, message in enumerate(messages):
+        if not isinstance(message, dict) or message.get("role") not in ROLES:
+            raise UsageError(
+                f"message {i} is {message!r:.200}; expected a dict whose role is one of {', '.join(ROLES)}."
+            )
+        if not isinstance(message.get("content"), str):
+            raise UsageError(f"the content of message {i} is {message.get('content')!r:.200}; expected a string.")
+    return messages
+
+
+def peak_memory_bytes() -> int:
+    """Peak memory of this process: resident size, or what MLX has allocated where that is more (GPU memory)."""
+    import mlx.core as mx
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return max(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, int(mx.get_peak_memory()))
+
+
+@dataclass
+class _Clock:
+    asked: float
+    prefill: float = 0.0
+    first: float = 0.0
+    last: float = 0.0
+
+
+@dataclass
+class _Output:
+    tokens: list[int] = field(default_factory=list)
+    finish: str | None = None
+
+
+class Generation:
+    """A request being answered. `turn` is shared by all requests of an engine."""
+
+    def __init__(self, model: LiveModel, request: Generate, emit: Callable[[Event], None], turn: RandomTurn) -> None:
+        self._model = model
+        self._request = request
+        self._emit = emit
+        self._turn = turn
+        self._clock = _Clock(asked=time.perf_counter())
+        self._output = _Output()
+
+        text, self._raw = render(model, request)
+        in_thought = begins_in_thought(text, model.markers)
+        self._prompt_text = text
+        self._prompt = model.prefixes.encode(text, lambda t: model.tokenizer.encode(t, add_special_tokens=self._raw))
+        if not self._prompt:
+            raise UsageError("The prompt is empty; there is nothing to continue.")
+        room = model.context - len(self._prompt)
+        if room < 1:
+            raise ContextError(
+                f"The prompt has {len(self._prompt)} tokens, and the context of {model.context} tokens must hold it and "
+                f"the answer. Shorten it, or give a larger context with --context."
+            )
+        self._max_tokens = min(room, request.max_tokens or room)
+
+        chosen = sampling.resolve(request.sampling, model.sampling)
+        self._sampler = Sampler(chosen, model.vocabulary)
+        self._random = RandomState.seeded(chosen.seed)
+        self._splitter = Splitter(model.markers, request.stop, in_thought)
+        self._detokenizer = model.tokenizer.detokenizer
+        self._run_ahead = on_gpu() and not self._sampler.looks_back
+
+        self._caches, self._cached = model.prefixes.take(self._prompt)
+        if self._caches is None:
+            from mlx_lm.models.cache import make_prompt_cache
+
+            self._caches = make_prompt_cache(model.model)
+        self._fed = self._prompt[: self._cached]
+        self._next: Any = None
+
+    def step(self) -> bool:
+        """Do one chunk or one token; returns True when the answer is complete and Done has been sent."""
+        if not self._clock.prefill:
+            self._clock.prefill = time.perf_counter()
+        remaining = len(self._prompt) - 1 - len(self._fed)
+        if remaining > 0:
+            self._prefill(min(remaining, self._model.prefill_step))
+            return False
+        self._decode()
+        if self._output.finish is None:
+            return False
+        self._finish()
+        return True
+
+    def cancel(self) -> None:
+        """End the answer here; what was generated stands."""
+        self._output.finish = "cancelled"
+        self._finish()
+
+    def _prefill(self, count: int) -> None:
+        import mlx.core as mx
+
+        start = len(self._fed)
+        chunk = self._prompt[start : start + count]
+        self._model.model(mx.array([chunk]), cache=self._caches)
+        mx.eval([cache.state for cache in self._caches])
+        self._fed.extend(chunk)
+        total = len(self._prompt) - self._cached
+        self._emit(Progress(self._request.id, "prefill", len(self._fed) - self._cached, total))
+
+    def _forward(self, tokens: Any) -> Any:
+        """Feed `tokens` (1, 1) and draw the next one; returns its id, shape (1,), not yet evaluated."""
+        logits = self._model.model(tokens, cache=self._caches)[:, -1, :]
+        self._turn.take(self._random)
+        return self._sampler(logits, self._prompt + self._output.tokens)
+
+    def _decode(self) -> None:
+        import mlx.core as mx
+
+        if self._next is None:
+            last = self._output.tokens[-1] if self._output.tokens else self._prompt[-1]
+            self._fed.append(last)
+            self._next = self._forward(mx.array([[last]]))
+        current, self._next = self._next, None
+        ahead = self._run_ahead and len(self._output.tokens) + 1 < self._max_tokens
+        if ahead:
+            self._next = self._forward(current[None])
+            mx.async_eval(self._next)
+        token = int(current.item())
+        if ahead:
+            self._fed.append(token)
+        self._clock.last = time.perf_counter()
+        if not self._output.tokens:
+            self._clock.first = self._clock.last
+        self._output.tokens.append(token)
+        self._publish(token)
+
+    def _publish(self, token: int) -> None:
+        if token in self._model.tokenizer.eos_token_ids:
+            self._output.finish = "stop"
+        else:
+            self._detokenizer.add_token(token)
+            self._send(self._splitter.feed(self._detokenizer.last_segment))
+            if self._splitter.stopped:
+                self._output.finish = "stop"
+            elif len(self._output.tokens) >= self._max_tokens:
+                self._output.finish = "length"
+
+    def _send(self, segments: list[tuple[str, str]]) -> None:
+        for kind, text in segments:
+            self._emit(Thought(self._request.id, text) if kind == "thought" else Text(self._request.id, text))
+
+    def _finish(self) -> None:
+        self._detokenizer.finalize()
+        self._send(self._splitter.feed(self._detokenizer.last_segment))
+        self._send(self._splitter.finish())
+        self._keep_cache()
+        self._emit(Done(self._request.id, self._output.finish or "stop", usage=self._usage(), figures=self._figures()))
+
+    def _keep_cache(self) -> None:
+        if not self._fed or self._caches is None:
+            return
+        text = ""
+        if len(self._fed) >= len(self._prompt) and not self._raw:
+            answer = self._fed[len(self._prompt) :]
+            text = self._prompt_text + self._model.tokenizer.decode(answer, skip_special_tokens=False)
+        self._model.prefixes.put(Entry(self._fed, text, self._caches))
+        self._caches = None
+
+    def _usage(self) -> Usage:
+        return Usage(
+            prompt_tokens=len(self._prompt),
+            cached_tokens=self._cached,
+            prefilled_tokens=max(0, min(len(self._fed), len(self._prompt)) - self._cached),
+            completion_tokens=len(self._output.tokens),
+        )
+
+    def _figures(self) -> Figures:
+        clock, usage = self._clock, self._usage()
+        decoded = len(self._output.tokens) - 1
+        return Figures(
+            prefill_tokens_per_s=usage.prefilled_tokens / (clock.first - clock.prefill) if clock.first else None,
+            decode_tokens_per_s=decoded / (clock.last - clock.first) if decoded > 0 else None,
+            time_to_first_token_s=clock.first - clock.asked if clock.first else None,
+            peak_memory_bytes=peak_memory_bytes(),
+            context_used=len(self._prompt) + len(self._output.tokens),
+            context_size=self._model.context,
+        )
+
+
+class RandomTurn:
+    """Which request's random state MLX holds at the moment; one for an engine."""
+
+    def __init__(self) -> None:
+        self._holder: RandomState | None = None
+
+    def take(self, state: RandomState) -> None:
+        """Make `state` the one that the next draw uses."""
+        state.enter(self._holder)
+        self._holder = state

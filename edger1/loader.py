@@ -1,0 +1,198 @@
+"""A model folder -> a live model.
+
+mlx-lm builds the model; this checks the folder first, plans the memory, chooses the dtype for the device and loads the
+weights tensor by tensor, so that progress can be shown and the peak stays near the model's own size. Everything here
+runs on the thread that owns MLX.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edger1 import kernels, sampling
+from edger1.cache import PrefixCache
+from edger1.errors import FormatError
+from edger1.folder import ModelFolder, inspect
+from edger1.memory import Plan, choose_context, make_plan
+from edger1.messages import Sampling
+from edger1.mlx_runtime import on_gpu, prepare
+from edger1.thinking import Markers
+
+GPU_PREFILL_STEP = 2048
+# MLX's own CPU kernels cost the same a token however many there are, so a short step loses nothing and can be stopped.
+PLAIN_PREFILL_STEP = 16
+# About half a second a step at the rate of our kernels; a step is also how long a cancel may wait.
+_STEP_WORK = 7e10
+
+
+@dataclass
+class LiveModel:
+    """A model ready to run: mlx-lm's model and tokenizer, and what EdgeR1 knows of them."""
+
+    name: str
+    folder: ModelFolder
+    model: Any
+    tokenizer: Any
+    plan: Plan
+    precision: str
+    sampling: Sampling
+    markers: Markers | None
+    prefill_step: int
+    vocabulary: int
+    prefixes: PrefixCache
+
+    @property
+    def context(self) -> int:
+        """Size of the context in tokens: prompt and answer together."""
+        return self.plan.context
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether messages can be rendered."""
+        return bool(self.tokenizer.has_chat_template)
+
+    def describe(self) -> dict[str, Any]:
+        """Return what a client shows of the model: plain JSON values."""
+        return {
+            "name": self.name,
+            "folder": str(self.folder.path),
+            "architecture": self.folder.model_type,
+            "precision": self.precision,
+            "context": self.context,
+            "has_chat_template": self.has_chat_template,
+            "kernels": kernels.state().available and not on_gpu(),
+            "plan": {
+                "resident_bytes": self.plan.resident_bytes,
+                "kv_bytes": self.plan.kv_bytes,
+                "activation_bytes": self.plan.activation_bytes,
+                "process_bytes": self.plan.process_bytes,
+                "context": self.plan.context,
+                "ceiling_bytes": self.plan.ceiling_bytes,
+                "slots": self.plan.slots,
+            },
+        }
+
+    def close(self) -> None:
+        """Drop the weights and caches and give the memory back."""
+        import mlx.core as mx
+
+        self.prefixes.clear()
+        self.model = self.tokenizer = None
+        gc.collect()
+        mx.clear_cache()
+
+
+def prefill_step(parameters: int) -> int:
+    """Tokens a prefill step: fixed for a model and device, so that the same prompt is always split the same way."""
+    if on_gpu():
+        return GPU_PREFILL_STEP
+    if not kernels.state().available:
+        return PLAIN_PREFILL_STEP
+    step = 512
+    while step > 32 and step * parameters > _STEP_WORK:
+        step //= 2
+    return step
+
+
+def plan_folder(folder: ModelFolder, ceiling_bytes: int, context: int | None) -> Plan:
+    """Plan a resident model. On a CPU activations, KV cache and plain weights are f32."""
+    gpu = on_gpu()
+    weights = folder.total_bytes
+    if not gpu:
+        weights += widened_bytes(folder)
+    return make_plan(
+        folder.config,
+        weights,
+        context=choose_context(folder.config, context),
+        ceiling_bytes=ceiling_bytes,
+        element_bytes=2 if gpu else 4,
+        prefill_step=prefill_step(folder.parameters or folder.total_bytes),
+    )
+
+
+def widened_bytes(folder: ModelFolder) -> int:
+    """Bytes that 16-bit floats gain when they are widened to f32."""
+    return sum(
+        tensor.nbytes
+        for header in folder.headers.values()
+        for tensor in header.values()
+        if tensor.dtype in ("F16", "BF16")
+    )
+
+
+def load(name: str, path: Path, *, ceiling_bytes: int, context: int | None, precision: str) -> Iterator[Any]:
+    """Load a model folder in steps: yields (bytes done, bytes in all) and returns the LiveModel.
+
+    Raises FormatError for a folder that is not what it says, MemoryCeilingError before anything large is read.
+    """
+    folder = inspect(path)
+    prepare()
+    import mlx.core as mx
+    from mlx.utils import tree_flatten, tree_unflatten
+    from mlx_lm.utils import load_model, load_tokenizer
+
+    plan = plan_folder(folder, ceiling_bytes, context)
+    plan.check(name)
+    try:
+        model, config = load_model(path, lazy=True)
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise FormatError(
+            f"{name}: mlx-lm cannot build a model from {path} ({type(error).__name__}: {error}). Its config.json and its "
+            f"weights must belong together, and model_type {folder.model_type!r} must be one that mlx-lm knows."
+        ) from error
+
+    total, done = plan.resident_bytes, 0
+    yield done, total
+    widen = not on_gpu()
+    for key, value in tree_flatten(model.parameters()):
+        loaded = value.astype(mx.float32) if widen and mx.issubdtype(value.dtype, mx.floating) else value
+        try:
+            mx.eval(loaded)
+        except RuntimeError as error:
+            raise FormatError(f"{name}: reading {key} failed: {error}") from error
+        model.update(tree_unflatten([(key, loaded)]))
+        done += loaded.nbytes
+        del value
+        yield min(done, total), total
+    # Arrays that a module keeps beside its parameters (YaRN's frequencies) are bound to the thread that evaluates them.
+    mx.eval([v for m in model.modules() for v in vars(m).values() if isinstance(v, mx.array)])
+
+    try:
+        tokenizer = load_tokenizer(path, eos_token_ids=config.get("eos_token_id"))
+    except Exception as error:
+        raise FormatError(
+            f"{name}: the tokenizer in {path} cannot be read ({type(error).__name__}: {error}). A model folder needs "
+            f"tokenizer.json and tokenizer_config.json of its model; fetch it again with: edger1 pull {name} --force"
+        ) from error
+    markers = Markers(tokenizer.think_start, tokenizer.think_end) if tokenizer.has_thinking else None
+    return LiveModel(
+        name=name,
+        folder=folder,
+        model=model,
+        tokenizer=tokenizer,
+        plan=plan,
+        precision=precision,
+        sampling=sampling_defaults(path),
+        markers=markers,
+        prefill_step=prefill_step(folder.parameters or folder.total_bytes),
+        vocabulary=len(tokenizer),
+        prefixes=PrefixCache(plan.kv_bytes),
+    )
+
+
+def sampling_defaults(path: Path) -> Sampling:
+    """Read the model's sampling defaults: the registry's, where it names the model, over generation_config.json's."""
+    from edger1.registry import sampling_of
+
+    try:
+        config = json.loads((path / "generation_config.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        config = {}
+    own = sampling.from_generation_config(config if isinstance(config, dict) else {})
+    named = sampling_of(path)
+    return own if named is None else sampling.merge(named, own)

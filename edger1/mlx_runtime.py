@@ -1,0 +1,47 @@
+"""MLX and mlx-lm, imported with their side effects put right. Everything that needs mlx-lm comes through here first."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from functools import cache
+
+
+@cache
+def prepare() -> None:
+    """Import mlx-lm once and undo what that changes in the process; choose settings for the device."""
+    # transformers warns on import that no torch was found; nothing here needs it.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    with _open_files_kept():
+        import mlx_lm.utils  # noqa: F401
+
+    import mlx.core as mx
+
+    from edger1.memory import ALLOCATOR_BYTES
+
+    if not on_gpu():
+        # On a CPU mx.compile calls g++ at run time, 0.8 s a kernel, and gains nothing over our kernels.
+        mx.disable_compile()
+        mx.set_cache_limit(ALLOCATOR_BYTES)
+
+
+@contextlib.contextmanager
+def _open_files_kept() -> Iterator[None]:
+    """Keep the limit of open files: mlx_lm sets it on import to 2048, for good, and fails where it may not."""
+    import resource
+
+    set_limit = resource.setrlimit
+    resource.setrlimit = lambda *_: None
+    try:
+        yield
+    finally:
+        resource.setrlimit = set_limit
+
+
+def on_gpu() -> bool:
+    """Whether MLX computes on a GPU by default."""
+    import mlx.core as mx
+
+    return bool(mx.default_device().type == mx.gpu)

@@ -1,0 +1,433 @@
+"""The Python library: models, answers and chats over an engine on a thread of this process.
+
+import edger1
+
+m = edger1.load("smollm2-135m")
+print(m.generate("What is the capital of France?").text)
+for event in m.stream("Tell me a story."):
+    ...
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import threading
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self, TypedDict, Unpack
+
+from edger1 import client, sampling
+from edger1.client import Connection, ThreadConnection, error_of, next_id
+from edger1.errors import EdgeR1Error, EngineError, NotYetError, UsageError
+from edger1.memory import Plan, default_ceiling, machine_bytes
+from edger1.messages import (
+    Cancel,
+    Done,
+    Event,
+    Failed,
+    Figures,
+    Generate,
+    Load,
+    Loaded,
+    Message,
+    Progress,
+    Sampling,
+    Score,
+    Scores,
+    Text,
+    Thought,
+    ToolCall,
+    Unload,
+    Usage,
+)
+from edger1.units import parse_size
+
+Prompt = str | list[Message]
+
+
+class GenerateOptions(TypedDict, total=False):
+    """What `generate`, `stream`, `astream`, `submit` and a chat's `send` take beside the prompt.
+
+    None or a missing value leaves a setting to the model's own defaults. `stop` is a list of strings that end the answer
+    and are cut off it. `think` is "auto", "on" or "off" where the model's template can switch its reasoning. `raw` gives a
+    string to the model as it stands, without its chat template.
+    """
+
+    max_tokens: int | None
+    temperature: float | None
+    top_p: float | None
+    top_k: int | None
+    min_p: float | None
+    repetition_penalty: float | None
+    seed: int | None
+    stop: str | Sequence[str] | None
+    think: str
+    think_budget: int | None
+    tools: Sequence[Any]
+    schema: Any
+    raw: bool
+
+
+_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
+
+
+@dataclass(frozen=True)
+class Response:
+    """A complete answer. `finish_reason` is "stop", "length" or "cancelled"."""
+
+    text: str
+    thinking: str
+    tool_calls: tuple[ToolCall, ...]
+    finish_reason: str
+    usage: Usage
+    figures: Figures
+
+
+@dataclass
+class _Collector:
+    """Gathers events into a Response."""
+
+    text: list[str] = field(default_factory=list)
+    thinking: list[str] = field(default_factory=list)
+    tool_calls: list[ToolCall] = field(default_factory=list)
+
+    def add(self, event: Event) -> Response | None:
+        """Take an event; returns the Response with the last one. Raises the error that a Failed names."""
+        if isinstance(event, Text):
+            self.text.append(event.text)
+        elif isinstance(event, Thought):
+            self.thinking.append(event.text)
+        elif isinstance(event, ToolCall):
+            self.tool_calls.append(event)
+        elif isinstance(event, Failed):
+            raise error_of(event)
+        elif isinstance(event, Done):
+            return Response(
+                "".join(self.text),
+                "".join(self.thinking),
+                tuple(self.tool_calls),
+                event.finish_reason,
+                event.usage,
+                event.figures,
+            )
+        return None
+
+
+class Handle:
+    """An answer under way, from `submit`."""
+
+    def __init__(self, connection: Connection, request: Generate) -> None:
+        self._connection = connection
+        self._id = request.id
+        self._done = threading.Event()
+        self._collector = _Collector()
+        self._response: Response | None = None
+        self._error: EdgeR1Error | None = None
+        connection.submit(request, self._on_event)
+
+    def _on_event(self, event: Event) -> None:
+        try:
+            self._response = self._collector.add(event)
+        except EdgeR1Error as error:
+            self._error = error
+        if self._response is not None or self._error is not None:
+            self._done.set()
+
+    @property
+    def done(self) -> bool:
+        """Whether the answer is complete, cancelled or failed."""
+        return self._done.is_set()
+
+    def cancel(self) -> None:
+        """Stop within one token; `result` then returns what was said, with finish_reason "cancelled"."""
+        self._connection.send(Cancel(next_id(), self._id))
+
+    def result(self, timeout_s: float | None = None) -> Response:
+        """Wait for the answer. Raises TimeoutError after `timeout_s` seconds; the answer goes on."""
+        if not self._done.wait(timeout_s):
+            raise TimeoutError(f"No complete answer within {timeout_s} s; it goes on, and cancel() stops it.")
+        if self._error is not None:
+            raise self._error
+        assert self._response is not None
+        return self._response
+
+
+class Model:
+    """A loaded model. Close it, or use it in a `with` block, to give its memory back."""
+
+    def __init__(self, connection: Connection, loaded: Loaded, owns_engine: bool) -> None:
+        self._connection = connection
+        self._id = loaded.model
+        self._owns_engine = owns_engine
+        self._closed = False
+        self.info = loaded.info
+        self.name: str = loaded.info["name"]
+        self.plan = Plan(**loaded.info["plan"])
+
+    def __repr__(self) -> str:
+        return f"<edger1.Model {self.name}{' (closed)' if self._closed else ''}>"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def generate(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> Response:
+        """Answer `prompt`: a string (one user message, or raw text for a model without a chat template) or messages.
+
+        Raises UsageError for options out of range, ContextError for a prompt that does not fit.
+        """
+        collector = _Collector()
+        for event in self.stream(prompt, **options):
+            response = collector.add(event)
+            if response is not None:
+                return response
+        raise EngineError("The engine ended the answer without saying why.")
+
+    def stream(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> Iterator[Event]:
+        """Yield Progress, Thought, Text, ToolCall and at last Done. Leaving the loop early cancels the answer.
+
+        Raises what `generate` raises; the options are checked at the call, before the first event is asked for.
+        """
+        return self._stream(self._request(prompt, options))
+
+    def _stream(self, request: Generate) -> Iterator[Event]:
+        with contextlib.closing(client.events(self._connection, request)) as events:  # type: ignore[type-var]
+            for event in events:
+                if isinstance(event, Failed):
+                    raise error_of(event)
+                yield event
+
+    async def astream(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> AsyncIterator[Event]:
+        """As `stream`, for asyncio; other tasks run while the engine computes."""
+        request = self._request(prompt, options)
+        async with contextlib.aclosing(client.aevents(self._connection, request)) as events:  # type: ignore[type-var]
+            async for event in events:
+                if isinstance(event, Failed):
+                    raise error_of(event)
+                yield event
+
+    async def agenerate(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> Response:
+        """As `generate`, for asyncio; a cancelled task cancels the answer."""
+        handle = self.submit(prompt, **options)
+        try:
+            return await asyncio.to_thread(handle.result)
+        except asyncio.CancelledError:
+            handle.cancel()
+            raise
+
+    def submit(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> Handle:
+        """Start an answer and return at once."""
+        return Handle(self._connection, self._request(prompt, options))
+
+    def chat(self, system: str | None = None) -> Chat:
+        """Begin a conversation."""
+        return Chat(self, system)
+
+    def score(self, token_ids: Sequence[int]) -> list[float]:
+        """Natural log-probabilities of `token_ids[1:]`, each given all ids before it: one fewer than given."""
+        self._check_open()
+        request = Score(next_id(), self._id, list(token_ids))
+        for event in client.events(self._connection, request):
+            if isinstance(event, Failed):
+                raise error_of(event)
+            if isinstance(event, Scores):
+                return event.logprobs
+        raise EngineError("The engine ended the scoring without saying why.")
+
+    def close(self) -> None:
+        """Stop what is running and free the model's memory. Closing twice does nothing."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._owns_engine:
+            self._connection.close()
+            return
+        for _ in client.events(self._connection, Unload(next_id(), self._id)):
+            pass
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise EngineError(f"{self.name} is closed. Load it again with edger1.load.")
+
+    def _request(self, prompt: Prompt, options: GenerateOptions) -> Generate:
+        self._check_open()
+        unknown = options.keys() - GenerateOptions.__annotations__.keys()
+        if unknown:
+            raise UsageError(
+                f"{', '.join(sorted(unknown))} is no option of generate; there are "
+                f"{', '.join(GenerateOptions.__annotations__)}."
+            )
+        for name in ("think_budget", "tools", "schema"):
+            if options.get(name):
+                raise NotYetError(f"{name} is not in this version of EdgeR1 yet; leave it out.")
+        if not isinstance(prompt, str | list):
+            raise UsageError(f"The prompt is {prompt!r:.200}; expected a string or a list of messages.")
+        drawn = Sampling(**{name: options.get(name) for name in _SAMPLING})  # type: ignore[arg-type]
+        sampling.check(drawn)
+        sampling.check_count("max_tokens", options.get("max_tokens"))
+        raw = options.get("raw", False) or (isinstance(prompt, str) and not self.info["has_chat_template"])
+        if raw and not isinstance(prompt, str):
+            raise UsageError("raw=True takes a string, and the prompt is a list of messages.")
+        return Generate(
+            next_id(),
+            self._id,
+            messages=None if raw else [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt,
+            prompt=prompt if raw and isinstance(prompt, str) else None,
+            max_tokens=options.get("max_tokens"),
+            sampling=drawn,
+            stop=sampling.check_stop(options.get("stop")),
+            think=options.get("think", "auto"),
+        )
+
+
+class Chat:
+    """A conversation. The engine keeps its KV cache, so that a further turn prefills only what is new."""
+
+    def __init__(self, model: Model, system: str | None = None, messages: Sequence[Message] = ()) -> None:
+        self._model = model
+        self.system = system
+        self.messages: list[Message] = [dict(message) for message in messages]
+
+    def send(self, text: str, **options: Unpack[GenerateOptions]) -> Response:
+        """Say `text` and return the answer; both become part of the conversation."""
+        collector = _Collector()
+        for event in self.stream(text, **options):
+            response = collector.add(event)
+            if response is not None:
+                return response
+        raise EngineError("The engine ended the answer without saying why.")
+
+    def stream(self, text: str, **options: Unpack[GenerateOptions]) -> Iterator[Event]:
+        """As `send`, event by event. What was said before an early end is kept; a failed turn leaves no trace."""
+        if not isinstance(text, str):
+            raise UsageError(f"The message is {text!r:.200}; expected a string.")
+        turn: Message = {"role": "user", "content": text}
+        collector = _Collector()
+        failed = True
+        try:
+            for event in self._model.stream(self._prompt(turn), **options):
+                collector.add(event)
+                yield event
+            failed = False
+        except GeneratorExit:
+            failed = False
+            raise
+        finally:
+            if not failed:
+                # Reasoning is left out of the turns that follow, as the templates of reasoning models do.
+                self.messages += [turn, {"role": "assistant", "content": "".join(collector.text)}]
+
+    def _prompt(self, turn: Message) -> list[Message]:
+        system: list[Message] = [] if self.system is None else [{"role": "system", "content": self.system}]
+        return [*system, *self.messages, turn]
+
+    def fork(self, at: int | None = None) -> Chat:
+        """Return a new conversation with the first `at` turns (a question and its answer) of this one, or with all."""
+        turns = len(self.messages) // 2
+        if at is not None and (not isinstance(at, int) or not 0 <= at <= turns):
+            raise UsageError(f"at is {at!r}; this conversation has {turns} turns, so expected 0 to {turns}.")
+        return Chat(self._model, self.system, self.messages if at is None else self.messages[: 2 * at])
+
+    def save(self, path: str | Path) -> None:
+        """Write the conversation as JSON, whole or not at all."""
+        target = Path(path)
+        temporary = target.with_name(target.name + ".partial")
+        content = {"model": self._model.name, "system": self.system, "messages": self.messages}
+        temporary.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+        temporary.replace(target)
+
+
+class Engine:
+    """Several models under one memory ceiling.
+
+    with edger1.Engine(memory="8GB") as e:
+        a, b = e.load("smollm2-135m"), e.load("qwen3-0.6b")
+    """
+
+    def __init__(self, memory: str | int | None = None) -> None:
+        self._connection = ThreadConnection(memory_bytes(memory))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def load(self, name: str | Path, **options: Any) -> Model:
+        """Load a further model; takes what `edger1.load` takes. Its `memory` is a part of the engine's."""
+        return load_into(self._connection, name, owns_engine=False, **options)
+
+    def close(self) -> None:
+        """Close every model and end the engine."""
+        self._connection.close()
+
+
+def memory_bytes(memory: str | int | None) -> int | None:
+    """Read a memory ceiling: bytes, "6GB", "512MB", or a share of the machine such as "50%"."""
+    if memory is None:
+        return None
+    if isinstance(memory, str):
+        return parse_size(memory, whole=machine_bytes())
+    sampling.check_count("memory", memory)
+    return memory
+
+
+def load_into(
+    connection: Connection,
+    name: str | Path,
+    *,
+    owns_engine: bool,
+    memory: str | int | None = None,
+    context: int | None = None,
+    precision: str = "fast",
+    adapter: str | None = None,
+    expert_slots: int | str | None = None,
+    on_progress: Any = None,
+) -> Model:
+    """Find `name` (fetching it where it is not installed) and load it into an engine."""
+    for option, value in (("adapter", adapter), ("expert_slots", expert_slots)):
+        if value is not None:
+            raise NotYetError(f"{option} is not in this version of EdgeR1 yet; leave it out.")
+    from edger1.fetch import ensure
+
+    folder = ensure(name)
+    request = Load(next_id(), str(folder), memory_bytes(memory), context, precision)
+    for event in client.events(connection, request):
+        if isinstance(event, Failed):
+            raise error_of(event)
+        if isinstance(event, Progress) and on_progress is not None:
+            on_progress(event.done, event.total)
+        if isinstance(event, Loaded):
+            return Model(connection, event, owns_engine)
+    raise EngineError("The engine ended the loading without saying why.")
+
+
+def load(name: str | Path, **options: Any) -> Model:
+    """Load a model by alias, hub repository or folder, with an engine of its own.
+
+    memory: the ceiling, as bytes, "6GB" or "50%" (default: three quarters of the machine). context: tokens of prompt and
+    answer together. precision: "fast" (int8 activations on CPUs) or "exact". on_progress(done, total) in bytes.
+
+    Raises UnknownModelError, SourceError, FormatError, MemoryCeilingError, UsageError.
+    """
+    connection = ThreadConnection()
+    try:
+        return load_into(connection, name, owns_engine=True, **options)
+    except BaseException:
+        connection.close()
+        raise
+
+
+def plan(name: str | Path, memory: str | int | None = None, context: int | None = None) -> Plan:
+    """Work out what an installed model needs of memory, without loading it. Raises what `load` raises for a bad name."""
+    from edger1.folder import inspect
+    from edger1.installed import resolve
+    from edger1.loader import plan_folder
+
+    sampling.check_count("context", context)
+    return plan_folder(inspect(resolve(name)), memory_bytes(memory) or default_ceiling(), context)

@@ -1,0 +1,155 @@
+"""How the next token is drawn: the settings checked, the model's own defaults filled in, mlx-lm's samplers built.
+
+Order of precedence: what the request says, then what the registry says of the model, then the model's own
+generation_config.json, then greedy decoding. Every request draws from a random state of its own, so that a seed gives
+the same answer whatever else the engine is doing.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from edger1.errors import UsageError
+from edger1.messages import Sampling
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+
+# The window that repetition_penalty looks back over; llama.cpp and Ollama use the same.
+REPETITION_WINDOW = 64
+
+_GREEDY = Sampling(temperature=0.0, top_p=1.0, top_k=0, min_p=0.0, repetition_penalty=1.0)
+_RANGES: dict[str, tuple[float, float, str]] = {
+    "temperature": (0.0, 100.0, "a number from 0 (greedy) to 100"),
+    "top_p": (0.0, 1.0, "a number above 0 and up to 1"),
+    "top_k": (0, 2**31, "a whole number, 0 for off"),
+    "min_p": (0.0, 1.0, "a number from 0 to 1"),
+    "repetition_penalty": (0.0, 100.0, "a number above 0 and up to 100, 1 for none"),
+    "seed": (0, 2**64 - 1, "a whole number from 0 to 2**64 - 1"),
+}
+_WHOLE = ("top_k", "seed")
+_POSITIVE = ("top_p", "repetition_penalty")
+
+
+def check(sampling: Sampling) -> None:
+    """Raise UsageError for a setting that has the wrong type or is out of range."""
+    for name, (low, high, expected) in _RANGES.items():
+        value = getattr(sampling, name)
+        if value is None:
+            continue
+        kind: tuple[type, ...] = (int,) if name in _WHOLE else (int, float)
+        fits = (
+            isinstance(value, kind)
+            and not isinstance(value, bool)
+            and math.isfinite(value)
+            and low <= value <= high
+            and (value > 0 or name not in _POSITIVE)
+        )
+        if not fits:
+            raise UsageError(f"{name} is {value!r}; expected {expected}.")
+
+
+def check_stop(stop: Any) -> list[str]:
+    """Return `stop` as a list of stop strings; a single string counts as one. Raises UsageError for anything else."""
+    if stop is None:
+        return []
+    strings = [stop] if isinstance(stop, str) else stop
+    if not isinstance(strings, list | tuple) or not all(isinstance(s, str) and s for s in strings):
+        raise UsageError(f'stop is {stop!r}; expected a list of non-empty strings, such as ["\\n\\n", "END"].')
+    return list(strings)
+
+
+def check_count(name: str, value: Any) -> None:
+    """Raise UsageError unless `value` is None or a whole number of at least 1."""
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+        raise UsageError(f"{name} is {value!r}; expected a whole number of at least 1.")
+
+
+def from_generation_config(config: Mapping[str, Any]) -> Sampling:
+    """Read a model's generation_config.json; what is out of range is left out."""
+    if config.get("do_sample") is False:
+        return Sampling(temperature=0.0)
+    defaults = Sampling()
+    for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty"):
+        candidate = replace(defaults, **{name: config.get(name)})
+        try:
+            check(candidate)
+        except UsageError:
+            continue
+        defaults = candidate
+    return defaults
+
+
+def merge(*choices: Sampling) -> Sampling:
+    """Merge settings; the first that sets a value wins."""
+    return Sampling(
+        **{name: next((v for c in choices if (v := getattr(c, name)) is not None), None) for name in _RANGES}
+    )
+
+
+def resolve(*choices: Sampling) -> Sampling:
+    """Merge settings, and fill in greedy decoding where none of them says anything."""
+    return merge(*choices, _GREEDY)
+
+
+@dataclass
+class RandomState:
+    """The random state of one request, swapped into MLX's own (one a thread) when its turn comes."""
+
+    key: int
+
+    @classmethod
+    def seeded(cls, seed: int | None) -> RandomState:
+        """Start from `seed`, or from the system's entropy where it is None."""
+        return cls(secrets.randbits(64) if seed is None else seed)
+
+    def enter(self, previous: RandomState | None) -> None:
+        """Make this the state that MLX draws from; `previous` is the request that drew last, if another one."""
+        import mlx.core as mx
+
+        if previous is self:
+            return
+        if previous is not None:
+            high, low = mx.random.state[0].tolist()
+            previous.key = (high << 32) | low
+        mx.random.seed(self.key)
+
+
+class Sampler:
+    """Draws one token from logits of shape (1, vocabulary), with mlx-lm's samplers and penalties."""
+
+    def __init__(self, sampling: Sampling, vocabulary: int) -> None:
+        from mlx_lm.sample_utils import make_logits_processors, make_sampler
+
+        self.greedy = not sampling.temperature
+        penalty = sampling.repetition_penalty or 1.0
+        self._processors = make_logits_processors(
+            repetition_penalty=None if penalty == 1.0 else penalty, repetition_context_size=REPETITION_WINDOW
+        )
+        top_k = sampling.top_k or 0
+        self._draw: Callable[[mx.array], mx.array] = make_sampler(
+            temp=float(sampling.temperature or 0.0),
+            top_p=0.0 if sampling.top_p is None else float(sampling.top_p),
+            min_p=float(sampling.min_p or 0.0),
+            # mlx-lm refuses a top_k of the vocabulary or more, which keeps every token anyhow.
+            top_k=top_k if top_k < vocabulary else 0,
+        )
+
+    @property
+    def looks_back(self) -> bool:
+        """Whether the tokens so far change what is drawn."""
+        return bool(self._processors)
+
+    def __call__(self, logits: mx.array, tokens: list[int]) -> mx.array:
+        """Draw from `logits` (1, vocabulary) after `tokens`; returns token ids of shape (1,), not yet evaluated."""
+        import mlx.core as mx
+
+        for process in self._processors:
+            logits = process(tokens, logits)
+        if self.greedy:
+            return mx.argmax(logits, axis=-1)
+        return self._draw(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
