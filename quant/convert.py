@@ -11,6 +11,7 @@ import contextlib
 import errno
 import fcntl
 import json
+import math
 import os
 import shutil
 from collections import Counter
@@ -117,7 +118,7 @@ def _write(
             if on_progress is not None:
                 on_progress(done, total)
 
-    parameters = sum(int(np.prod(tensor.shape, dtype=object)) for tensor in tensors)
+    parameters = sum(math.prod(tensor.shape) for tensor in tensors)
     files = shards.write(folder, shards.split(units), arrays(), parameters)
     built.write(folder)
     # Last, because without config.json nothing takes the folder for a model.

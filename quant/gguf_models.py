@@ -69,7 +69,7 @@ def plan(header: Header, rope_factors: np.ndarray | None = None) -> Plan:
     name = header.text("general.architecture")
     if name not in ARCHITECTURES:
         raise FormatError(
-            f"{header.name} has the architecture {name!r}; GGUF files of {', '.join(ARCHITECTURES)} can be converted. "
+            f"{header.name} has the architecture {name[:40]!r}; GGUF files of {', '.join(ARCHITECTURES)} can be converted. "
             "Get this model as an MLX folder instead."
         )
     sizes = _sizes(header, name)
@@ -219,7 +219,9 @@ def _rope_scaling(
     kind = header.text(f"{name}.rope.scaling.type", "none")
     if rope_factors is not None:
         if kind not in ("none", "llama3"):
-            raise FormatError(f"{header.name} has RoPE factors and {kind!r} scaling at once, which is not supported.")
+            raise FormatError(
+                f"{header.name} has RoPE factors and {kind[:40]!r} scaling at once, which is not supported."
+            )
         return _llama3_scaling(header, config, rope_factors)
     if kind == "none":
         return None
@@ -230,7 +232,7 @@ def _rope_scaling(
         original = _positive(header, f"{name}.rope.scaling.original_context_length")
         return {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
     raise FormatError(
-        f"{header.name} uses RoPE scaling {kind!r} in a form that cannot be converted; none, linear and yarn can. "
+        f"{header.name} uses RoPE scaling {kind[:40]!r} in a form that cannot be converted; none, linear and yarn can. "
         "Get the model as an MLX folder instead."
     )
 

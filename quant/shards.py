@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
+
 from edger1.quant.formats.ggml import Array
 
 SHARD_BYTES = 5 << 30
@@ -69,7 +71,7 @@ def write(
                 if tuple(arrays) != unit.names:
                     raise AssertionError(f"planned {unit.names} but got {tuple(arrays)}")
                 for name, array in arrays.items():
-                    file.write(memoryview(array.data.reshape(-1).view("u1")))
+                    file.write(np.ascontiguousarray(array.data).data.cast("B"))
                     end = at + array.data.nbytes
                     entries[name] = {"dtype": array.dtype, "shape": list(array.shape), "data_offsets": [at, end]}
                     weight_map[name] = file_name

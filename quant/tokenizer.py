@@ -90,7 +90,7 @@ def build(header: Header, vocabulary: int) -> BuiltTokenizer:
     kind = header.text("tokenizer.ggml.model")
     if kind not in _BUILDERS:
         raise FormatError(
-            f"{header.name} has a tokenizer of the kind {kind!r}; {' and '.join(_BUILDERS)} can be converted. "
+            f"{header.name} has a tokenizer of the kind {kind[:40]!r}; {' and '.join(_BUILDERS)} can be converted. "
             "Get the model as an MLX folder instead."
         )
     tokens = _tokens(header, vocabulary)
@@ -140,9 +140,11 @@ def _tokens(header: Header, vocabulary: int) -> list[str]:
         raise FormatError(
             f"{header.name} lists {len(tokens):,} tokens, but its embedding has {vocabulary:,} rows; it is damaged."
         )
-    if len(set(tokens)) != len(tokens):
-        twice = next(text for i, text in enumerate(tokens) if text in tokens[:i])
-        raise FormatError(f"{header.name} lists the token {twice!r} twice; it is damaged.")
+    seen: set[str] = set()
+    for text in tokens:
+        if text in seen:
+            raise FormatError(f"{header.name} lists the token {text[:80]!r} twice; it is damaged.")
+        seen.add(text)
     return tokens
 
 
@@ -159,7 +161,7 @@ def _byte_level(header: Header, tokens: list[str], types: list[int]) -> tuple[bo
     name = header.text("tokenizer.ggml.pre", "missing")
     if name not in _SPLITTINGS:
         raise FormatError(
-            f"{header.name} splits text by the pre-tokenizer {name!r}; {', '.join(_SPLITTINGS)} can be converted. "
+            f"{header.name} splits text by the pre-tokenizer {name[:40]!r}; {', '.join(_SPLITTINGS)} can be converted. "
             "Get the model as an MLX folder instead."
         )
     splitting = _SPLITTINGS[name]

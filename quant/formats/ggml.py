@@ -12,6 +12,7 @@ so the codes of Q4_0, Q4_1 and Q8_0 move over as they are, and no number changes
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -159,7 +160,7 @@ def check_type(name: str, kind: GGMLType, shape: tuple[int, ...]) -> None:
 
 def carried_bytes(kind: GGMLType, shape: tuple[int, ...]) -> int:
     """Return an upper bound of the bytes that a tensor takes once carried over (f32 scales and biases)."""
-    elements = int(np.prod(shape, dtype=object))
+    elements = math.prod(shape)
     if kind.block_elements == 1:
         return elements * kind.block_bytes
     codes = elements // 2 if kind.name.startswith("Q4") else elements
