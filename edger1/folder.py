@@ -1,0 +1,168 @@
+"""Looks into a model folder and says what is in it, without MLX and without reading a weight.
+
+A model folder is laid out as mlx-lm writes it: config.json, the tokenizer's files, model*.safetensors and, where there
+are several of those, an index. Whatever a folder claims is checked before anyone builds on it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edger1.errors import FormatError, UnknownModelError
+from edger1.quant.formats import safetensors
+
+INDEX_NAME = "model.safetensors.index.json"
+MAX_JSON_BYTES = 100_000_000
+
+_PICKLES = ("pytorch_model*.bin", "model*.bin", "*.pth", "*.pt", "*.ckpt")
+_CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "max_sequence_length")
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """What a model folder holds. `total_bytes` counts the weight files; `parameters` counts unpacked weights.
+
+    `parameters` leaves out the scales and biases of quantization. `context_length` is None where config.json does not
+    give one.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    model_type: str
+    architecture: str | None
+    quantization: dict[str, Any] | None
+    weight_files: tuple[Path, ...]
+    total_bytes: int
+    parameters: int
+    context_length: int | None
+    has_chat_template: bool
+
+
+def inspect(folder: Path) -> ModelFolder:
+    """Describe the model folder `folder`.
+
+    Raises UnknownModelError where there is no such folder, FormatError where it is not a whole model: config.json or
+    weights missing or damaged, an index that names files that are missing or outside, weights as pickles only.
+    """
+    if not folder.is_dir():
+        found = "is a file" if folder.exists() else "does not exist"
+        raise UnknownModelError(f"{folder} {found}; expected a folder with config.json and model*.safetensors.")
+    config = _read_config(folder)
+    files = _weight_files(folder)
+    headers = [safetensors.read_header(file) for file in files]
+    if not any(header.entries for header in headers):
+        raise FormatError(f"{folder} has weight files that hold no tensors; fetch the model again.")
+    quantization = config.get("quantization")
+    text_config = config.get("text_config")
+    nested = text_config if isinstance(text_config, dict) else {}
+    architectures = config.get("architectures")
+    return ModelFolder(
+        path=folder,
+        config=config,
+        model_type=config["model_type"],
+        architecture=str(architectures[0]) if isinstance(architectures, list) and architectures else None,
+        quantization=quantization if isinstance(quantization, dict) else None,
+        weight_files=files,
+        total_bytes=sum(file.stat().st_size for file in files),
+        parameters=sum(_parameters(header, quantization) for header in headers),
+        context_length=_context_length(config) or _context_length(nested),
+        has_chat_template=_has_chat_template(folder),
+    )
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not path.is_file():
+        hint = " It holds GGUF files: convert one with `edger1 pull PATH`." if any(folder.glob("*.gguf")) else ""
+        raise FormatError(f"{folder} has no config.json, so it is no model folder.{hint}")
+    config = _read_json(path)
+    if not isinstance(config, dict):
+        raise FormatError(f"{path} is not a JSON object; fetch the model again.")
+    if not isinstance(config.get("model_type"), str) or not config["model_type"]:
+        raise FormatError(f'{path} does not say which model_type it is; expected for example "model_type": "qwen3".')
+    return config
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise FormatError(f"{path} has {path.stat().st_size:,} bytes, which is too large for what it should be.")
+        return json.loads(path.read_bytes().decode("utf-8"))
+    except OSError as error:
+        raise FormatError(f"{path} cannot be read: {(error.strerror or str(error)).lower()}.") from error
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{path} is not valid JSON; fetch the model again.") from error
+
+
+def _weight_files(folder: Path) -> tuple[Path, ...]:
+    present = {path.name: path for path in sorted(folder.glob("model*.safetensors"))}
+    index = folder / INDEX_NAME
+    if index.is_file():
+        missing = sorted(_indexed_files(index) - present.keys())
+        if missing:
+            raise FormatError(
+                f"{folder} is incomplete: {len(missing)} weight files that its index names are missing, such as "
+                f"{missing[0]!r}. Fetch the model again."
+            )
+    if present:
+        return tuple(present.values())
+    if any(next(folder.glob(pattern), None) for pattern in _PICKLES):
+        raise FormatError(
+            f"{folder} holds its weights as Python pickles only, which can run code when read and are refused. "
+            "Get the model as safetensors."
+        )
+    raise FormatError(f"{folder} has a config.json but no weights (model*.safetensors); fetch the model again.")
+
+
+def _indexed_files(index: Path) -> set[str]:
+    content = _read_json(index)
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise FormatError(f"{index} has no weight_map of tensor names to file names; fetch the model again.")
+    files = set(weight_map.values())
+    for name in files:
+        if not name or name in (".", "..") or any(mark in name for mark in ("/", "\\", "\0")):
+            raise FormatError(f"{index} names the file {name[:80]!r}, which is not a plain file name beside it.")
+    return files
+
+
+def _parameters(header: safetensors.Header, quantization: Any) -> int:
+    count = 0
+    for name, entry in header.entries.items():
+        path, _, suffix = name.rpartition(".")
+        if f"{path}.scales" in header.entries and suffix in ("weight", "scales", "biases"):
+            if suffix == "weight" and entry.dtype == "U32":
+                count += entry.nbytes * 8 // _bits(path, quantization)
+        else:
+            count += math.prod(entry.shape)
+    return count
+
+
+def _bits(path: str, quantization: Any) -> int:
+    """Return the bits that each weight of the module `path` is packed into."""
+    settings = quantization if isinstance(quantization, dict) else {}
+    own = settings.get(path)
+    bits = (own if isinstance(own, dict) else settings).get("bits", 4)
+    return bits if isinstance(bits, int) and not isinstance(bits, bool) and 1 <= bits <= 8 else 4
+
+
+def _context_length(config: dict[str, Any]) -> int | None:
+    for key in _CONTEXT_KEYS:
+        value = config.get(key)
+        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+            return value
+    return None
+
+
+def _has_chat_template(folder: Path) -> bool:
+    if any((folder / name).is_file() for name in ("chat_template.jinja", "chat_template.json")):
+        return True
+    path = folder / "tokenizer_config.json"
+    if not path.is_file():
+        return False
+    config = _read_json(path)
+    return isinstance(config, dict) and bool(config.get("chat_template"))
