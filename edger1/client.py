@@ -7,6 +7,7 @@ last of them is terminal. If the engine dies, every open request gets a Failed, 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import os
 import queue
@@ -15,9 +16,10 @@ import subprocess
 import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
+from functools import partial
 from typing import Protocol
 
-from edger1 import errors
+from edger1 import errors, worker
 from edger1.messages import (
     Cancel,
     Done,
@@ -96,22 +98,14 @@ class _Router:
             on_event(Failed(id_, "EngineError", reason))
 
 
-class ThreadConnection:
+class ThreadConnection(worker.Closable):
     """An engine on a thread of this process: what the library uses."""
 
     def __init__(self, ceiling_bytes: int | None = None) -> None:
         self._router = _Router()
         self._inbox: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._serve, args=(ceiling_bytes,), name="edger1-engine", daemon=True)
-        self._thread.start()
-
-    def _serve(self, ceiling_bytes: int | None) -> None:
-        from edger1.engine import Scheduler
-
-        try:
-            Scheduler(self._router.deliver, ceiling_bytes).run(self._inbox)
-        finally:
-            self._router.end("The engine is closed.")
+        self._ended = threading.Event()
+        worker.start(self, partial(_serve, self._router, self._inbox, self._ended, ceiling_bytes))
 
     def submit(self, request: Request, on_event: OnEvent) -> None:
         """Send a request; `on_event` is called from the engine's thread and must not block."""
@@ -123,10 +117,24 @@ class ThreadConnection:
         self._inbox.put(request)
 
     def close(self) -> None:
-        """End the engine and wait for its thread."""
+        """End the engine and wait until its thread is free; the step that is running is finished first."""
         self._inbox.put(None)
-        if threading.current_thread() is not self._thread:
-            self._thread.join(_SHUTDOWN_S)
+        self._ended.wait()
+
+
+def _serve(
+    router: _Router,
+    inbox: queue.SimpleQueue[Request | None],
+    ended: threading.Event,
+    ceiling_bytes: int | None,
+) -> None:
+    from edger1.engine import Scheduler
+
+    try:
+        Scheduler(router.deliver, ceiling_bytes).run(inbox)
+    finally:
+        router.end("The engine is closed.")
+        ended.set()
 
 
 class ChildConnection:
@@ -202,10 +210,8 @@ class ChildConnection:
         self._closing = True
         assert self._process.stdin is not None
         with self._writing:
-            try:
+            with contextlib.suppress(BrokenPipeError):
                 self._process.stdin.close()
-            except BrokenPipeError:
-                pass
         try:
             self._process.wait(_SHUTDOWN_S)
         except subprocess.TimeoutExpired:
@@ -235,11 +241,9 @@ async def aevents(connection: Connection, request: Request) -> AsyncIterator[Eve
     arrived: asyncio.Queue[Event] = asyncio.Queue()
 
     def hand_over(event: Event) -> None:
-        try:
+        # A loop that has closed has nobody waiting any more.
+        with contextlib.suppress(RuntimeError):
             loop.call_soon_threadsafe(arrived.put_nowait, event)
-        except RuntimeError:
-            # The loop has closed; nobody is waiting any more.
-            pass
 
     connection.submit(request, hand_over)
     ended = False

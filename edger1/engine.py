@@ -1,8 +1,8 @@
 """The step scheduler: everything that touches MLX happens here, on one thread.
 
-Requests come in through a queue, events go out through a callback. The loop takes what has arrived, then gives the next
-job in turn one step (a prefill chunk, a token, a few tensors of a model being loaded), and so on: several answers stream
-side by side, and a Cancel takes effect within one step of the job it names.
+Requests come in through a queue, events go out through a callback. The loop takes what has arrived, then gives the
+next job in turn one step (a prefill chunk, a token, a few tensors of a model being loaded), and so on: several answers
+stream side by side, and a Cancel takes effect within one step of the job it names.
 
 A request that fails answers with Failed and leaves the engine alive; whatever it had reached is dropped with it.
 """

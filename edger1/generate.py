@@ -6,8 +6,8 @@ Each call of `step` does one chunk or one token and returns, so that the schedul
 between. The prompt's last token is fed apart from the chunks: their logits are then never needed, and MLX, being lazy,
 never computes them.
 
-On a GPU the next token's graph is built and started before the last one is read back, so that the device never waits for
-Python. On a CPU there is nothing to overlap, and the forward pass after the last token would be wasted.
+On a GPU the next token's graph is built and started before the last one is read back, so that the device never waits
+for Python. On a CPU there is nothing to overlap, and the forward pass after the last token would be wasted.
 """
 
 from __future__ import annotations
@@ -109,8 +109,8 @@ class Generation:
         room = model.context - len(self._prompt)
         if room < 1:
             raise ContextError(
-                f"The prompt has {len(self._prompt)} tokens, and the context of {model.context} tokens must hold it and "
-                f"the answer. Shorten it, or give a larger context with --context."
+                f"The prompt has {len(self._prompt)} tokens, and the context of {model.context} tokens must hold it "
+                f"and the answer. Shorten it, or give a larger context with --context."
             )
         self._max_tokens = min(room, request.max_tokens or room)
 

@@ -14,13 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edger1 import kernels, sampling
+from edger1 import installed, kernels, registry, sampling
 from edger1.cache import PrefixCache
 from edger1.errors import FormatError
 from edger1.folder import ModelFolder, inspect
 from edger1.memory import Plan, choose_context, make_plan
 from edger1.messages import Sampling
 from edger1.mlx_runtime import on_gpu, prepare
+from edger1.quant.formats import safetensors
 from edger1.thinking import Markers
 
 GPU_PREFILL_STEP = 2048
@@ -117,12 +118,8 @@ def plan_folder(folder: ModelFolder, ceiling_bytes: int, context: int | None) ->
 
 def widened_bytes(folder: ModelFolder) -> int:
     """Bytes that 16-bit floats gain when they are widened to f32."""
-    return sum(
-        tensor.nbytes
-        for header in folder.headers.values()
-        for tensor in header.values()
-        if tensor.dtype in ("F16", "BF16")
-    )
+    headers = (safetensors.read_header(file) for file in folder.weight_files)
+    return sum(e.nbytes for header in headers for e in header.entries.values() if e.dtype in ("F16", "BF16"))
 
 
 def load(name: str, path: Path, *, ceiling_bytes: int, context: int | None, precision: str) -> Iterator[Any]:
@@ -142,8 +139,8 @@ def load(name: str, path: Path, *, ceiling_bytes: int, context: int | None, prec
         model, config = load_model(path, lazy=True)
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise FormatError(
-            f"{name}: mlx-lm cannot build a model from {path} ({type(error).__name__}: {error}). Its config.json and its "
-            f"weights must belong together, and model_type {folder.model_type!r} must be one that mlx-lm knows."
+            f"{name}: mlx-lm cannot build a model from {path} ({type(error).__name__}: {error}). Its config.json and "
+            f"its weights must belong together, and model_type {folder.model_type!r} must be one that mlx-lm knows."
         ) from error
 
     total, done = plan.resident_bytes, 0
@@ -187,12 +184,10 @@ def load(name: str, path: Path, *, ceiling_bytes: int, context: int | None, prec
 
 def sampling_defaults(path: Path) -> Sampling:
     """Read the model's sampling defaults: the registry's, where it names the model, over generation_config.json's."""
-    from edger1.registry import sampling_of
-
     try:
         config = json.loads((path / "generation_config.json").read_text("utf-8"))
     except (OSError, ValueError):
         config = {}
     own = sampling.from_generation_config(config if isinstance(config, dict) else {})
-    named = sampling_of(path)
-    return own if named is None else sampling.merge(named, own)
+    entry = registry.find(installed.name_of(path))
+    return own if entry is None else sampling.merge(entry.sampling, own)

@@ -48,8 +48,8 @@ class Plan:
         if self.smallest_ceiling_bytes > self.ceiling_bytes:
             raise MemoryCeilingError(
                 f"{name} with a context of {self.context} tokens needs {format_bytes(self.smallest_ceiling_bytes)} of "
-                f"memory, and the ceiling is {format_bytes(self.ceiling_bytes)}. Give it more with --memory, or ask for "
-                f"less with --context."
+                f"memory, and the ceiling is {format_bytes(self.ceiling_bytes)}. Give it more with --memory, or ask "
+                f"for less with --context."
             )
 
 

@@ -19,9 +19,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self, TypedDict, Unpack
 
-from edger1 import client, sampling
+from edger1 import client, installed, registry, sampling
 from edger1.client import Connection, ThreadConnection, error_of, next_id
-from edger1.errors import EdgeR1Error, EngineError, NotYetError, UsageError
+from edger1.errors import EdgeR1Error, EngineError, NotYetError, UnknownModelError, UsageError
 from edger1.memory import Plan, default_ceiling, machine_bytes
 from edger1.messages import (
     Cancel,
@@ -51,9 +51,9 @@ Prompt = str | list[Message]
 class GenerateOptions(TypedDict, total=False):
     """What `generate`, `stream`, `astream`, `submit` and a chat's `send` take beside the prompt.
 
-    None or a missing value leaves a setting to the model's own defaults. `stop` is a list of strings that end the answer
-    and are cut off it. `think` is "auto", "on" or "off" where the model's template can switch its reasoning. `raw` gives a
-    string to the model as it stands, without its chat template.
+    None or a missing value leaves a setting to the model's own defaults. `stop` is a list of strings that end the
+    answer and are cut off it. `think` is "auto", "on" or "off" where the model's template can switch its reasoning.
+    `raw` gives a string to the model as it stands, without its chat template.
     """
 
     max_tokens: int | None
@@ -377,6 +377,22 @@ def memory_bytes(memory: str | int | None) -> int | None:
     return memory
 
 
+def find(name: str | Path, *, offline: bool = False, **watch: Any) -> Path:
+    """Return the folder of the model that `name` means; one that the registry knows is fetched where it is missing.
+
+    `watch` is passed on to `pull`. Raises UnknownModelError for any other name that is not installed, what `pull`
+    raises where fetching fails.
+    """
+    try:
+        return installed.resolve(name)
+    except UnknownModelError:
+        if registry.find(str(name)) is None:
+            raise
+    from edger1.pull import pull
+
+    return pull(name, offline=offline, **watch)
+
+
 def load_into(
     connection: Connection,
     name: str | Path,
@@ -393,10 +409,11 @@ def load_into(
     for option, value in (("adapter", adapter), ("expert_slots", expert_slots)):
         if value is not None:
             raise NotYetError(f"{option} is not in this version of EdgeR1 yet; leave it out.")
-    from edger1.fetch import ensure
-
-    folder = ensure(name)
-    request = Load(next_id(), str(folder), memory_bytes(memory), context, precision)
+    if isinstance(memory, str):
+        memory = memory_bytes(memory)
+    folder = find(name)
+    installed.touch(folder)
+    request = Load(next_id(), str(folder), memory, context, precision)
     for event in client.events(connection, request):
         if isinstance(event, Failed):
             raise error_of(event)
@@ -410,8 +427,8 @@ def load_into(
 def load(name: str | Path, **options: Any) -> Model:
     """Load a model by alias, hub repository or folder, with an engine of its own.
 
-    memory: the ceiling, as bytes, "6GB" or "50%" (default: three quarters of the machine). context: tokens of prompt and
-    answer together. precision: "fast" (int8 activations on CPUs) or "exact". on_progress(done, total) in bytes.
+    memory: the ceiling, as bytes, "6GB" or "50%" (default: three quarters of the machine). context: tokens of prompt
+    and answer together. precision: "fast" (int8 activations on CPUs) or "exact". on_progress(done, total) in bytes.
 
     Raises UnknownModelError, SourceError, FormatError, MemoryCeilingError, UsageError.
     """
@@ -424,10 +441,9 @@ def load(name: str | Path, **options: Any) -> Model:
 
 
 def plan(name: str | Path, memory: str | int | None = None, context: int | None = None) -> Plan:
-    """Work out what an installed model needs of memory, without loading it. Raises what `load` raises for a bad name."""
+    """Work out what an installed model needs of memory, without loading it. Raises as `load` does for a bad name."""
     from edger1.folder import inspect
-    from edger1.installed import resolve
     from edger1.loader import plan_folder
 
     sampling.check_count("context", context)
-    return plan_folder(inspect(resolve(name)), memory_bytes(memory) or default_ceiling(), context)
+    return plan_folder(inspect(installed.resolve(name)), memory_bytes(memory) or default_ceiling(), context)

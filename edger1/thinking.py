@@ -1,8 +1,8 @@
 """Reasoning apart from the answer, while both stream.
 
 A reasoning model writes its thought between markers (`<think>` ... `</think>` for DeepSeek-R1 and Qwen3). Text arrives
-in pieces that may cut a marker or a stop string in two; mlx-lm's TextStateMachine holds back just what could still become
-one, and splits the rest.
+in pieces that may cut a marker or a stop string in two; mlx-lm's TextStateMachine holds back just what could still
+become one, and splits the rest.
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ def _answer_once(
     with load_model(name, memory=memory, context=context, precision=precision, offline=offline) as loaded:
         typer.echo(f"> {question}\n")
         done = None
-        for event in loaded.chat(system).stream(question, max_tokens=256, seed=1):
+        for event in loaded.chat(system).stream(question, max_tokens=256, temperature=0.0):
             if isinstance(event, Text):
                 typer.echo(event.text, nl=False)
                 sys.stdout.flush()

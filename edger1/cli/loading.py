@@ -15,18 +15,11 @@ if TYPE_CHECKING:
 
 def ensure_model(name: str, offline: bool) -> Path:
     """Return the model's folder, fetching it with a progress bar where it is not installed."""
-    from edger1.cli.pull import fetch_with_progress
-    from edger1.errors import UnknownModelError
-    from edger1.installed import resolve
-    from edger1.registry import lookup
+    from edger1.cli.pull import reporting
+    from edger1.model import find
 
-    try:
-        return resolve(name)
-    except UnknownModelError:
-        # Only what the registry knows is fetched without being asked to; `edger1 pull` takes the rest.
-        if "/" not in name:
-            lookup(name)
-        return fetch_with_progress(name, offline=offline)
+    with reporting() as watch:
+        return find(name, offline=offline, on_progress=watch.progress, on_note=watch.note)
 
 
 def load_model(name: str, *, memory: str | None, context: int | None, precision: str, offline: bool) -> Model:
