@@ -3,16 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from collections.abc import Callable
 from contextlib import aclosing
 
-from textual import on
-from textual.app import App, ComposeResult
-from textual.binding import Binding
-from textual.css.query import NoMatches
-from textual.widgets import Footer
-
-from edger1.errors import UsageError
-from edger1.messages import Done, Failed, Loaded, Progress, Text, Thought
 from edger1.tui.backend import Backend
 from edger1.tui.figures import figures, memory
 from edger1.tui.session import Session, State
@@ -25,11 +19,19 @@ from edger1.tui.widgets.question import Question
 from edger1.tui.widgets.status import Status
 from edger1.tui.widgets.transcript import Transcript
 from edger1.tui.widgets.welcome import Welcome
+from textual import on
+from textual.app import App, ComposeResult
+from textual.binding import Binding
+from textual.css.query import NoMatches
+from textual.widgets import Footer
+
+from edger1.errors import UsageError
+from edger1.messages import Done, Failed, Loaded, Progress, Text, Thought
 
 REMARKS = {"cancelled": "Stopped.", "length": "Stopped at the limit of length."}
 
 
-class ChatApp(App[None]):
+class ChatApp(App[None], inherit_bindings=False):
     """The screen of the chat. What the engine does is the session's business; this shows it and takes keys."""
 
     TITLE = "EdgeR1"
@@ -44,14 +46,20 @@ class ChatApp(App[None]):
         Binding("ctrl+c", "quit", "Quit", show=False),
     ]
     CSS = """
-    Screen { background: $background; }
+    Screen { background: $background; padding: 0 1; }
     Footer { background: $background; padding: 0 1; }
     Footer FooterKey { background: $background; color: $text-muted; }
     Footer FooterKey .footer-key--key { background: $background; color: $text-primary; }
     """
 
     def __init__(
-        self, backend: Backend, model_name: str, *, system: str | None = None, theme: str | None = None
+        self,
+        backend: Backend,
+        model_name: str,
+        *,
+        system: str | None = None,
+        theme: str | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         super().__init__()
         for own in THEMES:
@@ -62,6 +70,7 @@ class ChatApp(App[None]):
         self.theme = theme or DARK.name
         self.session = Session(backend, system)
         self._model_name = model_name
+        self._clock = clock
         self._waiting: Question | None = None
         self._answer: Answer | None = None
 
@@ -163,7 +172,7 @@ class ChatApp(App[None]):
 
     async def _ask(self, question: Question) -> None:
         question.sent()
-        answer = self._answer = Answer()
+        answer = self._answer = Answer(self._clock)
         await self._transcript.say(answer)
         self._say("Reading")
         async with aclosing(self.session.ask(question.text)) as events:

@@ -1,7 +1,7 @@
 """Model text made safe for a terminal.
 
-What a model says is data. Control characters can move the cursor, recolour the screen, set the clipboard or the window's
-title; bidirectional overrides can show a text in another order than it has; a lone surrogate cannot be written at all.
+What a model says is data. Control characters can move the cursor, recolour the screen, set the clipboard or the title
+of the window; bidirectional overrides show a text in another order than it has; a lone surrogate cannot be written.
 """
 
 from __future__ import annotations

@@ -10,6 +10,14 @@ def memory(size_bytes: int) -> str:
     return f"{size_bytes / 1e9:.1f} GB" if size_bytes >= 1e9 else f"{size_bytes / 1e6:.0f} MB"
 
 
+def duration(seconds: float) -> str:
+    """A length of time as people read it: 4.2 s, 37 s, 2 min 5 s."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
 def figures(done: Done) -> list[str]:
     """What one answer cost, the most wanted figure first; what was not measured is left out."""
     cost, usage = done.figures, done.usage

@@ -16,7 +16,7 @@ _MATH = {"\\(": "\\)", "\\[": "\\]", "$$": "$$"}
 
 
 def parser() -> Parser:
-    """A parser for CommonMark with tables and strikethrough; HTML is text, and LaTeX between its marks is kept whole."""
+    """A parser for CommonMark with tables and strikethrough, where HTML is text and LaTeX between its marks is kept."""
     markdown = Parser("commonmark", {"html": False})
     markdown.enable(["table", "strikethrough"])
     markdown.inline.ruler.before("escape", "math", _math)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from enum import Enum
 from typing import Any, cast
 
-from edger1.errors import EdgeR1Error
-from edger1.messages import Done, Event, Failed, Loaded, Text, Thought
 from edger1.tui.backend import Backend
 from edger1.tui.conversation import Conversation
+
+from edger1.errors import EdgeR1Error
+from edger1.messages import Done, Event, Failed, Loaded, Text, Thought
 
 
 class State(Enum):
@@ -47,7 +48,7 @@ class Session:
         self.backend.cancel()
         return True
 
-    async def load(self) -> AsyncIterator[Event]:
+    async def load(self) -> AsyncGenerator[Event, None]:
         """Load the model: progress, then exactly one Loaded or Failed."""
         self.state = State.LOADING
         async with aclosing(_to_the_end(self.backend.load(), Loaded)) as events:
@@ -58,7 +59,7 @@ class Session:
                     self.state = State.ASLEEP
                 yield event
 
-    async def ask(self, question: str) -> AsyncIterator[Event]:
+    async def ask(self, question: str) -> AsyncGenerator[Event, None]:
         """Ask and yield what the user may see of the answer, then exactly one Done or Failed; `kept` tells the rest."""
         conversation = self.conversation
         conversation.begin(question)
@@ -79,7 +80,7 @@ class Session:
             self.kept = conversation.end()
 
 
-async def _to_the_end(events: AsyncIterator[Event], ending: type) -> AsyncIterator[Event]:
+async def _to_the_end(events: AsyncIterator[Event], ending: type) -> AsyncGenerator[Event, None]:
     """Pass events on up to the first of type `ending` or Failed; make up a Failed where neither comes."""
     try:
         async for event in events:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from textual.widget import Widget
-from textual.widgets.markdown import Markdown, MarkdownStream
+from collections.abc import Callable
 
 from edger1.tui.clean import clean
 from edger1.tui.pacing import Pacer
 from edger1.tui.widgets.answer_text import AnswerText
 from edger1.tui.widgets.notice import Notice
 from edger1.tui.widgets.thinking import Thinking
+from textual.widget import Widget
+from textual.widgets.markdown import Markdown, MarkdownStream
 
 
 class Answer(Widget):
@@ -22,8 +23,9 @@ class Answer(Widget):
     }
     """
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float]) -> None:
         super().__init__()
+        self._clock = clock
         self._pacer = Pacer(self._show)
         self._stream: MarkdownStream | None = None
         self._thinking: Thinking | None = None
@@ -35,7 +37,7 @@ class Answer(Widget):
         if self._finished:
             return
         if self._thinking is None:
-            self._thinking = Thinking()
+            self._thinking = Thinking(self._clock)
             await self.mount(self._thinking)
         self._thinking.feed(text)
 
@@ -61,7 +63,7 @@ class Answer(Widget):
         await self._pacer.drain()
         if self._stream is not None:
             await self._stream.stop()
-            # Streaming draws block after block; what a later line changes in an earlier block shows only in a full render.
+            # Streaming adds block to block; what a later line changes in an earlier block shows only in a full render.
             await self._stream.markdown_widget.update(self.text)
         if remark:
             await self.mount(Notice.remark(remark))

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+from edger1.tui.clean import clean
+from edger1.tui.markdown import parser
 from textual.content import Content
 from textual.widgets import Markdown
 from textual.widgets.markdown import MarkdownFence
-
-from edger1.tui.clean import clean
-from edger1.tui.markdown import parser
 
 HIGHLIGHT_MAX = 20_000
 """Characters of a code block that are coloured: each update of a streamed block colours all of it again."""
@@ -31,7 +30,7 @@ class AnswerText(Markdown):
     DEFAULT_CSS = """
     AnswerText {
         padding: 0;
-        MarkdownH1 { content-align: left middle; text-style: bold; margin: 1 0; color: $primary; background: transparent; }
+        MarkdownH1 { content-align: left middle; text-style: bold; margin: 1 0; color: $primary; }
         MarkdownH2 { text-style: bold; margin: 1 0; color: $primary; }
         MarkdownH3, MarkdownH4, MarkdownH5, MarkdownH6 { text-style: bold; margin: 1 0; color: $foreground; }
         MarkdownFence { background: $surface; margin: 0 0 1 0; color: $foreground; }

@@ -13,7 +13,7 @@ class Status(Widget):
     DEFAULT_CSS = """
     Status {
         height: 1;
-        margin: 0 2;
+        padding: 0 2;
         color: $text-muted;
     }
     """

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-import time
+from collections.abc import Callable
 
+from edger1.tui.clean import clean
+from edger1.tui.figures import duration
+from edger1.tui.pacing import Pacer
 from textual.app import ComposeResult
 from textual.binding import Binding
 from textual.containers import Vertical
@@ -11,9 +14,6 @@ from textual.content import Content
 from textual.reactive import reactive
 from textual.widget import Widget
 from textual.widgets import Static
-
-from edger1.tui.clean import clean
-from edger1.tui.pacing import Pacer
 
 PIECE_MAX = 2_000
 """Characters of one piece of the text: an update lays out the last piece anew, not the whole."""
@@ -23,7 +23,7 @@ class ThinkingTitle(Static, can_focus=True):
     """The line that folds and unfolds the reasoning, with the mouse or with Enter."""
 
     ALLOW_SELECT = False
-    BINDINGS = [Binding("enter,space", "toggle", "Fold", show=False)]  # noqa: RUF012
+    BINDINGS = [Binding("enter,space", "fold", "Fold", show=False)]  # noqa: RUF012
     DEFAULT_CSS = """
     ThinkingTitle {
         width: auto;
@@ -35,9 +35,9 @@ class ThinkingTitle(Static, can_focus=True):
 
     def on_click(self) -> None:
         """Fold or unfold."""
-        self.action_toggle()
+        self.action_fold()
 
-    def action_toggle(self) -> None:
+    def action_fold(self) -> None:
         """Fold or unfold."""
         self.query_ancestor(Thinking).toggle()
 
@@ -62,10 +62,11 @@ class Thinking(Widget):
 
     folded: reactive[bool] = reactive(False)
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float]) -> None:
         super().__init__()
         self._pacer = Pacer(self._show)
-        self._began = time.monotonic()
+        self._clock = clock
+        self._began = clock()
         self._took_s: float | None = None
         self._words = 0
         self._last = ""
@@ -88,8 +89,10 @@ class Thinking(Widget):
         """The reasoning is over: say how long it took, and fold, unless the user chose otherwise. May be repeated."""
         if self._took_s is not None:
             return
-        self._took_s = time.monotonic() - self._began
+        self._took_s = self._clock() - self._began
         await self._pacer.drain()
+        if self._last:
+            self.query_one(Vertical).query(Static).last().update(Content(self._last.rstrip()))
         if not self._left_to_user:
             self.folded = True
         self._retitle()
@@ -110,7 +113,7 @@ class Thinking(Widget):
             text = text.lstrip()
         if not text:
             return
-        if not self._last or len(self._last) > PIECE_MAX and "\n" in self._last:
+        if not self._last or (len(self._last) > PIECE_MAX and "\n" in self._last):
             # The end of the last line belongs to the new piece, so that a line is never cut in two.
             kept, _, tail = self._last.rpartition("\n")
             if self._last:
@@ -130,5 +133,5 @@ class Thinking(Widget):
         if self._took_s is None:
             title = f"{mark} Thinking · {self._words:,} words"
         else:
-            title = f"{mark} Thought for {self._took_s:.0f} s · {self._words:,} words"
+            title = f"{mark} Thought for {duration(self._took_s)} · {self._words:,} words"
         self.query_one(ThinkingTitle).update(Content(title))

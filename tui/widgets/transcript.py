@@ -12,7 +12,9 @@ class Transcript(VerticalScroll, can_focus=False):
     DEFAULT_CSS = """
     Transcript {
         height: 1fr;
-        padding: 1 1 0 1;
+        padding: 1 0 0 0;
+        scrollbar-gutter: stable;
+        align: left bottom;
         scrollbar-size-vertical: 1;
         scrollbar-color: $secondary 40%;
         scrollbar-background: $background;

@@ -34,6 +34,9 @@ class Welcome(Widget):
         lines = [Content.assemble((self._model_name, "bold $primary"))]
         if self.loaded is not None:
             full = round(self.loaded * BAR_WIDTH)
-            lines += [Content(""), Content.assemble(("━" * full, "$primary"), ("━" * (BAR_WIDTH - full), "$secondary 30%"))]
+            lines += [
+                Content(""),
+                Content.assemble(("━" * full, "$primary"), ("━" * (BAR_WIDTH - full), "$secondary 30%")),
+            ]
         lines += [Content(""), Content(self.hint)]
         return Content("\n").join(lines)
