@@ -1,0 +1,94 @@
+"""An engine that answers from a script: for the chat's tests and for the pictures in the documentation."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterable
+
+from edger1.messages import Done, Event, Failed, Figures, Loaded, Message, Progress, Text, Thought, Usage
+
+HOLD = "hold"
+"""A step of a script: wait for `release`, or for a cancel."""
+
+GONE = Failed("", "EngineError", "The engine was killed by the system, most likely because memory ran out.")
+
+Step = Event | Exception | str
+
+FIGURES = Done(
+    "",
+    "stop",
+    Usage(prompt_tokens=352, cached_tokens=340, prefilled_tokens=12, completion_tokens=96),
+    Figures(
+        prefill_tokens_per_s=410.0,
+        decode_tokens_per_s=48.26,
+        time_to_first_token_s=0.214,
+        peak_memory_bytes=412_000_000,
+        context_used=448,
+        context_size=8192,
+    ),
+)
+
+
+def words(text: str, kind: type[Text] | type[Thought] = Text) -> list[Event]:
+    """A text in pieces of about a token each."""
+    return [kind("", text[at : at + 4]) for at in range(0, len(text), 4)]
+
+
+class FakeBackend:
+    """Plays one script for each load and each question; the last script is played again for what comes after."""
+
+    def __init__(
+        self,
+        *answers: Iterable[Step],
+        loads: Iterable[Iterable[Step]] = ((Progress("", "load", 49_000_000, 98_000_000), Loaded("", "smollm2")),),
+        pace_s: float = 0.0,
+    ) -> None:
+        self.answers = [list(answer) for answer in answers] or [[Text("", "Hello."), FIGURES]]
+        self.loads = [list(load) for load in loads]
+        self.pace_s = pace_s
+        self.asked: list[list[Message]] = []
+        self.load_count = 0
+        self.cancel_count = 0
+        self.closed = False
+        self._go = asyncio.Event()
+        self._cancelled = False
+
+    def release(self) -> None:
+        """Let a script that holds go on, up to the next hold."""
+        self._go.set()
+
+    async def load(self) -> AsyncIterator[Event]:
+        script = self.loads[min(self.load_count, len(self.loads) - 1)]
+        self.load_count += 1
+        async for event in self._play(script):
+            yield event
+
+    async def ask(self, messages: list[Message]) -> AsyncIterator[Event]:
+        script = self.answers[min(len(self.asked), len(self.answers) - 1)]
+        self.asked.append(messages)
+        self._cancelled = False
+        async for event in self._play(script):
+            yield event
+
+    def cancel(self) -> None:
+        self.cancel_count += 1
+        self._cancelled = True
+        self._go.set()
+
+    async def close(self) -> None:
+        self.closed = True
+
+    async def _play(self, script: list[Step]) -> AsyncIterator[Event]:
+        for step in script:
+            if isinstance(step, str):
+                await self._go.wait()
+                self._go.clear()
+            elif isinstance(step, Exception):
+                raise step
+            if self._cancelled:
+                self._cancelled = False
+                yield Done("", "cancelled")
+                return
+            if not isinstance(step, str | Exception):
+                yield step
+                await asyncio.sleep(self.pace_s)

@@ -1,0 +1,60 @@
+"""Hands streamed text to the screen in fewer, larger pieces."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+
+INTERVAL_S = 0.05
+LONGEST_S = 1.0
+CPU_SHARE = 0.12
+
+
+class Pacer:
+    """Collects text and passes it on at most every `INTERVAL_S`.
+
+    A long answer makes each update dearer (the last block is laid out anew), so the interval grows until this process
+    uses no more than `CPU_SHARE` of a core, up to `LONGEST_S`. Nothing runs while no text comes.
+    """
+
+    def __init__(self, show: Callable[[str], Awaitable[None]]) -> None:
+        self._show = show
+        self._pending: list[str] = []
+        self._task: asyncio.Task[None] | None = None
+        self._shown_at = 0.0
+        self._cpu_at = 0.0
+        self._one_at_a_time = asyncio.Lock()
+
+    def feed(self, text: str) -> None:
+        """Take a piece of text; it is shown soon."""
+        self._pending.append(text)
+        if self._task is None or self._task.done():
+            self._task = asyncio.create_task(self._run())
+
+    async def drain(self) -> None:
+        """Show what is left at once, and wait until it is shown."""
+        task, self._task = self._task, None
+        if task is not None:
+            task.cancel()
+            await asyncio.wait([task])
+        await self._flush()
+
+    async def _run(self) -> None:
+        while self._pending:
+            while (wait := self._due() - time.monotonic()) > 0:
+                await asyncio.sleep(wait)
+            # A drain that cancels the waiting must not tear the showing apart.
+            await asyncio.shield(self._flush())
+
+    def _due(self) -> float:
+        fair = (time.process_time() - self._cpu_at) / CPU_SHARE
+        return self._shown_at + max(INTERVAL_S, min(fair, LONGEST_S))
+
+    async def _flush(self) -> None:
+        async with self._one_at_a_time:
+            text = "".join(self._pending)
+            self._pending.clear()
+            self._shown_at, self._cpu_at = time.monotonic(), time.process_time()
+            if text:
+                await self._show(text)

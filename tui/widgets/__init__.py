@@ -1,0 +1,1 @@
+"""The chat's widgets: one file each, with its own style, keys and messages."""
