@@ -31,8 +31,8 @@ class RemoteFile:
 def choose(repo: str, files: list[RemoteFile], wanted: str | None = None) -> list[RemoteFile]:
     """Return the files to fetch: safetensors with config and tokenizer, or the one GGUF file.
 
-    Raises UnavailableError when the repository holds no weights that can be used, UsageError when the user must pick a GGUF
-    file.
+    Raises UnavailableError when the repository holds no weights that can be used, UsageError when the user must pick
+    a GGUF file.
     """
     unsafe = [file.name for file in files if not _is_plain(file.name)]
     if unsafe:

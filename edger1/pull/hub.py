@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from edger1.pull.files import RemoteFile, choose
-from edger1.pull.place import CHUNK_BYTES, NoSpaceError, require_space, sha256_of
+from edger1.pull.place import NoSpaceError, require_space, sha256_of
 from edger1.pull.steps import Step, UnavailableError, Watch
 from edger1.registry import HubSource
 from edger1.units import format_bytes
@@ -247,8 +247,9 @@ class _Transfer:
             ranged = str(response.headers.get("Content-Range", "")).startswith(f"bytes {start}-")
             if start and not (response.status_code == 206 and ranged):
                 self._truncate(partial)
-            with partial.open("ab") as out:
-                for chunk in response.iter_bytes(chunk_size=CHUNK_BYTES):
+            # As it arrives and unbuffered: what a broken connection gave is kept to the last byte.
+            with partial.open("ab", buffering=0) as out:
+                for chunk in response.iter_bytes():
                     self._write(out, chunk)
         if file.size is not None and _have(partial) < file.size:
             raise ConnectionError(f"the connection ended after {_have(partial)} of {file.size} bytes")
@@ -259,7 +260,6 @@ class _Transfer:
                 raise _StoppedError
             try:
                 out.write(chunk)
-                out.flush()
             except OSError as error:
                 raise NoSpaceError(
                     f"{self.folder} cannot take more: {error.strerror}. What is there is kept."
@@ -294,6 +294,8 @@ class _Transfer:
 
 def _is_passing(error: Exception) -> bool:
     """Tell whether the same request may succeed in a moment."""
+    if isinstance(error, OSError) and not isinstance(error, ConnectionError):
+        return False
     status = getattr(getattr(error, "response", None), "status_code", None)
     return status is None or status in (408, 429) or status >= 500
 

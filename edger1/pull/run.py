@@ -63,7 +63,7 @@ def pull(
             raise NoSpaceError(
                 f"The disk is full ({error}). What was fetched is kept: free some room and pull again."
             ) from None
-        raise SourceError(f"{wanted.name} could not be put in place: {error}.") from None
+        raise SourceError(f"{wanted.text} could not be put in place: {error}.") from None
 
 
 def _drop_if_empty(work: Path) -> None:
@@ -153,4 +153,4 @@ def _describe(source: Source) -> str:
 def _all_failed(wanted: Target, failures: list[str]) -> EdgeR1Error:
     near = registry.nearest(wanted.sources[0].repo) if isinstance(wanted.sources[0], HubSource) else []
     hint = f" Aliases like it: {', '.join(near)}." if near and not wanted.alias else ""
-    return SourceError(f"{wanted.alias or wanted.name} could not be fetched. {'; '.join(failures)}.{hint}")
+    return SourceError(f"{wanted.text} could not be fetched. {'; '.join(failures)}.{hint}")

@@ -22,6 +22,7 @@ _REPO = re.compile(
 class Target:
     """What to pull: `path` for something on this machine, otherwise `sources` in the order to try them."""
 
+    text: str
     name: str
     sources: tuple[Source, ...] = ()
     alias: str | None = None
@@ -36,16 +37,16 @@ def parse(text: str) -> Target:
     """
     text = text.strip()
     if entry := registry.find(text):
-        return Target(name=folder_name(entry.alias), sources=entry.sources, alias=entry.alias)
+        return Target(text, folder_name(entry.alias), sources=entry.sources, alias=entry.alias)
     path = Path(text).expanduser()
     written_as_path = text.startswith((".", "/", "~", "\\")) or path.is_absolute()
     match = _REPO.fullmatch(text.removeprefix("hf://").removeprefix("https://huggingface.co/"))
     if text and (written_as_path or path.is_dir() or (text.endswith(".gguf") and (not match or path.is_file()))):
         if not path.exists():
             raise UnknownModelError(f"There is no file or folder {path}.")
-        return Target(name=folder_name(path.resolve().name.removesuffix(".gguf")), path=path.resolve())
+        return Target(text, folder_name(path.resolve().name.removesuffix(".gguf")), path=path.resolve())
     if match:
         repo, revision, file = match["repo"], match["revision"], match["file"]
         stem = f"{repo}/{Path(file).stem}" if file else repo
-        return Target(name=folder_name(stem), sources=(HubSource(repo, revision, file),), revision=revision)
+        return Target(text, folder_name(stem), sources=(HubSource(repo, revision, file),), revision=revision)
     raise UnknownModelError(f"No model is called {text!r}. {registry.suggestion(text)}")
