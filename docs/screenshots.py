@@ -16,10 +16,10 @@ from pathlib import Path
 DOCS = Path(__file__).resolve().parent
 sys.path.insert(0, str(DOCS.parent / "tests"))
 
-from edger1.tui.app import ChatApp  # noqa: E402
 from fake_backend import FIGURES, FakeBackend, Step, words  # noqa: E402
 
 from edger1.messages import Done, Thought  # noqa: E402
+from edger1.tui.app import ChatApp  # noqa: E402
 
 QUESTION = "Is 391 prime? Show me how to check it in Python."
 REASONING = """\

@@ -22,10 +22,10 @@ if TYPE_CHECKING:
         UnknownModelError,
         UsageError,
     )
-    from edger1.pull import pull
     from edger1.installed import models
     from edger1.messages import Done, Progress, Text, Thought, ToolCall
     from edger1.model import Chat, Engine, Handle, Model, Response, load, plan
+    from edger1.pull import pull
 
 _HOME = {
     "edger1.errors": (

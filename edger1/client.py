@@ -209,9 +209,8 @@ class ChildConnection:
         """End the child, kindly first."""
         self._closing = True
         assert self._process.stdin is not None
-        with self._writing:
-            with contextlib.suppress(BrokenPipeError):
-                self._process.stdin.close()
+        with self._writing, contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
         try:
             self._process.wait(_SHUTDOWN_S)
         except subprocess.TimeoutExpired:

@@ -139,6 +139,14 @@ def remove(name: str) -> int:
     raise UnknownModelError(f"{folder} was not installed by EdgeR1, so it is not removed. {known}")
 
 
+def name_of(folder: Path) -> str:
+    """Return the registry's alias of the model in `folder`, or its name on this machine where it has none."""
+    for manifest, path in manifests():
+        if path == folder:
+            return manifest.alias or manifest.name
+    return folder.name
+
+
 def touch(folder: Path) -> None:
     """Note that the model in `folder` is being used now; a failure to write that down is no failure."""
     used = _last_used() | {str(folder): datetime.now(UTC).isoformat(timespec="seconds")}

@@ -19,13 +19,14 @@ from pathlib import Path
 import hub_server
 import numpy as np
 import pytest
+from hub_server import COMMIT, Hub
+from safetensors.numpy import save
+
 from edger1 import installed, paths
 from edger1.errors import FormatError, SourceError, UnknownModelError, UsageError
 from edger1.pull import Step, hub, place, pull, run, wheel
 from edger1.pull.files import RemoteFile, choose
 from edger1.pull.steps import UnavailableError
-from hub_server import COMMIT, Hub
-from safetensors.numpy import save
 
 CONFIG = json.dumps({"model_type": "llama", "hidden_size": 64, "max_position_embeddings": 512}).encode()
 WEIGHTS = save({"model.embed_tokens.weight": np.arange(1 << 19, dtype=np.float32).reshape(-1, 64)})

@@ -7,6 +7,14 @@ import time
 from collections.abc import Callable
 from contextlib import aclosing
 
+from textual import on
+from textual.app import App, ComposeResult
+from textual.binding import Binding
+from textual.css.query import NoMatches
+from textual.widgets import Footer
+
+from edger1.errors import UsageError
+from edger1.messages import Done, Failed, Loaded, Progress, Text, Thought
 from edger1.tui.backend import Backend
 from edger1.tui.figures import figures, memory
 from edger1.tui.session import Session, State
@@ -19,14 +27,6 @@ from edger1.tui.widgets.question import Question
 from edger1.tui.widgets.status import Status
 from edger1.tui.widgets.transcript import Transcript
 from edger1.tui.widgets.welcome import Welcome
-from textual import on
-from textual.app import App, ComposeResult
-from textual.binding import Binding
-from textual.css.query import NoMatches
-from textual.widgets import Footer
-
-from edger1.errors import UsageError
-from edger1.messages import Done, Failed, Loaded, Progress, Text, Thought
 
 REMARKS = {"cancelled": "Stopped.", "length": "Stopped at the limit of length."}
 

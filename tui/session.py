@@ -7,11 +7,10 @@ from contextlib import aclosing
 from enum import Enum
 from typing import Any, cast
 
-from edger1.tui.backend import Backend
-from edger1.tui.conversation import Conversation
-
 from edger1.errors import EdgeR1Error
 from edger1.messages import Done, Event, Failed, Loaded, Text, Thought
+from edger1.tui.backend import Backend
+from edger1.tui.conversation import Conversation
 
 
 class State(Enum):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from textual.widget import Widget
+from textual.widgets.markdown import Markdown, MarkdownStream
+
 from edger1.tui.clean import clean
 from edger1.tui.pacing import Pacer
 from edger1.tui.widgets.answer_text import AnswerText
 from edger1.tui.widgets.notice import Notice
 from edger1.tui.widgets.thinking import Thinking
-from textual.widget import Widget
-from textual.widgets.markdown import Markdown, MarkdownStream
 
 
 class Answer(Widget):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from edger1.tui.clean import clean
-from edger1.tui.markdown import parser
 from textual.content import Content
 from textual.widgets import Markdown
 from textual.widgets.markdown import MarkdownFence
+
+from edger1.tui.clean import clean
+from edger1.tui.markdown import parser
 
 HIGHLIGHT_MAX = 20_000
 """Characters of a code block that are coloured: each update of a streamed block colours all of it again."""

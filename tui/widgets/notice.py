@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from edger1.tui.clean import clean
 from textual.content import Content
 from textual.widgets import Static
+
+from edger1.tui.clean import clean
 
 
 class Notice(Static):

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from edger1.tui.clean import clean
-from edger1.tui.figures import duration
-from edger1.tui.pacing import Pacer
 from textual.app import ComposeResult
 from textual.binding import Binding
 from textual.containers import Vertical
@@ -14,6 +11,10 @@ from textual.content import Content
 from textual.reactive import reactive
 from textual.widget import Widget
 from textual.widgets import Static
+
+from edger1.tui.clean import clean
+from edger1.tui.figures import duration
+from edger1.tui.pacing import Pacer
 
 PIECE_MAX = 2_000
 """Characters of one piece of the text: an update lays out the last piece anew, not the whole."""
