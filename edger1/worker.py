@@ -1,8 +1,8 @@
 """The threads that own MLX in this process.
 
-A thread that has used MLX is never ended: its C++ thread-locals take the interpreter's lock when they are destroyed, and
-if the interpreter is shutting down by then the whole process aborts. So an engine's thread, when the engine closes, is
-parked and serves the next one.
+A thread that has used MLX is never ended: its C++ thread-locals take the interpreter's lock when they are destroyed,
+and if the interpreter is shutting down by then the whole process aborts. So an engine's thread, when the engine closes,
+is parked and serves the next one.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What several test modules need: a tiny random model in a folder of its own, and SmolLM2-135M where it is installed."""
+"""What several test modules need: a tiny random model in a folder of its own, and SmolLM2-135M if it is installed."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# These machines are shared; how long one example takes says nothing.
+settings.register_profile("edger1", deadline=None)
+settings.load_profile("edger1")
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"

@@ -313,7 +313,7 @@ def test_a_child_engine_answers_as_the_one_in_process(model: edger1.Model, tiny_
     expected = model.generate("Hello", max_tokens=10, temperature=0)
     connection = ChildConnection()
     try:
-        loaded = [e for e in events(connection, Load(next_id(), str(tiny_folder)))]
+        loaded = list(events(connection, Load(next_id(), str(tiny_folder))))
         assert isinstance(loaded[-1], Loaded)
         assert any(isinstance(e, Progress) for e in loaded)
         request = Generate(

@@ -1,0 +1,89 @@
+"""The house keeps its shape: who may import whom, and how fast the doors open."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def imports(folder: str) -> Iterator[tuple[Path, str]]:
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                yield from ((path, alias.name) for alias in node.names)
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                yield path, node.module
+                yield from ((path, f"{node.module}.{alias.name}") for alias in node.names)
+
+
+@pytest.mark.parametrize("folder", ["edger1", "quant", "tui", "tests", "benchmarks", "docs"])
+def test_nobody_imports_the_top_folders_by_their_plain_names(folder: str) -> None:
+    plain = [(str(path), name) for path, name in imports(folder) if name.split(".")[0] in ("quant", "tui")]
+    assert plain == []
+
+
+def test_quant_imports_nothing_of_the_engine() -> None:
+    allowed = ("edger1.quant", "edger1.errors", "edger1.units")
+    foreign = {name for _, name in imports("quant") if name.startswith("edger1") and not name.startswith(allowed)}
+    assert foreign == set()
+
+
+def test_the_chat_knows_only_messages_and_errors() -> None:
+    allowed = ("edger1.tui", "edger1.errors", "edger1.messages", "edger1.units")
+    foreign = {name for _, name in imports("tui") if name.startswith("edger1.") and not name.startswith(allowed)}
+    assert foreign == set()
+
+
+def test_only_the_command_line_imports_the_chat() -> None:
+    importers = {path.relative_to(ROOT).parts[:2] for path, name in imports("edger1") if name.startswith("edger1.tui")}
+    assert importers == {("edger1", "cli")}
+
+
+def test_arrows_run_one_way() -> None:
+    engine = ("engine", "generate", "loader", "cache", "sampling", "thinking", "memory", "score", "mlx_runtime")
+    for path, name in imports("edger1"):
+        if path.stem in engine and path.parent.name == "edger1":
+            assert not name.startswith(("edger1.cli", "edger1.model", "edger1.client")), f"{path.name} imports {name}"
+
+
+def best_of(command: list[str], runs: int = 5) -> float:
+    times = []
+    for _ in range(runs):
+        begun = time.perf_counter()
+        subprocess.run(command, check=True, capture_output=True)
+        times.append(time.perf_counter() - begun)
+    return min(times)
+
+
+def test_importing_the_package_is_cheap() -> None:
+    bare = best_of([sys.executable, "-c", "pass"])
+    assert best_of([sys.executable, "-c", "import edger1"]) - bare < 0.2
+
+
+def test_the_package_loads_nothing_heavy_until_asked() -> None:
+    program = "import sys, edger1; print([m for m in ('mlx', 'mlx_lm', 'transformers', 'textual') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_help_comes_within_half_a_second() -> None:
+    assert best_of([sys.executable, "-m", "edger1", "--help"]) < 0.5
+
+
+def test_every_public_name_is_there() -> None:
+    import edger1
+
+    for name in edger1.__all__:
+        assert getattr(edger1, name) is not None
+    # A submodule of the same name would replace the function once it is imported.
+    assert callable(edger1.load)
+    assert callable(edger1.pull)
+    assert callable(edger1.plan)
