@@ -14,7 +14,7 @@ SAMPLE_QUESTION = "What is the capital of France, and what is it famous for?"
 
 def chat_command(
     model: Annotated[
-        str | None, typer.Argument(metavar="[MODEL]", help="Alias, hub repository or folder. Default: smollm2-135m.")
+        str | None, typer.Argument(metavar="MODEL", help="Alias, hub repository or folder. Default: smollm2-135m.")
     ] = None,
     system: options.System = None,
     memory: options.Memory = None,
