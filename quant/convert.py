@@ -113,13 +113,13 @@ def _write(
             if placement.heads is not None:
                 how += ", rows reordered"
             carried.append(CarriedTensor(tensor.name, placement.target, tensor.type.name, how))
-            yield {_part_name(placement.target, suffix): part for suffix, part in parts.items()}
             done += tensor.nbytes
             if on_progress is not None:
                 on_progress(done, total)
+            yield {_part_name(placement.target, suffix): part for suffix, part in parts.items()}
 
     parameters = sum(math.prod(tensor.shape) for tensor in tensors)
-    files = shards.write(folder, shards.split(units), arrays(), parameters)
+    files = shards.write(folder, shards.split(units, shards.SHARD_BYTES), arrays(), parameters)
     built.write(folder)
     # Last, because without config.json nothing takes the folder for a model.
     shards.write_text(folder / "config.json", json.dumps(_config(layout, built, bits_of), indent=4) + "\n")

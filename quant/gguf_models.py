@@ -69,8 +69,8 @@ def plan(header: Header, rope_factors: np.ndarray | None = None) -> Plan:
     name = header.text("general.architecture")
     if name not in ARCHITECTURES:
         raise FormatError(
-            f"{header.name} has the architecture {name[:40]!r}; GGUF files of {', '.join(ARCHITECTURES)} can be converted. "
-            "Get this model as an MLX folder instead."
+            f"{header.name} has the architecture {name[:40]!r}; GGUF files of {', '.join(ARCHITECTURES)} can be "
+            "converted. Get this model as an MLX folder instead."
         )
     sizes = _sizes(header, name)
     _refuse_variants(header, name, sizes)

@@ -37,7 +37,7 @@ def header_room(names: Iterable[str]) -> int:
     return -(-size // 8) * 8
 
 
-def split(units: Sequence[Planned], limit: int = SHARD_BYTES) -> list[list[Planned]]:
+def split(units: Sequence[Planned], limit: int) -> list[list[Planned]]:
     """Deal the units out to shards, in order."""
     shards: list[list[Planned]] = [[]]
     filled = 0

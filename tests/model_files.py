@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf.constants import GGMLQuantizationType as GGML
+from gguf.constants import GGMLQuantizationType
 from gguf.quants import quantize
 
 U8, I8, U16, I16, U32, I32, F32, BOOL, STRING, ARRAY, U64, I64, F64 = range(13)
@@ -78,7 +78,7 @@ def gguf_bytes(metadata: Metadata, tensors: Tensors, version: int = 3, alignment
     return out
 
 
-def pack(array: np.ndarray, kind: GGML) -> tuple[int, tuple[int, ...], bytes]:
+def pack(array: np.ndarray, kind: GGMLQuantizationType) -> tuple[int, tuple[int, ...], bytes]:
     """Return `array` (f32) in a GGUF type, by the gguf package's own quantizer."""
     return int(kind), array.shape, quantize(array.astype(np.float32), kind).tobytes()
 
@@ -149,8 +149,8 @@ _LAYER_NAMES = {
 
 def tiny_model(
     architecture: str = "llama",
-    matrix: GGML = GGML.Q4_1,
-    embedding: GGML = GGML.Q8_0,
+    matrix: GGMLQuantizationType = GGMLQuantizationType.Q4_1,
+    embedding: GGMLQuantizationType = GGMLQuantizationType.Q8_0,
     tied: bool = True,
     layers: int = 2,
     hidden: int = 64,
@@ -165,7 +165,9 @@ def tiny_model(
     weights: dict[str, np.ndarray] = {}
     tensors: Tensors = {}
 
-    def add(source: str, target: str, shape: tuple[int, ...], kind: GGML, permuted: int | None = None) -> None:
+    def add(
+        source: str, target: str, shape: tuple[int, ...], kind: GGMLQuantizationType, permuted: int | None = None
+    ) -> None:
         array = (rng.standard_normal(shape) * 0.1 + (len(shape) == 1)).astype(np.float32)
         weights[target] = array
         tensors[source] = pack(interleave(array, permuted) if permuted else array, kind)
@@ -188,11 +190,11 @@ def tiny_model(
         for name, shape in shapes.items():
             permuted = {"attn_q": heads, "attn_k": kv_heads}.get(name) if architecture == "llama" else None
             target = f"model.layers.{layer}.{_LAYER_NAMES[name]}"
-            kind = GGML.F32 if len(shape) == 1 else matrix
+            kind = GGMLQuantizationType.F32 if len(shape) == 1 else matrix
             add(f"blk.{layer}.{name}.weight", f"{target}.weight", shape, kind, permuted)
             if architecture == "qwen2" and name in ("attn_q", "attn_k", "attn_v"):
-                add(f"blk.{layer}.{name}.bias", f"{target}.bias", shape[:1], GGML.F32)
-    add("output_norm.weight", "model.norm.weight", (hidden,), GGML.F32)
+                add(f"blk.{layer}.{name}.bias", f"{target}.bias", shape[:1], GGMLQuantizationType.F32)
+    add("output_norm.weight", "model.norm.weight", (hidden,), GGMLQuantizationType.F32)
     if not tied:
         add("output.weight", "lm_head.weight", (rows, hidden), matrix)
     metadata: Metadata = {

