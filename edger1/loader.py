@@ -166,7 +166,6 @@ def load(name: str, path: Path, *, ceiling_bytes: int, context: int | None, prec
             f"{name}: the tokenizer in {path} cannot be read ({type(error).__name__}: {error}). A model folder needs "
             f"tokenizer.json and tokenizer_config.json of its model; fetch it again with: edger1 pull {name} --force"
         ) from error
-    markers = Markers(tokenizer.think_start, tokenizer.think_end) if tokenizer.has_thinking else None
     return LiveModel(
         name=name,
         folder=folder,
@@ -175,11 +174,19 @@ def load(name: str, path: Path, *, ceiling_bytes: int, context: int | None, prec
         plan=plan,
         precision=precision,
         sampling=sampling_defaults(path),
-        markers=markers,
+        markers=thinking_markers(path, tokenizer),
         prefill_step=prefill_step(folder.parameters or folder.total_bytes),
         vocabulary=len(tokenizer),
         prefixes=PrefixCache(plan.kv_bytes),
     )
+
+
+def thinking_markers(path: Path, tokenizer: Any) -> Markers | None:
+    """Return the strings around the model's thoughts: the registry's, else those that mlx-lm finds in its vocabulary."""
+    entry = registry.find(installed.name_of(path))
+    if entry is not None and entry.thinking is not None:
+        return Markers(entry.thinking.start, entry.thinking.end)
+    return Markers(tokenizer.think_start, tokenizer.think_end) if tokenizer.has_thinking else None
 
 
 def sampling_defaults(path: Path) -> Sampling:
