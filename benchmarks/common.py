@@ -1,0 +1,301 @@
+"""What every benchmark shares: interleaved readings, medians, ratios, the machine, and the file a result is kept in.
+
+Both sides of a comparison are measured in one run and in turns (A B A B ...), so that a machine that warms up or is
+disturbed favours neither. The figure of a side is the median of its readings; all readings are kept. A ratio above 1
+means that EdgeR1 is better: faster, or smaller.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+RESULTS = REPOSITORY / "benchmarks" / "results"
+DEFAULT_ROUNDS = 5
+
+Measure = Callable[[], Mapping[str, float]]
+"""Takes one reading of one side: metric name -> value."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """What one side of a comparison showed: `readings` in `unit`, in the order taken."""
+
+    name: str
+    settings: str
+    unit: str
+    readings: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """The figure that counts."""
+        return statistics.median(self.readings)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One line of a benchmark: EdgeR1 against a peer. `bar` is the ratio to reach, None where there is none.
+
+    `less_is_better` is for seconds and bytes.
+    """
+
+    what: str
+    ours: Side
+    peer: Side
+    bar: float | None = None
+    less_is_better: bool = False
+
+    @property
+    def ratio(self) -> float:
+        """How many times better our median is than the peer's."""
+        ratio = self.ours.median / self.peer.median
+        return 1 / ratio if self.less_is_better else ratio
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the ratio reaches the bar; None without a bar."""
+        return None if self.bar is None else self.ratio >= self.bar
+
+
+def cores() -> int:
+    """Return the number of physical cores this process may run on: what both sides of a comparison get."""
+    import psutil  # type: ignore[import-untyped]
+
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(allowed, psutil.cpu_count(logical=False) or allowed)
+
+
+def child_environment(threads: int, **extra: str) -> dict[str, str]:
+    """Return the environment of a measured process: `threads` for everyone, and nobody's tuning left over.
+
+    Variables that force a library into a slower (or faster) path than it chooses by itself are taken out; `extra` is
+    added last.
+    """
+    environment = {
+        key: value
+        for key, value in os.environ.items()
+        if not key.startswith(("OPENBLAS_", "OMP_", "GOMP_", "EDGER1_", "MLX_", "GGML_")) or key == "EDGER1_HOME"
+    }
+    for key in ("EDGER1_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        environment[key] = str(threads)
+    # Results must not depend on whether a model hub happens to answer.
+    environment["HF_HUB_OFFLINE"] = "1"
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPOSITORY), environment.get("PYTHONPATH")]))
+    return environment | extra
+
+
+def interleave(sides: Mapping[str, Measure], rounds: int, *, log: bool = True) -> dict[str, list[dict[str, float]]]:
+    """Take `rounds` readings of each side in turns and return them by side."""
+    readings: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
+    for number in range(1, rounds + 1):
+        for name, measure in sides.items():
+            began = time.perf_counter()
+            reading = dict(measure())
+            readings[name].append(reading)
+            if log:
+                shown = ", ".join(f"{metric} {value:.4g}" for metric, value in reading.items())
+                took = time.perf_counter() - began
+                print(f"  round {number}/{rounds}  {name}: {shown}  ({took:.1f} s)", file=sys.stderr, flush=True)
+    return readings
+
+
+def column(readings: list[dict[str, float]], metric: str) -> tuple[float, ...]:
+    """Return one metric out of a side's readings."""
+    return tuple(reading[metric] for reading in readings)
+
+
+def say_skipped(what: str, why: str) -> str:
+    """Tell loudly that something is not measured; return the sentence, for the result's notes."""
+    sentence = f"SKIPPED: {what}: {why}"
+    print(f"\n!!! {sentence}\n", file=sys.stderr, flush=True)
+    return sentence
+
+
+def machine() -> dict[str, Any]:
+    """Describe the machine and the software: what a reader needs to judge the figures."""
+    import psutil
+
+    versions = {"python": platform.python_version()}
+    for package in ("edger1", "mlx", "mlx-lm", "numpy"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "absent"
+    return {
+        "cpu": _cpu_model(),
+        "instruction_sets": instruction_sets(),
+        "physical_cores": cores(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "os": f"{platform.system()} {platform.machine()}",
+        "kernel": platform.release(),
+        "versions": versions,
+    }
+
+
+def _cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = (line.partition(":") for line in cpuinfo.read_text().splitlines())
+        fields = {name.strip(): value.strip() for name, _, value in lines}
+        if "model name" in fields:
+            return f"{fields['model name']} (family {fields.get('cpu family')}, model {fields.get('model')})"
+    if sys.platform == "darwin":
+        return subprocess.run(
+            ["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, check=False
+        ).stdout.strip()
+    return platform.processor() or "unknown"
+
+
+def instruction_sets() -> list[str]:
+    """Return the vector extensions that matter to matrix kernels, of those the system reports."""
+    wanted = ("avx2", "fma", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
+    wanted_on_arm = ("asimd", "asimddp", "i8mm", "sve")
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.exists():
+        return []
+    reported = {
+        word
+        for line in cpuinfo.read_text().splitlines()
+        if line.lower().startswith(("flags", "features"))
+        for word in line.split(":", 1)[1].split()
+    }
+    return [name for name in wanted + wanted_on_arm if name in reported]
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", "-C", str(REPOSITORY), *arguments], capture_output=True, text=True, check=False)
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def command_line(benchmark: str) -> str:
+    """Return the command to repeat this run with, with paths of this machine reduced to their last part."""
+    shown = [Path(word).name if word.startswith("/") else word for word in sys.argv[1:]]
+    return shlex.join(["python", "-m", f"benchmarks.{benchmark}", *shown])
+
+
+def save(
+    benchmark: str,
+    comparisons: list[Comparison],
+    *,
+    notes: list[str] | None = None,
+    extra: Mapping[str, Any] | None = None,
+    folder: Path = RESULTS,
+) -> Path:
+    """Write `folder`/`benchmark`.json: raw readings, medians, ratios, machine, versions, date, commit, command."""
+    described = [
+        {
+            "what": comparison.what,
+            "ratio": round(comparison.ratio, 4),
+            "bar": comparison.bar,
+            "met": comparison.met,
+            "less_is_better": comparison.less_is_better,
+            "ours": dataclasses.asdict(comparison.ours) | {"median": comparison.ours.median},
+            "peer": dataclasses.asdict(comparison.peer) | {"median": comparison.peer.median},
+        }
+        for comparison in comparisons
+    ]
+    result = {
+        "benchmark": benchmark,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": _git("rev-parse", "HEAD"),
+        # The results themselves are rewritten by the run, so they do not count as a change of what was measured.
+        "uncommitted_changes": bool(_git("status", "--porcelain", "--", ".", ":!benchmarks/results")),
+        "command": command_line(benchmark),
+        "machine": machine(),
+        "comparisons": described,
+        "notes": notes or [],
+        **(extra or {}),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{benchmark}.json"
+    path.write_text(json.dumps(result, indent=2) + "\n")
+    return path
+
+
+def print_table(comparisons: list[Comparison]) -> None:
+    """Print the comparisons as a Markdown table."""
+    rows = [("what", "EdgeR1", "peer", "", "ratio", "bar", "")]
+    for line in comparisons:
+        rows.append(
+            (
+                line.what,
+                f"{_figure(line.ours.median)} {line.ours.unit}",
+                f"{_figure(line.peer.median)} {line.peer.unit}",
+                f"{line.peer.name} ({line.peer.settings})" if line.peer.settings else line.peer.name,
+                f"{line.ratio:.2f}",
+                "" if line.bar is None else f">= {line.bar:g}",
+                {None: "", True: "met", False: "NOT met"}[line.met],
+            )
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for index, row in enumerate(rows):
+        print("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |")
+        if index == 0:
+            print("|" + "|".join("-" * (width + 2) for width in widths) + "|")
+
+
+def _figure(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+
+
+def finish(
+    benchmark: str,
+    comparisons: list[Comparison],
+    options: argparse.Namespace,
+    *,
+    notes: list[str] | None = None,
+    extra: Mapping[str, Any] | None = None,
+) -> int:
+    """Print the table, keep the result where a full run may be kept, and return the exit code.
+
+    A shortened run goes to the folder the user named with --results, or nowhere: it must not replace a full one.
+    """
+    if not comparisons:
+        print("nothing was measured", file=sys.stderr)
+        return 1
+    print_table(comparisons)
+    for note in notes or []:
+        print(f"note: {note}")
+    shortened = options.quick or options.rounds < DEFAULT_ROUNDS or bool(options.only)
+    if shortened and options.results == RESULTS:
+        print("a shortened run: not written to benchmarks/results (give --results FOLDER to keep it)")
+        return 0
+    path = save(benchmark, comparisons, notes=notes, extra=extra, folder=options.results)
+    print(f"written: {path.relative_to(REPOSITORY) if path.is_relative_to(REPOSITORY) else path}")
+    return 0
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """Return a parser with the options that all benchmarks have."""
+    made = argparse.ArgumentParser(
+        description=(description or "").split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    made.add_argument("--rounds", type=int, default=DEFAULT_ROUNDS, help="readings of each side; the median counts")
+    made.add_argument("--threads", type=int, default=cores(), help="threads of both sides")
+    made.add_argument("--quick", action="store_true", help="one round of shorter work, to see that all of it runs")
+    made.add_argument("--only", action="append", default=[], metavar="PART", help="measure only this part; repeatable")
+    made.add_argument("--results", type=Path, default=RESULTS, help="folder the result is written to")
+    return made
+
+
+def parse(made: argparse.ArgumentParser) -> argparse.Namespace:
+    """Parse the command line; --quick means one round unless --rounds says otherwise."""
+    options = made.parse_args()
+    if options.quick and options.rounds == DEFAULT_ROUNDS:
+        options.rounds = 1
+    return options

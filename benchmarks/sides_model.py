@@ -1,0 +1,92 @@
+"""The sides of benchmarks of a whole model: EdgeR1's engine, and mlx-lm as it ships. Each runs in a worker process."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from itertools import permutations
+from typing import Any
+
+# One token each in most vocabularies, so that a prompt of n words has n tokens.
+WORDS = (" time", " people", " water", " house", " light", " world", " music", " story")
+FEWEST_DECODED = 8
+
+
+def _openings() -> Iterator[str]:
+    """Yield beginnings of three words, no two alike: a prompt that begins anew is in no prefix cache."""
+    return map("".join, permutations(WORDS, 3))
+
+
+class EngineRates:
+    """EdgeR1 through its public API: what a user gets, sampling and detokenizing included. Greedy."""
+
+    def __init__(self, folder: str, precision: str) -> None:
+        import edger1
+
+        self._model = edger1.load(folder, precision=precision, context=2048)
+        self._openings = _openings()
+        self.info = {"kernels": self._model.info["kernels"], "precision": self._model.info["precision"]}
+        self(prompt=8, generate=8)
+
+    def __call__(self, prompt: int, generate: int) -> Mapping[str, float]:
+        """Prefill `prompt` tokens and decode `generate` more after the first; returns tokens a second of each."""
+        text = next(self._openings) + " and" * (prompt - 3)
+        done = self._model.generate(text, raw=True, max_tokens=generate + 1, temperature=0)
+        usage, figures = done.usage, done.figures
+        if usage.prompt_tokens != prompt or usage.cached_tokens != 0:
+            raise RuntimeError(
+                f"the prompt came to {usage.prompt_tokens} tokens, {usage.cached_tokens} of them cached; "
+                f"expected {prompt} and none"
+            )
+        reading = {"prefill": float(figures.prefill_tokens_per_s or 0.0)}
+        if generate:
+            if usage.completion_tokens < min(generate, FEWEST_DECODED):
+                raise RuntimeError(f"the answer ended after {usage.completion_tokens} tokens, too few to measure")
+            reading["decode"] = float(figures.decode_tokens_per_s or 0.0)
+        return reading
+
+
+class MlxLmRates:
+    """mlx-lm as shipped: its own model, cache and generate_step, with activations in `dtype`. Greedy.
+
+    Its fastest dtype on a CPU is f32, whatever the folder holds.
+    """
+
+    def __init__(self, folder: str, dtype: str = "float32") -> None:
+        import mlx.core as mx
+        from mlx_lm import load
+
+        self._model = load(folder)[0]
+        self._model.set_dtype(getattr(mx, dtype))
+        mx.eval(self._model.parameters())
+        self(prompt=4, generate=4)
+
+    def __call__(self, prompt: int, generate: int) -> Mapping[str, float]:
+        """Prefill `prompt` tokens and decode `generate` more after the first; returns tokens a second of each."""
+        import mlx.core as mx
+        from mlx_lm.generate import generate_step, generation_stream
+
+        ids = mx.random.randint(0, 32000, (prompt,))
+        mx.eval(ids)
+        began = time.perf_counter()
+        stepping = generate_step(ids, self._model, max_tokens=generate + 1)
+        next(stepping)
+        first = time.perf_counter()
+        reading = {"prefill": prompt / (first - began)}
+        for _ in range(generate):
+            next(stepping)
+        if generate:
+            reading["decode"] = generate / (time.perf_counter() - first)
+        # generate_step runs a token ahead; what is still under way must not disturb the other side.
+        mx.synchronize(generation_stream)
+        return reading
+
+
+def engine(**arguments: Any) -> EngineRates:
+    """Set up EdgeR1's engine."""
+    return EngineRates(**arguments)
+
+
+def mlx_lm(**arguments: Any) -> MlxLmRates:
+    """Set up mlx-lm as shipped."""
+    return MlxLmRates(**arguments)
