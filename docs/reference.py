@@ -25,7 +25,7 @@ TARGET = Path(__file__).with_name("cli.md")
 def page() -> str:
     """Return the page as it should be."""
     parts = ["# The command line\n\nMade from `--help` by `docs/reference.py`.\n"]
-    environment = {**os.environ, "COLUMNS": "100", "TERM": "dumb", "NO_COLOR": "1", "_TYPER_FORCE_DISABLE_TERMINAL": "1"}
+    plain = {"COLUMNS": "100", "TERM": "dumb", "NO_COLOR": "1", "_TYPER_FORCE_DISABLE_TERMINAL": "1"}
     for command in COMMANDS:
         program = "from edger1.cli import main; import sys; sys.argv[0] = 'edger1'; main()"
         done = subprocess.run(
@@ -33,7 +33,7 @@ def page() -> str:
             capture_output=True,
             text=True,
             check=True,
-            env=environment,
+            env={**os.environ, **plain},
         )
         text = "\n".join(line.rstrip() for line in done.stdout.strip("\n").splitlines())
         parts.append(f"## {' '.join(('edger1', *command))}\n\n```text\n{text}\n```\n")

@@ -22,17 +22,17 @@ if TYPE_CHECKING:
         UnknownModelError,
         UsageError,
     )
+    from edger1.fetch import pull
     from edger1.installed import models
     from edger1.messages import Done, Progress, Text, Thought, ToolCall
     from edger1.model import Chat, Engine, Handle, Model, Response, load, plan
-    from edger1.pull import pull
 
 _HOME = {
     "edger1.errors": (
         "ContextError", "EdgeR1Error", "EngineError", "FormatError", "MemoryCeilingError", "NotYetError", "SourceError",
         "UnknownModelError", "UsageError",
     ),
-    "edger1.pull": ("pull",),
+    "edger1.fetch": ("pull",),
     "edger1.installed": ("models",),
     "edger1.messages": ("Done", "Progress", "Text", "Thought", "ToolCall"),
     "edger1.model": ("Chat", "Engine", "Handle", "Model", "Response", "load", "plan"),

@@ -1,6 +1,6 @@
 """The models on this machine: listing them, finding one by name, removing one.
 
-A model is a folder under `paths.models()` or a link file there that names a folder elsewhere (see edger1.pull.place).
+A model is a folder under `paths.models()` or a link file there that names a folder elsewhere (see edger1.fetch.place).
 When a model was last used stands in last-used.json beside the models, so that a run writes nothing into the folder.
 """
 
@@ -17,7 +17,7 @@ from typing import Any
 
 from edger1 import paths, registry
 from edger1.errors import EdgeR1Error, FormatError, UnknownModelError
-from edger1.pull.place import MANIFEST, Manifest, folder_name, link_file, read_manifest, write_atomically
+from edger1.fetch.place import MANIFEST, Manifest, folder_name, link_file, read_manifest, write_atomically
 
 
 @dataclass(frozen=True)

@@ -182,7 +182,7 @@ def load(name: str, path: Path, *, ceiling_bytes: int, context: int | None, prec
 
 
 def thinking_markers(path: Path, tokenizer: Any) -> Markers | None:
-    """Return the strings around the model's thoughts: the registry's, else those that mlx-lm finds in its vocabulary."""
+    """Return the strings around the model's thoughts: the registry's, else what mlx-lm finds in the vocabulary."""
     entry = registry.find(installed.name_of(path))
     if entry is not None and entry.thinking is not None:
         return Markers(entry.thinking.start, entry.thinking.end)

@@ -388,7 +388,7 @@ def find(name: str | Path, *, offline: bool = False, **watch: Any) -> Path:
     except UnknownModelError:
         if registry.find(str(name)) is None:
             raise
-    from edger1.pull import pull
+    from edger1.fetch import pull
 
     return pull(name, offline=offline, **watch)
 

@@ -2,85 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
+from tiny import write_tiny_model
 
 # These machines are shared; how long one example takes says nothing.
 settings.register_profile("edger1", deadline=None)
 settings.load_profile("edger1")
-
-CHAT_TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-SPECIAL_TOKENS = ("<|im_start|>", "<|im_end|>", "<think>", "</think>")
-TINY_CONFIG = {
-    "model_type": "llama",
-    "architectures": ["LlamaForCausalLM"],
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 260,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 10000.0,
-    "max_position_embeddings": 512,
-    "tie_word_embeddings": False,
-    "eos_token_id": 257,
-}
-
-
-def _alphabet() -> list[str]:
-    from tokenizers import pre_tokenizers
-
-    return sorted(pre_tokenizers.ByteLevel.alphabet())
-
-
-def write_tokenizer(folder: Path, template: str | None = CHAT_TEMPLATE) -> None:
-    """A byte-level tokenizer: one token a byte, and the special tokens of ChatML and of thinking."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-
-    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(_alphabet())}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL_TOKENS])
-    tokenizer.save(str(folder / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>"}
-    if template is not None:
-        config["chat_template"] = template
-    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
-
-
-def write_tiny_model(folder: Path, *, seed: int = 0, template: str | None = CHAT_TEMPLATE, **overrides: object) -> Path:
-    """A llama of two layers with random weights, 4-bit quantized, in the layout that mlx-lm writes."""
-    import mlx.core as mx
-    import mlx.nn as nn
-    from mlx.utils import tree_flatten, tree_map
-    from mlx_lm.models import llama
-
-    folder.mkdir(parents=True, exist_ok=True)
-    config = {**TINY_CONFIG, **overrides}
-    mx.random.seed(seed)
-    model = llama.Model(llama.ModelArgs.from_dict(config))
-    model.update(tree_map(lambda w: w * 8 if w.ndim > 1 else w, model.parameters()))
-    # It says nothing but printable ASCII, so that its words are text: every other token's logit is 0.
-    spoken = [i for i, c in enumerate(_alphabet()) if " " < c <= "~"]
-    mask = mx.zeros((model.lm_head.weight.shape[0], 1))
-    mask[mx.array(spoken)] = 1
-    model.lm_head.weight = model.lm_head.weight * mask
-    nn.quantize(model, group_size=32, bits=4)
-    weights = dict(tree_flatten(model.parameters()))
-    mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
-    config["quantization"] = {"group_size": 32, "bits": 4}
-    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    write_tokenizer(folder, template)
-    return folder
 
 
 @pytest.fixture(scope="session")

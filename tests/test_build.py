@@ -17,8 +17,10 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the extension i
 
 def build(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-build-isolation", "--no-deps", "--no-index"]
-        + ["--config-settings", f"build-dir={folder / 'build'}", "--wheel-dir", str(folder), str(ROOT)],
+        [
+            *(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-build-isolation", "--no-deps", "--no-index"),
+            *("--config-settings", f"build-dir={folder / 'build'}", "--wheel-dir", str(folder), str(ROOT)),
+        ],
         capture_output=True,
         text=True,
         check=False,

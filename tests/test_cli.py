@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import write_tiny_model
+from tiny import write_tiny_model
 
 
 def edger1(*arguments: str, stdin: str | None = None, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -24,9 +24,9 @@ from safetensors.numpy import save
 
 from edger1 import installed, paths
 from edger1.errors import FormatError, SourceError, UnknownModelError, UsageError
-from edger1.pull import Step, hub, place, pull, run, wheel
-from edger1.pull.files import RemoteFile, choose
-from edger1.pull.steps import UnavailableError
+from edger1.fetch import Step, hub, place, pull, run, wheel
+from edger1.fetch.files import RemoteFile, choose
+from edger1.fetch.steps import UnavailableError
 
 CONFIG = json.dumps({"model_type": "llama", "hidden_size": 64, "max_position_embeddings": 512}).encode()
 WEIGHTS = save({"model.embed_tokens.weight": np.arange(1 << 19, dtype=np.float32).reshape(-1, 64)})
@@ -77,7 +77,7 @@ def converter(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         return destination
 
     monkeypatch.setattr(run, "convert", convert)
-    monkeypatch.setattr("edger1.pull.local.convert", convert)
+    monkeypatch.setattr("edger1.fetch.local.convert", convert)
     return converted
 
 
@@ -198,7 +198,7 @@ def test_what_a_failed_pull_got_is_kept_for_the_next_one(server: Hub, monkeypatc
 def test_a_killed_pull_leaves_no_model_and_the_next_one_goes_on(server: Hub, home: Path) -> None:
     server.repos["owner/name"] = model_files()
     server.holds["model.safetensors"] = 1_000_000
-    code = "from edger1.pull import pull; pull('owner/name')"
+    code = "from edger1.fetch import pull; pull('owner/name')"
     child = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"HF_ENDPOINT": server.url})
     try:
         deadline = time.monotonic() + 20

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -22,7 +24,7 @@ def split(pieces: list[str], **options: object) -> tuple[str, str, bool]:
 def test_markers_are_found_wherever_the_text_is_cut(cuts: list[int]) -> None:
     text = "<think>\nLet me see: 2 < 3.\n</think>\n\nYes.\nIt is."
     edges = [0, *sorted(set(cuts)), len(text)]
-    pieces = [text[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    pieces = [text[a:b] for a, b in pairwise(edges)]
     assert split(pieces) == ("Let me see: 2 < 3.\n", "Yes.\nIt is.", False)
 
 
@@ -41,7 +43,7 @@ def test_an_unclosed_thought_stays_a_thought() -> None:
 def test_stop_strings_end_the_answer_and_are_cut_off(cuts: list[int]) -> None:
     text = "one two END three four"
     edges = [0, *sorted(set(cuts)), len(text)]
-    pieces = [text[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    pieces = [text[a:b] for a, b in pairwise(edges)]
     assert split(pieces, stop=["END", "four"]) == ("", "one two ", True)
 
 

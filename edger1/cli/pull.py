@@ -9,7 +9,7 @@ import typer
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
-    from edger1.pull import Step, Watch
+    from edger1.fetch import Step, Watch
 
 INTERRUPTED = 130
 
@@ -39,7 +39,7 @@ def pull_command(
       edger1 pull ./my-model.gguf
     """
     from edger1.config import load_config
-    from edger1.pull import pull
+    from edger1.fetch import pull
 
     offline = offline or load_config().offline
     try:
@@ -77,7 +77,7 @@ class reporting:  # noqa: N801 - used as `with reporting(...)`
 
     def __enter__(self) -> Watch:
         """Start the bar and return the callbacks for a pull."""
-        from edger1.pull import Watch
+        from edger1.fetch import Watch
 
         if self.bar:
             self.bar.start()

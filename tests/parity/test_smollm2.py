@@ -175,4 +175,6 @@ def test_chat_template_and_ends(smollm2: Path) -> None:
         "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
     )
     assert tokenizer.eos_token_id == 2
-    assert tokenizer("Hi", add_special_tokens=True)["input_ids"] == tokenizer("Hi", add_special_tokens=False)["input_ids"]
+    assert (
+        tokenizer("Hi", add_special_tokens=True)["input_ids"] == tokenizer("Hi", add_special_tokens=False)["input_ids"]
+    )

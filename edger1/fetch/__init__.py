@@ -1,6 +1,6 @@
 """Fetch a model onto this machine: `pull("qwen3-8b")`, `pull("owner/name")`, `pull("./model.gguf")`."""
 
-from edger1.pull.run import pull
-from edger1.pull.steps import Step, Watch
+from edger1.fetch.run import pull
+from edger1.fetch.steps import Step, Watch
 
 __all__ = ["Step", "Watch", "pull"]

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from edger1 import paths
 from edger1.errors import FormatError
-from edger1.pull.convert import convert
-from edger1.pull.place import (
+from edger1.fetch.convert import convert
+from edger1.fetch.place import (
     MANIFEST,
     Manifest,
     install,
@@ -20,7 +20,7 @@ from edger1.pull.place import (
     sha256_of,
     write_manifest,
 )
-from edger1.pull.steps import Watch
+from edger1.fetch.steps import Watch
 
 
 def add(name: str, path: Path, watch: Watch, *, force: bool = False) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from edger1.pull.steps import Step, Watch
+from edger1.fetch.steps import Step, Watch
 
 
 def convert(source: Path, destination: Path, watch: Watch) -> Path:

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from edger1.pull.files import RemoteFile, choose
-from edger1.pull.place import NoSpaceError, require_space, sha256_of
-from edger1.pull.steps import Step, UnavailableError, Watch
+from edger1.fetch.files import RemoteFile, choose
+from edger1.fetch.place import NoSpaceError, require_space, sha256_of
+from edger1.fetch.steps import Step, UnavailableError, Watch
 from edger1.registry import HubSource
 from edger1.units import format_bytes
 

@@ -8,7 +8,7 @@ from fnmatch import fnmatch
 from pathlib import PurePosixPath
 
 from edger1.errors import UsageError
-from edger1.pull.steps import UnavailableError
+from edger1.fetch.steps import UnavailableError
 
 # Only at the repository's top: subfolders hold other formats of the same weights (original/, onnx/, metal/).
 # tokenization_*.py is what a few tokenizers (Moonlight's) consist of; it never runs unless the user trusts remote code.

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from edger1 import registry
 from edger1.errors import UnknownModelError
-from edger1.pull.place import folder_name
+from edger1.fetch.place import folder_name
 from edger1.registry import HubSource, Source
 
 _REPO = re.compile(

@@ -10,11 +10,11 @@ from pathlib import Path
 
 from edger1 import registry
 from edger1.errors import EdgeR1Error, FormatError, SourceError
-from edger1.pull import hub, local, wheel
-from edger1.pull.convert import convert
-from edger1.pull.place import Manifest, NoSpaceError, folder_name, install, locked
-from edger1.pull.steps import OnNote, OnProgress, UnavailableError, Watch
-from edger1.pull.target import Target, parse
+from edger1.fetch import hub, local, wheel
+from edger1.fetch.convert import convert
+from edger1.fetch.place import Manifest, NoSpaceError, folder_name, install, locked
+from edger1.fetch.steps import OnNote, OnProgress, UnavailableError, Watch
+from edger1.fetch.target import Target, parse
 from edger1.registry import HubSource, Source, WheelSource
 from edger1.units import format_bytes
 

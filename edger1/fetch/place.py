@@ -22,7 +22,7 @@ from typing import Any
 
 from edger1 import __version__, paths
 from edger1.errors import FormatError, SourceError
-from edger1.pull.steps import OnNote
+from edger1.fetch.steps import OnNote
 from edger1.units import format_bytes
 
 MANIFEST = "edger1.json"

@@ -13,8 +13,8 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 
-from edger1.pull.place import CHUNK_BYTES, NoSpaceError, require_space, sha256_of
-from edger1.pull.steps import Step, UnavailableError, Watch
+from edger1.fetch.place import CHUNK_BYTES, NoSpaceError, require_space, sha256_of
+from edger1.fetch.steps import Step, UnavailableError, Watch
 from edger1.registry import WheelSource
 
 _POLL_S = 0.1
