@@ -197,9 +197,7 @@ def test_two_models_share_one_engine(tiny_folder: Path, tmp_path: Path) -> None:
     other = write_tiny_model(tmp_path / "other", seed=1)
     with edger1.Engine(memory="4GB") as engine:
         a, b = engine.load(tiny_folder), engine.load(other)
-        assert (
-            a.generate("Hi", max_tokens=8, temperature=0).text != b.generate("Hi", max_tokens=8, temperature=0).text
-        )
+        assert a.generate("Hi", max_tokens=8, temperature=0).text != b.generate("Hi", max_tokens=8, temperature=0).text
         a.close()
         assert b.generate("Hi", max_tokens=2).usage.completion_tokens == 2
 

@@ -200,9 +200,7 @@ def test_sentencepiece_gives_the_ids_of_the_library(
 
 @settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=st.text(st.sampled_from("thequick brown foxhello worldzyéя茶 12\n"), max_size=60))
-def test_sentencepiece_agrees_on_any_text(
-    tmp_path: Path, spm: sentencepiece.SentencePieceProcessor, text: str
-) -> None:
+def test_sentencepiece_agrees_on_any_text(tmp_path: Path, spm: sentencepiece.SentencePieceProcessor, text: str) -> None:
     tokenizer = _TOKENIZERS.setdefault("spm", built(tmp_path, spm_metadata(spm)).tokenizer)
     assert tokenizer.encode(text, add_special_tokens=False).ids == spm.encode(text)
 
@@ -218,4 +216,7 @@ def test_sentencepiece_without_bytes_or_scores_is_refused(
         spm, tokens=(ARRAY, (STRING, few)), scores=(ARRAY, (F32, [0.0] * 4)), token_type=(ARRAY, (I32, [1] * 4))
     )
     with pytest.raises(FormatError, match="without byte tokens"):
+        built(tmp_path, metadata)
+    few[0] = "x" * 5_000_000
+    with pytest.raises(FormatError, match="more than 1,024 characters"):
         built(tmp_path, metadata)
