@@ -72,6 +72,11 @@ def plan(header: Header, rope_factors: np.ndarray | None = None) -> Plan:
             f"{header.name} has the architecture {name[:40]!r}; GGUF files of {', '.join(ARCHITECTURES)} can be "
             "converted. Get this model as an MLX folder instead."
         )
+    if header.integer("split.count", 1) > 1:
+        raise FormatError(
+            f"{header.name} is one of {header.integer('split.count')} parts of a model, which cannot be converted one "
+            "by one; join them with llama-gguf-split --merge first."
+        )
     sizes = _sizes(header, name)
     _refuse_variants(header, name, sizes)
     shapes = _expected(header, name, sizes)

@@ -22,6 +22,9 @@ from edger1.quant.formats.gguf import Header
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 """The token types of `tokenizer.ggml.token_type`."""
 
+MAX_PIECE_LENGTH = 1024
+"""In characters. SentencePiece's longest are 16 by default; cutting a piece everywhere costs its length squared."""
+
 ENDS_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|endoftext|>", "<|end_of_text|>")
 """Control tokens that end an answer even where the file names only one of them as its end."""
 
@@ -189,6 +192,8 @@ def _sentencepiece(header: Header, tokens: list[str], types: list[int]) -> tuple
     scores: list[float] = header.numbers("tokenizer.ggml.scores").tolist()
     if len(scores) != len(tokens):
         raise FormatError(f"{header.name} scores {len(scores):,} tokens but lists {len(tokens):,}; it is damaged.")
+    if max(map(len, tokens)) > MAX_PIECE_LENGTH:
+        raise FormatError(f"{header.name} has a token of more than {MAX_PIECE_LENGTH:,} characters; it is damaged.")
     ids = {text: i for i, text in enumerate(tokens)}
     if any(f"<0x{byte:02X}>" not in ids for byte in range(256)):
         raise FormatError(f"{header.name} has a SentencePiece tokenizer without byte tokens, which is not supported.")

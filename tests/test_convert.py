@@ -195,6 +195,7 @@ REFUSED: dict[str, tuple[Tiny, str]] = {
         changed(tiny_model(), tensors={"output_norm.weight": pack(np.ones(32), GGMLQuantizationType.F32)}),
         r"'output_norm.weight' has the shape \[32\]",
     ),
+    "one part of several": (changed(tiny_model(), split__count=(U32, 3)), "one of 3 parts of a model"),
     "experts": (changed(tiny_model(), llama__expert_count=(U32, 8)), "with experts"),
     "partial rotary": (changed(tiny_model(), llama__rope__dimension_count=(U32, 8)), "rotary embeddings over a part"),
     "rope factors": (
@@ -378,7 +379,7 @@ def damaged(draw: st.DrawFn) -> bytes:
     return bytes(data)
 
 
-@settings(max_examples=120, deadline=5000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=damaged())
 def test_damage_gives_a_format_error_or_a_whole_folder(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
     folder = tmp_path_factory.mktemp("damaged")

@@ -123,7 +123,7 @@ def damaged(draw: st.DrawFn) -> bytes:
     return bytes(data)
 
 
-@settings(max_examples=400, deadline=2000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=400, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=damaged())
 def test_what_we_accept_the_library_accepts(path: Path, data: bytes) -> None:
     path.write_bytes(data)

@@ -217,3 +217,6 @@ def test_sentencepiece_without_bytes_or_scores_is_refused(
     )
     with pytest.raises(FormatError, match="without byte tokens"):
         built(tmp_path, metadata)
+    few[0] = "x" * 5_000_000
+    with pytest.raises(FormatError, match="more than 1,024 characters"):
+        built(tmp_path, metadata)

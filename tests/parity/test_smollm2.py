@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+torch = pytest.importorskip("torch")
 pytestmark = [pytest.mark.parity, pytest.mark.model]
 
 TEXT = """The history of cartography begins long before paper. People scratched rivers, hunting grounds and the
@@ -30,9 +31,9 @@ TOKENS = 256
 @pytest.fixture(scope="module")
 def reference(smollm2_gguf: Path) -> Any:
     """The model as transformers reads it from the same file, dequantized to f32."""
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
-    return transformers.AutoModelForCausalLM.from_pretrained(
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(
         smollm2_gguf.parent, gguf_file=smollm2_gguf.name, dtype=torch.float32
     ).eval()
 
@@ -92,7 +93,6 @@ def test_every_weight_equals_the_file_dequantized(smollm2: Path, smollm2_gguf: P
 
 def test_logits_through_mlx_lm(smollm2: Path, reference: Any, ids: list[int]) -> None:
     import mlx.core as mx
-    import torch
     from mlx_lm.utils import load_model
 
     model, _ = load_model(smollm2)
@@ -106,8 +106,6 @@ def test_logits_through_mlx_lm(smollm2: Path, reference: Any, ids: list[int]) ->
 
 
 def test_log_probabilities_through_edger1(smollm2: Path, reference: Any, ids: list[int]) -> None:
-    import torch
-
     import edger1
 
     model = edger1.load(smollm2, precision="exact")
