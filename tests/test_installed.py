@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from edger1 import installed, paths
 from edger1.cli.models import models_app
 from edger1.errors import UnknownModelError, UsageError
-from edger1.pull.place import MANIFEST, Manifest, install, link_file, write_manifest
+from edger1.fetch.place import MANIFEST, Manifest, install, link_file, write_manifest
 
 
 @pytest.fixture(autouse=True)
