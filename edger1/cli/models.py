@@ -107,13 +107,17 @@ def remove(
     from edger1.units import format_bytes
 
     if not yes:
-        if not sys.stdin.isatty():
+        if not _can_ask():
             raise UsageError(f"Removing {', '.join(names)} wants a yes, and there is no terminal to ask on; add --yes.")
         if not typer.confirm(f"Remove {', '.join(names)}?"):
             raise typer.Exit(1)
     for name in names:
         freed = installed.remove(name)
         typer.echo(f"Removed {name}" + (f", {format_bytes(freed)} freed." if freed else "; its folder was left alone."))
+
+
+def _can_ask() -> bool:
+    return sys.stdin.isatty()
 
 
 def _installed_json(model: Installed) -> dict[str, Any]:

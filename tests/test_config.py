@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edger1.config import Config, load_config
+from edger1.errors import UsageError
+from edger1.units import format_bytes, parse_size
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("6GB", 6_000_000_000),
+        ("6 gb", 6_000_000_000),
+        ("6GiB", 6 * 2**30),
+        ("512MB", 512_000_000),
+        ("1.5G", 1_500_000_000),
+        (".5k", 500),
+        ("4096", 4096),
+        (4096, 4096),
+        ("9007199254740993", 9007199254740993),
+    ],
+)
+def test_sizes(text: str | int, size: int) -> None:
+    assert parse_size(text) == size
+
+
+def test_a_share_is_of_the_whole_or_of_the_machine() -> None:
+    assert parse_size("25%", whole=1000) == 250
+    assert parse_size("50%") == int(psutil.virtual_memory().total / 2)
+
+
+@pytest.mark.parametrize("text", ["", "GB", "6 XB", "-1GB", "6GB!", "0", "0%", "101%", "1e9", "nan", "٣GB", True])
+def test_no_sizes(text: str) -> None:
+    with pytest.raises(UsageError, match=r"is not a size|is no memory at all|is more than the whole"):
+        parse_size(text)
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1.00 kB"),
+        (98_362_432, "98.4 MB"),
+        (999_600, "1.00 MB"),
+        (419_500_000_000, "420 GB"),
+        (5 * 10**15, "5000 TB"),
+    ],
+)
+def test_format_bytes(size: int, text: str) -> None:
+    assert format_bytes(size) == text
+
+
+@given(st.integers(min_value=1, max_value=10**15 - 10**12))
+def test_what_is_printed_can_be_read_and_is_within_half_a_percent(size: int) -> None:
+    assert abs(parse_size(format_bytes(size)) - size) <= size * 0.00501
+
+
+def test_every_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EDGER1_HOME", str(tmp_path))
+    assert load_config() == Config()
+    (tmp_path / "config.toml").write_text(
+        'memory = "6GB"\ncontext = 8192\nthreads = 2\ntheme = "nord"\noffline = true\nmodel = "qwen3-8b"\n'
+    )
+    assert load_config() == Config(6_000_000_000, 8192, 2, "nord", True, "qwen3-8b")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('memori = "6GB"', r"unknown key 'memori'. Did you mean memory\?"),
+        ("zzz = 1", r"unknown key 'zzz'. Known keys: memory, context, threads, theme, offline, model"),
+        ('memory = "much"', r"memory: 'much' is not a size"),
+        ("memory = true", r"memory is True, but a size such as"),
+        ('context = "8k"', r"context is '8k', but a whole number of at least 1 was expected"),
+        ("threads = 0", r"threads is 0, but a whole number of at least 1"),
+        ("offline = 1", r"offline is 1, but true or false was expected"),
+        ("theme = 3", r"theme is 3, but a name in quotes was expected"),
+        ("model = ''", r"model is '', but a name in quotes was expected"),
+        ("offline = true\nmemory = = 1", r"not valid TOML.*line 2"),
+    ],
+)
+def test_a_wrong_setting_names_file_key_and_expectation(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "config.toml"
+    path.write_text(text)
+    with pytest.raises(UsageError, match=message) as raised:
+        load_config(path)
+    assert str(path) in str(raised.value)
+
+
+def test_a_file_that_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_bytes(b"\xff\xfe")
+    with pytest.raises(UsageError, match="cannot be read"):
+        load_config(tmp_path / "config.toml")
