@@ -87,6 +87,7 @@ def test_no_such_folder(tmp_path: Path, name: str) -> None:
         (b"{}", "model_type"),
         (b'{"model_type": 3}', "model_type"),
     ],
+    ids=["missing", "cut", "no UTF-8", "deep", "list", "empty", "number"],
 )
 def test_a_damaged_config(folder: Path, content: bytes | None, message: str) -> None:
     config = folder / "config.json"
