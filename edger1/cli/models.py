@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from edger1.installed import Installed
     from edger1.registry import Entry
 
-models_app = typer.Typer(help="List, show and remove models.", no_args_is_help=False)
+models_app = typer.Typer(no_args_is_help=False)
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="An installed model, alias, OWNER/NAME or path.")]
