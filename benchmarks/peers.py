@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 import tarfile
@@ -218,9 +217,10 @@ def llama_bench(
     generate: int = 0,
     depth: int = 0,
     repetitions: int = 1,
-) -> float:
-    """Return tokens a second of one test of llama-bench: prefill of `prompt` tokens, or decoding of `generate` tokens
-    with `depth` tokens already in the cache. llama-bench warms up by itself; the median of `repetitions` counts.
+) -> list[float]:
+    """Return tokens a second of each repetition of one test of llama-bench, which warms up by itself.
+
+    The test is prefill of `prompt` tokens, or decoding of `generate` tokens with `depth` tokens already in the cache.
     """
     command = ["-m", model, "-t", threads, "-p", prompt, "-n", generate, "-d", depth, "-r", repetitions]
     command += ["-fa", "on" if settings.flash_attention else "off", "--repack", int(settings.repack), "-o", "json"]
@@ -238,18 +238,19 @@ def llama_bench(
     tests: list[dict[str, Any]] = json.loads(done.stdout)
     if len(tests) != 1:
         raise PeerMissingError(f"llama-bench reported {len(tests)} tests where one was asked for")
-    return statistics.median(tests[0]["samples_ts"])
+    return [float(rate) for rate in tests[0]["samples_ts"]]
 
 
 def fastest_settings(model: Path, *, threads: int, prompt: int, generate: int) -> LlamaSettings:
     """Return the settings with which llama-bench is fastest at this test here.
 
-    Settings that fail are told and left out. Raises PeerMissingError where all fail.
+    The best of three readings of each counts, since a disturbance only ever slows one down. Settings that fail are told
+    and left out. Raises PeerMissingError where all fail.
     """
     rates: dict[LlamaSettings, float] = {}
     for settings in all_settings():
         try:
-            rate = llama_bench(model, settings, threads=threads, prompt=prompt, generate=generate, repetitions=3)
+            rate = max(llama_bench(model, settings, threads=threads, prompt=prompt, generate=generate, repetitions=3))
         except PeerMissingError as error:
             print(f"!!! {error}", file=sys.stderr)
             continue

@@ -116,11 +116,11 @@ class NumpyMatmul:
 
 def _blas() -> str:
     try:
-        from threadpoolctl import threadpool_info  # type: ignore[import-not-found]
+        threadpoolctl = importlib.import_module("threadpoolctl")
     except ImportError:
         blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
         return f"{blas['name']} {blas['version']} (install threadpoolctl to see its kernels)"
-    found = [pool for pool in threadpool_info() if pool["user_api"] == "blas"]
+    found = [pool for pool in threadpoolctl.threadpool_info() if pool["user_api"] == "blas"]
     return ", ".join(
         f"{pool['internal_api']} {pool['version']} for {pool.get('architecture', 'an unknown processor')}, "
         f"{pool['num_threads']} threads"

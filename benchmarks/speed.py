@@ -123,9 +123,9 @@ class Speed:
         prefill, prompt, generate, _ = self._lengths
         bench = partial(peers.llama_bench, model, threads=self._threads)
         return {
-            "prefill": bench(for_prefill, prompt=prefill),
-            "prefill of 64": bench(for_prefill, prompt=prompt),
-            "decode": bench(for_decode, generate=generate, depth=prompt),
+            "prefill": bench(for_prefill, prompt=prefill)[0],
+            "prefill of 64": bench(for_prefill, prompt=prompt)[0],
+            "decode": bench(for_decode, generate=generate, depth=prompt)[0],
         }
 
     def side(self, name: str, metric: str, readings: Readings) -> Side:

@@ -15,6 +15,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -40,37 +41,36 @@ class ProcessError(Exception):
     """A measured process failed; the message is the end of what it said."""
 
 
-def timed(command: Sequence[str], environment: Mapping[str, str]) -> tuple[float, float, int, str]:
+def timed(command: Sequence[object], environment: Mapping[str, str]) -> tuple[float, float, int, str]:
     """Run a process; returns (moment it was started, seconds it took, its peak resident bytes, its standard output)."""
     began = time.monotonic()
-    process = subprocess.Popen(
-        list(command),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=dict(environment),
-        cwd=common.REPOSITORY,
-        text=True,
-    )
-    assert process.stdout is not None
-    assert process.stderr is not None
-    with process.stdout, process.stderr:
-        output = process.stdout.read()
-        errors = process.stderr.read()
-    # wait4 and not wait: it tells this one child's peak memory, where getrusage would tell that of all children so far.
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    took = time.monotonic() - began
-    if process.returncode != 0:
-        raise ProcessError(
-            f"{' '.join(map(str, command[-6:]))} ended with {process.returncode}: {errors.strip()[-400:]}"
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(
+            [str(word) for word in command],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            env=dict(environment),
+            cwd=common.REPOSITORY,
+            text=True,
         )
+        assert process.stdout is not None
+        with process.stdout:
+            output = process.stdout.read()
+        # wait4 and not wait: it tells this child's own peak memory, where getrusage would tell that of all so far.
+        _, status, usage = os.wait4(process.pid, 0)
+        took = time.monotonic() - began
+        process.returncode = os.waitstatus_to_exitcode(status)
+        errors.seek(0)
+        told = errors.read().strip().splitlines()[-1:] or ["no word of why"]
+    if process.returncode != 0:
+        raise ProcessError(f"it ended with {process.returncode}: {told[0][:400]}")
     return began, took, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024), output
 
 
 def answer(side: str, folder: Path, variant: str, tokens: int, threads: int, **variables: str) -> dict[str, float]:
     """Start one side, let it answer once, and return its METRICS."""
-    command = [sys.executable, "-m", "benchmarks.startup_child", side, str(folder), variant, str(tokens), PROMPT]
+    command = [sys.executable, "-m", "benchmarks.startup_child", side, folder, variant, tokens, PROMPT]
     began, _, peak, output = timed(command, common.child_environment(threads, **variables))
     told = json.loads(output.splitlines()[-1])
     return {
@@ -82,25 +82,25 @@ def answer(side: str, folder: Path, variant: str, tokens: int, threads: int, **v
     }
 
 
-def command(words: Sequence[str | Path], threads: int) -> dict[str, float]:
+def command(words: Sequence[object], threads: int) -> dict[str, float]:
     """Run a command line to its end and return the seconds it took."""
-    return {COMMAND: timed([str(word) for word in words], common.child_environment(threads))[1]}
+    return {COMMAND: timed(words, common.child_environment(threads))[1]}
 
 
 def measures(folder: Path, tokens: int, threads: int) -> dict[str, Measure]:
     """Return the sides. EdgeR1's fast and exact stand beside the same mlx-lm."""
-    short = ["--max-tokens", str(SHORT_GENERATE)]
-    edger1_run = ["edger1", "run", str(folder), SHORT_PROMPT, "--raw", "--json", "--temperature", "0", *short]
-    generate = [
-        "mlx_lm",
-        "generate",
-        "--model",
-        str(folder),
-        "--prompt",
-        SHORT_PROMPT,
-        "--ignore-chat-template",
-        *short,
+    most = ["--max-tokens", str(tokens)]
+    edger1_run = [
+        Path(sys.executable).with_name("edger1"),
+        "run",
+        folder,
+        PROMPT,
+        "--json",
+        "--temperature",
+        "0",
+        *most,
     ]
+    generate = [sys.executable, "-m", "mlx_lm", "generate", "--model", folder, "--prompt", PROMPT, *most]
     return {
         "fast": partial(answer, "edger1", folder, "fast", tokens, threads),
         "exact": partial(answer, "edger1", folder, "exact", tokens, threads),
