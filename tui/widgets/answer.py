@@ -12,6 +12,9 @@ from edger1.tui.widgets.thinking import Thinking
 from textual.widget import Widget
 from textual.widgets.markdown import Markdown, MarkdownStream
 
+BLOCKS_MAX = 500
+"""Blocks of an answer that is drawn once more in full when it ends; a longer one would hold the screen up."""
+
 
 class Answer(Widget):
     """Shows an answer while it comes. `feed` and `think` are cheap; what they are given is drawn a little later."""
@@ -64,7 +67,8 @@ class Answer(Widget):
         if self._stream is not None:
             await self._stream.stop()
             # Streaming adds block to block; what a later line changes in an earlier block shows only in a full render.
-            await self._stream.markdown_widget.update(self.text)
+            if len(self._stream.markdown_widget.children) <= BLOCKS_MAX:
+                await self._stream.markdown_widget.update(self.text)
         if remark:
             await self.mount(Notice.remark(remark))
 
