@@ -6,11 +6,9 @@ from markdown_it import MarkdownIt
 from markdown_it.rules_inline import StateInline
 from markdown_it.token import Token
 
-CELLS_MAX = 300
-"""Cells of a table that is drawn as a table. Each cell is a widget, and a larger table is shown as it was written."""
-
-PARAGRAPH_MAX = 8_000
-"""Characters of one paragraph that are looked at for emphasis, links and code; a longer one is shown plain."""
+PARTS_MAX = 400
+"""Cells, items and paragraphs of one table or list that is drawn as such. Each is a widget or several, all made anew
+whenever a streamed block grows; a larger block is shown as it was written."""
 
 _MATH = {"\\(": "\\)", "\\[": "\\]", "$$": "$$"}
 
@@ -24,11 +22,11 @@ def parser() -> Parser:
 
 
 class Parser(MarkdownIt):
-    """A parser that shows what would be too dear to lay out as it was written."""
+    """A parser that leaves a block which would be too dear to lay out as it was written."""
 
     def parse(self, src: str, env: dict | None = None) -> list[Token]:  # type: ignore[override]
         """Parse a document, or the tail of one that is still being written."""
-        return _plain_large_tables(super().parse(src, env), src)
+        return _plain_large_blocks(super().parse(src, env), src)
 
 
 def _math(state: StateInline, silent: bool) -> bool:
@@ -41,24 +39,26 @@ def _math(state: StateInline, silent: bool) -> bool:
     if end < 0:
         return False
     if not silent:
-        state.push("text", "", 0).content = state.src[state.pos : end + 2]
+        for number, line in enumerate(state.src[state.pos : end + 2].split("\n")):
+            if number:
+                state.push("hardbreak", "br", 0)
+            state.push("text", "", 0).content = line
     state.pos = end + 2
     return True
 
 
-def _plain_large_tables(tokens: list[Token], source: str) -> list[Token]:
+def _plain_large_blocks(tokens: list[Token], source: str) -> list[Token]:
     shown: list[Token] = []
-    begin = cells = 0
+    begin = parts = 0
     for token in tokens:
         shown.append(token)
-        if token.type == "table_open":
-            begin, cells = len(shown) - 1, 0
-        elif token.type in ("th_open", "td_open"):
-            cells += 1
-        elif token.type == "table_close" and cells > CELLS_MAX:
-            opened = shown[begin]
-            fence = Token("fence", "code", 0, map=opened.map, level=opened.level, block=True)
-            first, last = opened.map or [0, 0]
+        if token.level == 0 and token.nesting == 1:
+            begin, parts = len(shown) - 1, 0
+        elif token.nesting == 1:
+            parts += 1
+        elif token.level == 0 and token.nesting == -1 and parts > PARTS_MAX:
+            first, last = shown[begin].map or [0, 0]
+            fence = Token("fence", "code", 0, map=[first, last], info="text", block=True)
             fence.content = "\n".join(source.split("\n")[first:last])
             shown[begin:] = [fence]
     return shown

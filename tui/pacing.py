@@ -9,13 +9,15 @@ from collections.abc import Awaitable, Callable
 INTERVAL_S = 0.05
 LONGEST_S = 1.0
 CPU_SHARE = 0.12
+CPU_BURST_S = 0.3
+"""Time that may be used at once: the first lines of an answer build widgets and must not wait for that."""
 
 
 class Pacer:
     """Collects text and passes it on at most every `INTERVAL_S`.
 
-    A long answer makes each update dearer (the last block is laid out anew), so the interval grows until this process
-    uses no more than `CPU_SHARE` of a core, up to `LONGEST_S`. Nothing runs while no text comes.
+    A long block makes each update dearer (it is laid out anew), so the interval grows, up to `LONGEST_S`, until this
+    process uses no more than `CPU_SHARE` of a core since the text began. Nothing runs while no text comes.
     """
 
     def __init__(self, show: Callable[[str], Awaitable[None]]) -> None:
@@ -23,7 +25,8 @@ class Pacer:
         self._pending: list[str] = []
         self._task: asyncio.Task[None] | None = None
         self._shown_at = 0.0
-        self._cpu_at = 0.0
+        self._began_at = time.monotonic()
+        self._cpu_began_at = time.process_time()
         self._one_at_a_time = asyncio.Lock()
 
     def feed(self, text: str) -> None:
@@ -48,13 +51,14 @@ class Pacer:
             await asyncio.shield(self._flush())
 
     def _due(self) -> float:
-        fair = (time.process_time() - self._cpu_at) / CPU_SHARE
-        return self._shown_at + max(INTERVAL_S, min(fair, LONGEST_S))
+        used = time.process_time() - self._cpu_began_at
+        affordable = self._began_at + (used - CPU_BURST_S) / CPU_SHARE
+        return max(self._shown_at + INTERVAL_S, min(affordable, self._shown_at + LONGEST_S))
 
     async def _flush(self) -> None:
         async with self._one_at_a_time:
             text = "".join(self._pending)
             self._pending.clear()
-            self._shown_at, self._cpu_at = time.monotonic(), time.process_time()
+            self._shown_at = time.monotonic()
             if text:
                 await self._show(text)

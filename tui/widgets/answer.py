@@ -13,6 +13,9 @@ from edger1.tui.widgets.answer_text import AnswerText
 from edger1.tui.widgets.notice import Notice
 from edger1.tui.widgets.thinking import Thinking
 
+BLOCKS_MAX = 500
+"""Blocks of an answer that is drawn once more in full when it ends; a longer one would hold the screen up."""
+
 
 class Answer(Widget):
     """Shows an answer while it comes. `feed` and `think` are cheap; what they are given is drawn a little later."""
@@ -65,7 +68,8 @@ class Answer(Widget):
         if self._stream is not None:
             await self._stream.stop()
             # Streaming adds block to block; what a later line changes in an earlier block shows only in a full render.
-            await self._stream.markdown_widget.update(self.text)
+            if len(self._stream.markdown_widget.children) <= BLOCKS_MAX:
+                await self._stream.markdown_widget.update(self.text)
         if remark:
             await self.mount(Notice.remark(remark))
 

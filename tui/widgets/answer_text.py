@@ -20,7 +20,8 @@ class _Fence(MarkdownFence):
     def highlight(cls, code: str, language: str, ansi: bool = False, dark: bool = False) -> Content:
         if len(code) > HIGHLIGHT_MAX:
             return Content(code)
-        return super().highlight(code, language, ansi, dark)
+        # Textual would guess a language that is not named.
+        return super().highlight(code, language or "text", ansi, dark)
 
 
 class AnswerText(Markdown):
