@@ -92,6 +92,7 @@ def test_a_message_can_have_several_lines(key: str) -> None:
         for name in ("a", key, "b", "enter"):
             app.simulate_key(name)
         await until(pilot, lambda: bool(backend.asked))
+        await settle(pilot, app)
 
     drive(backend, scenario)
     assert backend.asked[0][-1]["content"] == "a\nb"
@@ -315,7 +316,7 @@ def test_reasoning_is_open_while_it_comes_and_folds_for_the_answer() -> None:
     async def scenario(pilot: Pilot[None], app: ChatApp) -> None:
         await pilot.press("a", "enter")
         await until(pilot, lambda: "two and two" in screen(app))
-        assert "▾ Thinking · " in screen(app)
+        assert "▾ Thinking · 3 words" in screen(app)
         backend.release()
         await settle(pilot, app)
         assert "two and two" not in screen(app)
@@ -400,7 +401,8 @@ def test_markup_in_text_is_shown_as_written() -> None:
     backend = FakeBackend([Thought("", said), HOLD, Text("", said), Failed("", "ContextError", said)])
 
     async def scenario(pilot: Pilot[None], app: ChatApp) -> None:
-        await pilot.press(*said, "enter")
+        app.query_one(Prompt).insert(said)
+        await pilot.press("enter")
         await until(pilot, lambda: screen(app).count(said) == 2)
         backend.release()
         await settle(pilot, app)

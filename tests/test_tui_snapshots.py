@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from edger1.tui.app import ChatApp
+from edger1.tui.widgets.prompt import Prompt
 from fake_backend import FIGURES, GONE, HOLD, FakeBackend, words
 from textual.pilot import Pilot
 
@@ -48,7 +49,8 @@ def chat(backend: FakeBackend, theme: str | None = None) -> ChatApp:
 
 def ask(*keys: str) -> Callable[[Pilot[Any]], Awaitable[None]]:
     async def run(pilot: Pilot[Any]) -> None:
-        await pilot.press(*"Is 91 prime?", "enter")
+        pilot.app.query_one(Prompt).insert("Is 91 prime?")
+        await pilot.press("enter")
         await pilot.app.workers.wait_for_complete()
         await pilot.press(*keys)
         await pilot.pause()
@@ -56,25 +58,25 @@ def ask(*keys: str) -> Callable[[Pilot[Any]], Awaitable[None]]:
     return run
 
 
-@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("size", SIZES, ids="{0[0]}x{0[1]}".format)
 def test_loading(snap_compare: Callable[..., bool], size: tuple[int, int]) -> None:
     backend = FakeBackend(loads=[[Progress("", "load", 40_000_000, 98_000_000), HOLD, Loaded("", "m")]])
     assert snap_compare(chat(backend), terminal_size=size)
 
 
-@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("size", SIZES, ids="{0[0]}x{0[1]}".format)
 def test_answer(snap_compare: Callable[..., bool], size: tuple[int, int]) -> None:
     backend = FakeBackend([*words("91 is 7 times 13.", Thought), *words(ANSWER), FIGURES])
     assert snap_compare(chat(backend), terminal_size=size, run_before=ask("ctrl+t"))
 
 
-@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("size", SIZES, ids="{0[0]}x{0[1]}".format)
 def test_dead_engine(snap_compare: Callable[..., bool], size: tuple[int, int]) -> None:
     backend = FakeBackend([*words("It is not, since"), GONE])
     assert snap_compare(chat(backend), terminal_size=size, run_before=ask())
 
 
-@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("size", SIZES, ids="{0[0]}x{0[1]}".format)
 def test_help(snap_compare: Callable[..., bool], size: tuple[int, int]) -> None:
     assert snap_compare(chat(FakeBackend()), terminal_size=size, run_before=ask("f1"))
 

@@ -39,9 +39,9 @@ class ChatApp(App[None], inherit_bindings=False):
     BINDINGS = [  # noqa: RUF012
         Binding("escape", "stop", "Stop", key_display="esc"),
         Binding("ctrl+n", "new", "New", priority=True),
-        Binding("ctrl+t", "toggle_thinking", "Thoughts", priority=True),
         Binding("f1", "help", "Help"),
         Binding("ctrl+q", "quit", "Quit", priority=True),
+        Binding("ctrl+t", "toggle_thinking", "Thoughts", priority=True),
         # Screens and text boxes take Ctrl+C first where something is selected.
         Binding("ctrl+c", "quit", "Quit", show=False),
     ]
@@ -158,6 +158,8 @@ class ChatApp(App[None], inherit_bindings=False):
         self._greet()
         async with aclosing(self.session.load()) as events:
             async for event in events:
+                if not self.is_running:
+                    return
                 match event:
                     case Progress(total=total, done=done) if total > 0:
                         self._say(f"Loading {self._model_name} · {done * 100 // total}% of {memory(total)}")
@@ -177,6 +179,8 @@ class ChatApp(App[None], inherit_bindings=False):
         self._say("Reading")
         async with aclosing(self.session.ask(question.text)) as events:
             async for event in events:
+                if not self.is_running:
+                    return
                 if answer is not self._answer:
                     # A new conversation has begun; what still comes belongs to none.
                     continue

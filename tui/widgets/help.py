@@ -12,12 +12,12 @@ from textual.widgets import Static
 KEYS = (
     ("Enter", "send"),
     ("Shift+Enter, Ctrl+J", "new line"),
-    ("Esc", "stop the answer; what was said stays"),
-    ("Ctrl+T", "fold or unfold the last reasoning"),
+    ("Esc", "stop; what was said stays"),
+    ("Ctrl+T", "fold or unfold the reasoning"),
     ("Page Up, Page Down", "scroll the conversation"),
     ("Ctrl+N", "new conversation"),
-    ("Ctrl+P", "all commands, themes among them"),
-    ("Ctrl+C", "copy what is selected, else quit"),
+    ("Ctrl+P", "all commands, and themes"),
+    ("Ctrl+C", "copy a selection, else quit"),
     ("Ctrl+Q", "quit"),
 )
 
@@ -35,6 +35,7 @@ class Help(ModalScreen[None]):
             height: auto;
             max-height: 100%;
             padding: 1 2;
+            .-short & { padding: 0 1; }
             border: round $primary;
             background: $surface;
         }

@@ -70,6 +70,7 @@ class Thinking(Widget):
         self._began = clock()
         self._took_s: float | None = None
         self._words = 0
+        self._in_word = False
         self._last = ""
         self._left_to_user = False
 
@@ -124,7 +125,9 @@ class Thinking(Widget):
         else:
             self._last += text
             body.query(Static).last().update(Content(self._last))
-        self._words += len(text.split())
+        # A word that began in the piece before is not counted twice.
+        self._words += len(text.split()) - (self._in_word and not text[0].isspace())
+        self._in_word = not text[-1].isspace()
         self._retitle()
 
     def _retitle(self) -> None:
