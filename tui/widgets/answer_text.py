@@ -35,8 +35,8 @@ class AnswerText(Markdown):
         MarkdownH1 { content-align: left middle; text-style: bold; margin: 1 0; color: $primary; }
         MarkdownH2 { text-style: bold; margin: 1 0; color: $primary; }
         MarkdownH3, MarkdownH4, MarkdownH5, MarkdownH6 { text-style: bold; margin: 1 0; color: $foreground; }
-        & > MarkdownHeader:first-child { margin-top: 0; }
-        MarkdownFence { background: $surface; margin: 0 0 1 0; color: $foreground; }
+        & > MarkdownHeader:first-child { margin: 0 0 1 0; }
+        MarkdownFence, MarkdownFence:light { background: $surface; margin: 0 0 1 0; color: $foreground; }
         MarkdownFence > Label { padding: 0 2; }
         MarkdownBlockQuote { background: transparent; border-left: outer $secondary 50%; margin: 0 0 1 0; }
         MarkdownBullet { color: $secondary; }
