@@ -8,17 +8,17 @@ import sys
 from collections.abc import Awaitable, Callable
 
 import pytest
+from fake_backend import FIGURES, GONE, HOLD, FakeBackend, words
+from textual.pilot import Pilot
+
+from edger1.errors import UsageError
+from edger1.messages import Failed, Loaded, Progress, Text, Thought
 from edger1.tui.app import ChatApp
 from edger1.tui.session import State
 from edger1.tui.widgets.answer_text import AnswerText
 from edger1.tui.widgets.prompt import Prompt
 from edger1.tui.widgets.thinking import Thinking
 from edger1.tui.widgets.transcript import Transcript
-from fake_backend import FIGURES, GONE, HOLD, FakeBackend, words
-from textual.pilot import Pilot
-
-from edger1.errors import UsageError
-from edger1.messages import Failed, Loaded, Progress, Text, Thought
 
 Scenario = Callable[[Pilot[None], ChatApp], Awaitable[None]]
 

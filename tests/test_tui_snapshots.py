@@ -7,12 +7,12 @@ from itertools import count
 from typing import Any
 
 import pytest
-from edger1.tui.app import ChatApp
-from edger1.tui.widgets.prompt import Prompt
 from fake_backend import FIGURES, GONE, HOLD, FakeBackend, words
 from textual.pilot import Pilot
 
 from edger1.messages import Loaded, Progress, Thought
+from edger1.tui.app import ChatApp
+from edger1.tui.widgets.prompt import Prompt
 
 SIZES = [(60, 15), (80, 24), (120, 40)]
 

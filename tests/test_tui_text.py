@@ -5,15 +5,15 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+from fake_backend import FIGURES, GONE, HOLD, FakeBackend
+
+from edger1.errors import ContextError
+from edger1.messages import Done, Event, Failed, Loaded, Progress, Text, Thought
 from edger1.tui.clean import clean
 from edger1.tui.conversation import Conversation
 from edger1.tui.figures import duration, figures, memory
 from edger1.tui.markdown import PARTS_MAX, parser
 from edger1.tui.session import Session, State
-from fake_backend import FIGURES, GONE, HOLD, FakeBackend
-
-from edger1.errors import ContextError
-from edger1.messages import Done, Event, Failed, Loaded, Progress, Text, Thought
 
 
 def test_cleaning_removes_what_a_terminal_acts_on() -> None:
