@@ -130,6 +130,8 @@ def test_prefill_tells_how_far_it_is() -> None:
     async def scenario(pilot: Pilot[None], app: ChatApp) -> None:
         await pilot.press("a", "enter")
         await until(pilot, lambda: "Reading · 512 of 2,048 tokens" in screen(app))
+        above = screen(app).split("▌ a")[1].split("╭")[0]
+        assert above.strip() == ""
         backend.release()
         await settle(pilot, app)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from textual.widget import Widget
+from textual.containers import Vertical
 from textual.widgets.markdown import Markdown, MarkdownStream
 
 from edger1.tui.clean import clean
@@ -17,7 +17,7 @@ BLOCKS_MAX = 500
 """Blocks of an answer that is drawn once more in full when it ends; a longer one would hold the screen up."""
 
 
-class Answer(Widget):
+class Answer(Vertical):
     """Shows an answer while it comes. `feed` and `think` are cheap; what they are given is drawn a little later."""
 
     DEFAULT_CSS = """
