@@ -93,11 +93,10 @@ class Scheduler:
     def run(self, inbox: queue.SimpleQueue[Request | None]) -> None:
         """Serve requests until None arrives. This thread owns MLX from here on."""
         while True:
-            try:
-                request = inbox.get(block=not self._jobs)
-            except queue.Empty:
+            if self._jobs and inbox.empty():
                 self._advance()
                 continue
+            request = inbox.get()
             if request is None:
                 break
             self._handle(request)
