@@ -255,9 +255,7 @@ def fastest_settings(model: Path, *, threads: int, prompt: int, generate: int) -
             print(f"!!! {error}", file=sys.stderr)
             continue
         rates[settings] = rate
-        print(
-            f"  {model.stem} prompt {prompt} generate {generate}, {settings}: {rate:.1f}", file=sys.stderr, flush=True
-        )
+        print(f"  {model.stem} p{prompt} n{generate}, {settings}: {rate:.1f}", file=sys.stderr, flush=True)
     if not rates:
         raise PeerMissingError(f"llama-bench ran {model.name} with no settings at all")
     return max(rates, key=lambda settings: rates[settings])
