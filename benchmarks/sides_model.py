@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from itertools import cycle
 from typing import Any
 
-# One token each in most vocabularies, so that a prompt of n words has n tokens. More of them than prompts that the engine
-# remembers: one that begins with another word is in no prefix cache.
+# One token each in most vocabularies, so that a prompt of n words has n tokens. There are more of them than prompts the
+# engine remembers, and a prompt that begins with another word is in no prefix cache.
 OPENINGS = (" time", " people", " water", " house", " light", " world", " music", " story")
 FEWEST_DECODED = 8
 
