@@ -88,7 +88,7 @@ def matmul(size: int) -> Rate:
     """The f32 product of two square matrices through EdgeR1's kernels: floating-point operations a second."""
     import mlx.core as mx
 
-    product = _kernel("edger1.kernels.dense", "matmul")
+    product = _kernel("edger1.kernels._ext", "matmul")
     rng = np.random.default_rng(0)
     a, b = (mx.array(rng.standard_normal((size, size), dtype=np.float32)) for _ in range(2))
     mx.eval(a, b)
@@ -180,11 +180,11 @@ def lora(folder: str, precision: str | None) -> Rate:
 
     model = load(folder)[0]
     model.set_dtype(mx.float32)
-    if precision is not None:
-        _kernel("edger1.kernels", "install")(model, precision)
     model.freeze()
     mx.random.seed(0)
     linear_to_lora_layers(model, LORA_LAYERS, {"rank": LORA_RANK, "scale": LORA_SCALE, "dropout": 0.0})
+    if precision is not None:
+        _kernel("edger1.kernels.install", "install")(model, precision)
     model.train()
     mx.eval(model.parameters())
     step = nn.value_and_grad(model, default_loss)
