@@ -75,7 +75,9 @@ VALUES: Config = {
     **dict.fromkeys(("first_k_dense_replace", "num_dense_layers", "decoder_sparse_step", "moe_layer_freq"), 1),
     **dict.fromkeys(("kv_lora_rank", "q_lora_rank", "o_lora_rank"), 64),
     **dict.fromkeys(("tie_word_embeddings", "attention_bias", "mlp_bias", "use_bias", "use_qkv_bias", "bias"), False),
-    **dict.fromkeys(("use_conv_bias", "conv_bias", "mamba_conv_bias", "use_qk_norm", "qk_norm", "norm_topk_prob"), True),
+    **dict.fromkeys(
+        ("use_conv_bias", "conv_bias", "mamba_conv_bias", "use_qk_norm", "qk_norm", "norm_topk_prob"), True
+    ),
     **dict.fromkeys(("mamba_proj_bias", "post_norm"), False),
     **dict.fromkeys(("conv_kernel", "mamba_d_conv", "conv1d_width", "conv_L_cache", "linear_conv_kernel_dim"), 4),
     **dict.fromkeys(("state_size", "ssm_state_size", "mamba_d_state"), 16),
@@ -274,7 +276,9 @@ OVERRIDES: dict[str, Config] = {
             "index_local_blocks": 1,
         }
     },
-    "ministral3": {"rope_parameters": {**PLAIN_ROPE, "llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 8}},
+    "ministral3": {
+        "rope_parameters": {**PLAIN_ROPE, "llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 8}
+    },
     "mistral4": {"rope_parameters": {**PLAIN_ROPE, "llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 8}},
     "muse_spark": {
         "text_config": {

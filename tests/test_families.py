@@ -7,9 +7,8 @@ import gc
 import mlx.core as mx
 import numpy as np
 import pytest
-from families import UNBUILDABLE, build, families, has_experts, logits, tiny_config
+from families import PROMPT, UNBUILDABLE, build, families, has_experts, logits, relative_error, tiny_config
 
-PROMPT = [3, 17, 99, 150, 42, 7, 180, 61, 3, 88, 120, 5]
 # A dense transformer, latent attention, a recurrence, sliding windows over shared caches, a wrapper with experts.
 REPRESENTATIVE = ["llama", "deepseek_v3", "mamba2", "gemma3n", "qwen3_vl_moe"]
 
@@ -40,14 +39,14 @@ def test_a_tiny_model_computes_something_that_depends_on_weights_and_context(fam
     for ours, same, another, context in zip(first, again, other, moved, strict=True):
         assert mx.isfinite(ours).all()
         assert np.array_equal(ours, same)
-        assert _difference(another, ours) > 0.1
-        assert _difference(context[:, -1], ours[:, -1]) > 1e-3
+        assert relative_error(another, ours) > 0.1
+        assert relative_error(context[:, -1], ours[:, -1]) > 1e-3
 
 
 def test_decoding_with_the_cache_continues_the_prompt() -> None:
     whole = logits(build("llama"), [*PROMPT, 11, 77], [5])[0]
     step = logits(build("llama"), PROMPT, [11, 77])[-1]
-    assert _difference(whole[:, -1], step[:, -1]) < 1e-5
+    assert relative_error(whole[:, -1], step[:, -1]) < 1e-5
 
 
 def test_quantized_models_hold_quantized_layers() -> None:
@@ -72,7 +71,3 @@ def _weights(model: object) -> list[tuple[str, mx.array]]:
     from mlx.utils import tree_flatten
 
     return list(tree_flatten(model.parameters()))  # type: ignore[attr-defined]
-
-
-def _difference(ours: mx.array, theirs: mx.array) -> float:
-    return float(mx.linalg.norm(ours - theirs) / mx.linalg.norm(theirs))

@@ -1,0 +1,74 @@
+"""EdgeR1's exact kernels against plain MLX on a tiny model of every family that mlx-lm ships, dense and quantized."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from families import UNBUILDABLE, build, families, logits, relative_error
+from mlx_lm.models import deepseek_v41
+
+from edger1 import kernels
+
+TOLERANCE = 1e-5
+"""Relative RMS error of each pass's logits. NumPy's products and norms in MLX's place make up to 6e-6 here."""
+
+install: Callable[..., Any] | None = getattr(kernels, "install", None)
+unavailable = (
+    f"EdgeR1's kernels cannot be compared: {kernels.state().reason}"
+    if not kernels.state().available
+    else "EdgeR1's kernels cannot be compared: edger1.kernels has no install()"
+)
+pytestmark = [
+    pytest.mark.parity,
+    pytest.mark.skipif(install is None or not kernels.state().available, reason=unavailable),
+]
+
+
+@contextlib.contextmanager
+def with_kernels(model: nn.Module) -> Iterator[None]:
+    """Run `model` on EdgeR1's exact kernels, and on MLX's own operations afterwards."""
+    assert install is not None
+    installed = install(model, precision="exact")
+    try:
+        yield
+    finally:
+        installed.uninstall()
+
+
+@pytest.fixture(autouse=True)
+def smooth(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out the rounding of keys to 4 and 8 bits inside DeepSeek V4.1: a last bit can turn into a whole step there."""
+    monkeypatch.setattr(deepseek_v41, "_fake_quant_fp4", lambda x, **_: x)
+    monkeypatch.setattr(deepseek_v41, "_fake_quant_fp8", lambda x, _: x)
+
+
+@pytest.mark.parametrize("quantize", [False, True], ids=["f32", "4bit"])
+@pytest.mark.parametrize("family", [name for name in families() if name not in UNBUILDABLE])
+def test_exact_kernels_give_what_mlx_gives(family: str, quantize: bool) -> None:
+    model = build(family, quantize=quantize)
+    plain = logits(model)
+    with with_kernels(model):
+        ours = logits(model)
+    errors = [relative_error(a, b) for a, b in zip(ours, plain, strict=True)]
+    assert max(errors) <= TOLERANCE, f"prompt, then decoded tokens: {errors}"
+    for before, after in zip(plain, logits(model), strict=True):
+        assert np.array_equal(before, after), "uninstall() did not give MLX's own operations back"
+    del model
+    gc.collect()
+    mx.clear_cache()
+
+
+def test_the_kernels_take_part() -> None:
+    """Sums in another order round differently: equal bits would mean that MLX ran twice."""
+    model = build("llama", quantize=True)
+    plain = logits(model)
+    with with_kernels(model):
+        ours = logits(model)
+    assert not any(np.array_equal(a, b) for a, b in zip(ours, plain, strict=True))
