@@ -44,7 +44,7 @@ def with_kernels(model: nn.Module) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def smooth(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave out the rounding of keys to 4 and 8 bits inside DeepSeek V4.1: a last bit can turn into a whole step there."""
+    """Leave out DeepSeek V4.1's rounding of keys to 4 and 8 bits, where a last bit can turn into a whole step."""
     monkeypatch.setattr(deepseek_v41, "_fake_quant_fp4", lambda x, **_: x)
     monkeypatch.setattr(deepseek_v41, "_fake_quant_fp8", lambda x, _: x)
 
