@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -14,28 +13,23 @@ import pytest
 from families import UNBUILDABLE, build, families, logits, relative_error
 from mlx_lm.models import deepseek_v41
 
-from edger1 import kernels
+from edger1.kernels import state
 
 TOLERANCE = 1e-5
 """Relative RMS error of each pass's logits. NumPy's products and norms in MLX's place make up to 6e-6 here."""
 
-install: Callable[..., Any] | None = getattr(kernels, "install", None)
-unavailable = (
-    f"EdgeR1's kernels cannot be compared: {kernels.state().reason}"
-    if not kernels.state().available
-    else "EdgeR1's kernels cannot be compared: edger1.kernels has no install()"
-)
+kernels = pytest.importorskip("edger1.kernels.install", reason="edger1.kernels.install is missing: nothing to compare")
 pytestmark = [
     pytest.mark.parity,
-    pytest.mark.skipif(install is None or not kernels.state().available, reason=unavailable),
+    pytest.mark.skipif(not state().available, reason=f"nothing to compare, EdgeR1's kernels are {state().reason}"),
 ]
 
 
 @contextlib.contextmanager
 def with_kernels(model: nn.Module) -> Iterator[None]:
     """Run `model` on EdgeR1's exact kernels, and on MLX's own operations afterwards."""
-    assert install is not None
-    installed = install(model, precision="exact")
+    installed = kernels.install(model, precision="exact")
+    assert installed.active, installed.reason
     try:
         yield
     finally:
