@@ -65,6 +65,10 @@ def families() -> list[str]:
 
 def _fill(arguments: type, given: Config) -> Config:
     fields = dataclasses.fields(arguments)
+    # ModelArgs.from_dict drops what it does not know: a name misspelled in the tables would be lost without a word.
+    unknown = given.keys() - {field.name for field in fields} - {"model_type"}
+    if unknown:
+        raise KeyError(f"{arguments.__module__}.{arguments.__name__} has no fields {sorted(unknown)}")
     filled = {field.name: VALUES[field.name] for field in fields if field.name in VALUES} | given
     for field in fields:
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
@@ -162,8 +166,13 @@ def logits(model: nn.Module, prompt: Sequence[int] = PROMPT, decoded: Sequence[i
 
 
 def relative_error(ours: mx.array, theirs: mx.array) -> float:
-    """Return ||ours - theirs|| / ||theirs|| over all elements; infinities, which mask tokens, must be the same ones."""
+    """Return ||ours - theirs|| / ||theirs|| over all elements.
+
+    It is infinite where either side has a NaN, or where their infinities, which mask tokens, are not the same.
+    """
     masked = mx.isinf(theirs)
+    if mx.any(mx.isnan(ours)).item() or mx.any(mx.isnan(theirs)).item():
+        return math.inf
     if not mx.array_equal(mx.where(masked, theirs, 0.0), mx.where(mx.isinf(ours), ours, 0.0)).item():
         return math.inf
     difference = mx.where(masked, 0.0, ours - theirs)

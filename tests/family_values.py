@@ -10,6 +10,9 @@ from typing import Any
 
 Config = dict[str, Any]
 
+# Large enough to show when it is left out, and to keep what nearly cancels from blowing up rounding errors.
+NORM_EPS = 1e-2
+
 WIDTH, INNER, EXPERT, HEADS, KV_HEADS, HEAD_DIM, LAYERS, TOKENS = 128, 192, 64, 4, 2, 32, 2, 200
 
 ATTENTION_LAYERS = ["sliding_attention", "full_attention"]
@@ -44,11 +47,19 @@ VALUES: Config = {
     **dict.fromkeys(("head_dim", "v_head_dim", "hidden_size_per_head", "kv_channels"), HEAD_DIM),
     **dict.fromkeys(("vocab_size", "num_vocab", "vocab_size_per_layer_input", "embedding_size"), TOKENS),
     **dict.fromkeys(
-        ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon", "layernorm_epsilon"), 1e-5
+        (
+            "rms_norm_eps",
+            "layer_norm_eps",
+            "layer_norm_epsilon",
+            "norm_eps",
+            "norm_epsilon",
+            "layernorm_epsilon",
+            "mixer_rms_eps",
+            "post_norm_eps",
+        ),
+        NORM_EPS,
     ),
-    **dict.fromkeys(
-        ("max_position_embeddings", "model_max_length", "n_positions", "n_ctx", "block_size", "linear_max_length"), 256
-    ),
+    **dict.fromkeys(("max_position_embeddings", "model_max_length", "n_positions", "n_ctx", "block_size"), 256),
     **dict.fromkeys(("rope_theta", "rope_local_base_freq", "swa_rope_theta", "rotary_emb_base"), 10000.0),
     **dict.fromkeys(
         ("sliding_window", "attention_window_size", "window_size", "sliding_window_size", "attention_chunk_size"), 8
@@ -155,7 +166,6 @@ _LFM2_DENSE: Config = {
     "block_auto_adjust_ff_dim": False,
 }
 _LONGCAT: Config = {
-    "attention_method": "MLA",
     "zero_expert_type": "identity",
     "zero_expert_num": 2,
     "mla_scale_q_lora": True,
@@ -188,7 +198,6 @@ OVERRIDES: dict[str, Config] = {
         "index_topk": 2,
         "hc_mult": 2,
         "hc_sinkhorn_iters": 4,
-        "rms_norm_eps": 1e-6,
         "scoring_func": "sqrtsoftplus",
     },
     "exaone4": {"sliding_window_pattern": "LG"},
@@ -233,7 +242,7 @@ OVERRIDES: dict[str, Config] = {
         }
     },
     "llama4_text": {"no_rope_layers": [1, 0]},
-    "longcat_flash": _LONGCAT,
+    "longcat_flash": {**_LONGCAT, "attention_method": "MLA"},
     "longcat_flash_ngram": {
         **_LONGCAT,
         "ngram_vocab_size_ratio": 2,
@@ -284,7 +293,6 @@ OVERRIDES: dict[str, Config] = {
         "text_config": {
             "rope_parameters": PLAIN_ROPE,
             "layer_rope_theta": [10000.0, 0.0],
-            "post_norm_eps": 1e-5,
             "output_multiplier": 0.5,
             "moe_hidden_size": 64,
             "num_shared_experts": 0,
