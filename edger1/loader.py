@@ -105,7 +105,7 @@ def plan_folder(folder: ModelFolder, ceiling_bytes: int, context: int | None) ->
     gpu = on_gpu()
     weights = folder.total_bytes
     if not gpu:
-        weights += widened_bytes(folder)
+        weights += widened_bytes(folder, with_kernels=kernels.state().available)
     return make_plan(
         folder.config,
         weights,
@@ -116,10 +116,15 @@ def plan_folder(folder: ModelFolder, ceiling_bytes: int, context: int | None) ->
     )
 
 
-def widened_bytes(folder: ModelFolder) -> int:
-    """Bytes that 16-bit floats gain when they are widened to f32."""
+def widened_bytes(folder: ModelFolder, *, with_kernels: bool) -> int:
+    """Bytes that 16-bit floats gain on a CPU: the vectors with our kernels, which read matrices as they are; else all."""
     headers = (safetensors.read_header(file) for file in folder.weight_files)
-    return sum(e.nbytes for header in headers for e in header.entries.values() if e.dtype in ("F16", "BF16"))
+    return sum(
+        entry.nbytes
+        for header in headers
+        for entry in header.entries.values()
+        if entry.dtype in ("F16", "BF16") and (len(entry.shape) == 1 or not with_kernels)
+    )
 
 
 def load(name: str, path: Path, *, ceiling_bytes: int, context: int | None, precision: str) -> Iterator[Any]:

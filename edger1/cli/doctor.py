@@ -135,6 +135,9 @@ def examine() -> Checkup:
 
 def doctor_command(
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    selftest: Annotated[
+        bool, typer.Option("--selftest", help="Compare every kernel with MLX's own result, time both (a minute), print JSON.")
+    ] = False,
 ) -> None:
     """Show the machine, its memory, the device, the kernels and the versions, and what is missing.
 
@@ -143,7 +146,15 @@ def doctor_command(
       edger1 doctor
 
       edger1 doctor --json > machine.json
+
+      edger1 doctor --selftest > selftest.json
     """
+    if selftest:
+        from edger1.kernels.selftest import selftest as run
+
+        report = run()
+        typer.echo(json.dumps(report, indent=2))
+        raise typer.Exit(0 if report["ok"] else 1)
     found = examine()
     if json_:
         typer.echo(json.dumps(asdict(found), indent=2))
