@@ -58,9 +58,9 @@ inline PreparedLayout prepared_layout(int k, bool fast) {
 }
 
 struct QmmKernels {
-  // Rows of x that one tile of the large path holds, and how many columns one packed step of x covers.
-  int tile_rows_fast;
-  int tile_rows_exact;
+  // Rows of x that one tile of the large path holds.
+  int tile_fast;
+  int tile_exact;
 
   // Prepares one row of K floats for the small path.
   void (*prepare_fast)(const QuantMatrix& w, const float* x, void* prepared);
