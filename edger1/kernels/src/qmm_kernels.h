@@ -9,6 +9,7 @@
 // and a group's bias multiplies the sum of what was so quantized; `exact` keeps f32.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 namespace edger1 {
