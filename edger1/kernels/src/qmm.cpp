@@ -1,6 +1,7 @@
 #include "qmm.h"
 
 #include <algorithm>
+#include <functional>
 #include <memory>
 #include <numeric>
 #include <sstream>
@@ -241,37 +242,138 @@ class QuantizedMatmul : public CpuPrimitive {
   QuantMode mode_;
 };
 
-// Broadcasts the batch axes of x and of the matrix against each other; nothing is copied.
-void broadcast_batches(mx::array& x, std::vector<mx::array*> parts, mx::StreamOrDevice s) {
-  mx::Shape batch_w(parts[0]->shape().begin(), parts[0]->shape().end() - 2);
-  mx::Shape x_shape = x.shape();
-  if (x_shape.size() < 2) {
-    x = mx::expand_dims(x, 0, s);
-    x_shape = x.shape();
+// Rows that were widened by a broadcast lie at the same place: point them at one, so that it is prepared once.
+void merge_repeated_rows(QmmJob& job) {
+  std::vector<int64_t> kept;
+  job.x_rows.clear();
+  for (int64_t offset : job.x.offsets) {
+    if (kept.empty() || kept.back() != offset) {
+      kept.push_back(offset);
+    }
+    job.x_rows.push_back(static_cast<int64_t>(kept.size()) - 1);
   }
-  mx::Shape batch_x(x_shape.begin(), x_shape.end() - 2);
-  size_t axes = std::max(batch_w.size(), batch_x.size());
-  mx::Shape batch;
+  job.x.offsets = std::move(kept);
+}
+
+class GatherQuantizedMatmul : public CpuPrimitive {
+ public:
+  GatherQuantizedMatmul(mx::Stream stream, QuantMode mode) : CpuPrimitive(stream), mode_(mode) {}
+
+  const char* name() const override {
+    return "EdgeR1GatherQuantizedMatmul";
+  }
+
+  bool is_equivalent(const mx::Primitive& other) const override {
+    return mode_ == static_cast<const GatherQuantizedMatmul&>(other).mode_;
+  }
+
+  std::vector<mx::Shape> output_shapes(const std::vector<mx::array>& inputs) override {
+    mx::Shape shape = inputs[0].shape();
+    shape[shape.size() - 1] = mode_.transpose ? inputs[1].shape(-2) : inputs[2].shape(-1) * mode_.group;
+    return {shape};
+  }
+
+  // Inputs: x[i..., M, columns], w[e..., N, packed], scales, biases unless mxfp4, indices[i...] into the e axes.
+  void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
+    auto& out = outputs[0];
+    allocate(out);
+    if (out.size() == 0) {
+      return;
+    }
+    struct Work {
+      std::shared_ptr<QmmJob> job;
+      std::vector<QuantMatrix> matrices;
+      const uint32_t* indices;
+      std::vector<int64_t> index_offsets;
+      int64_t rows_each;
+    };
+    auto work = std::make_shared<Work>();
+    work->job = job_for(inputs[0], out, mode_);
+    merge_repeated_rows(*work->job);
+    std::vector<int64_t> at_w = offsets_of(inputs[1], 2), at_scales = offsets_of(inputs[2], 2), at_biases(at_w.size());
+    if (!mode_.fp4) {
+      at_biases = offsets_of(inputs[3], 2);
+    }
+    for (size_t i = 0; i < at_w.size(); i++) {
+      work->matrices.push_back(matrix_at(inputs, mode_, at_w[i], at_scales[i], at_biases[i]));
+    }
+    work->indices = inputs.back().data<uint32_t>();
+    work->index_offsets = offsets_of(inputs.back(), 0);
+    work->rows_each = inputs[0].shape(-2);
+    launch(stream(), [work] {
+      group_by_matrix(*work->job, work->matrices, work->indices, work->index_offsets, work->rows_each);
+      run_qmm(*work->job);
+    });
+  }
+
+  std::vector<mx::array> vjp(const std::vector<mx::array>& primals, const std::vector<mx::array>& cotangents,
+                             const std::vector<int>& argnums, const std::vector<mx::array>&) override {
+    if (argnums.size() != 1 || argnums[0] != 0) {
+      throw std::invalid_argument("gathered quantized matmul has a gradient for x only, not for quantized weights");
+    }
+    QuantMode flipped = mode_;
+    flipped.transpose = !mode_.transpose;
+    flipped.fast = false;
+    std::vector<mx::array> inputs = primals;
+    inputs[0] = cotangents[0];
+    return {mx::array(primals[0].shape(), primals[0].dtype(), std::make_shared<GatherQuantizedMatmul>(stream(), flipped),
+                      std::move(inputs))};
+  }
+
+ private:
+  // Orders the rows by the matrix they meet. Throws where an index names none; nothing has been computed by then.
+  static void group_by_matrix(QmmJob& job, const std::vector<QuantMatrix>& matrices, const uint32_t* indices,
+                              const std::vector<int64_t>& offsets, int64_t rows_each) {
+    std::vector<int64_t> end(matrices.size() + 1, 0);
+    for (int64_t offset : offsets) {
+      if (indices[offset] >= matrices.size()) {
+        refuse("gather_qmm: index ", indices[offset], " where w has ", matrices.size(), " matrices");
+      }
+      end[indices[offset] + 1] += rows_each;
+    }
+    std::partial_sum(end.begin(), end.end(), end.begin());
+    for (size_t e = 0; e < matrices.size(); e++) {
+      if (end[e + 1] > end[e]) {
+        job.groups.push_back({matrices[e], end[e], end[e + 1]});
+      }
+    }
+    std::vector<int64_t> source(job.x_rows.size());
+    job.out_rows.resize(source.size());
+    for (size_t i = 0; i < offsets.size(); i++) {
+      int64_t& next = end[indices[offsets[i]]];
+      for (int64_t r = 0; r < rows_each; r++, next++) {
+        source[next] = job.x_rows[i * rows_each + r];
+        job.out_rows[next] = static_cast<int64_t>(i) * rows_each + r;
+      }
+    }
+    job.x_rows = std::move(source);
+  }
+
+  QuantMode mode_;
+};
+
+mx::Shape broadcast_batch(const mx::Shape& a, const mx::Shape& b, const char* what) {
+  size_t axes = std::max(a.size(), b.size());
+  mx::Shape result;
   for (size_t i = 0; i < axes; i++) {
-    int a = i + batch_x.size() >= axes ? batch_x[i + batch_x.size() - axes] : 1;
-    int b = i + batch_w.size() >= axes ? batch_w[i + batch_w.size() - axes] : 1;
-    if (a != b && a != 1 && b != 1) {
-      refuse("qmm: the batch axes of x ", text(x_shape), " and of w ", text(parts[0]->shape()), " do not broadcast");
+    int x = i + a.size() >= axes ? a[i + a.size() - axes] : 1;
+    int y = i + b.size() >= axes ? b[i + b.size() - axes] : 1;
+    if (x != y && x != 1 && y != 1) {
+      refuse(what, " of shapes ", text(a), " and ", text(b), " do not broadcast");
     }
-    batch.push_back(a == 1 ? b : a);
+    result.push_back(x == 1 ? y : x);
   }
-  auto widen = [&](mx::array& a) {
-    mx::Shape shape = batch;
-    shape.push_back(a.shape(-2));
-    shape.push_back(a.shape(-1));
-    if (a.shape() != shape) {
-      a = mx::broadcast_to(a, shape, s);
-    }
-  };
-  widen(x);
-  for (auto* part : parts) {
-    widen(*part);
-  }
+  return result;
+}
+
+mx::array widen(const mx::array& a, mx::Shape batch, mx::StreamOrDevice s) {
+  batch.push_back(a.shape(-2));
+  batch.push_back(a.shape(-1));
+  return a.shape() == batch ? a : mx::broadcast_to(a, batch, s);
+}
+
+mx::Shape batch_of(const mx::array& a) {
+  return mx::Shape(a.shape().begin(), a.shape().end() - 2);
 }
 
 } // namespace
@@ -290,17 +392,58 @@ mx::array qmm(const mx::array& x_in, const mx::array& w_in, const mx::array& sca
     inputs.push_back(rows_contiguous(*biases_in, stream));
   }
   if (w.ndim() > 2) {
-    std::vector<mx::array*> parts{&inputs[1], &inputs[2]};
-    if (inputs.size() > 3) {
-      parts.push_back(&inputs[3]);
+    if (x.ndim() == 1) {
+      inputs[0] = mx::expand_dims(x, 0, stream);
     }
-    broadcast_batches(inputs[0], parts, stream);
+    mx::Shape batch = broadcast_batch(batch_of(inputs[0]), batch_of(w), "qmm: the batch axes of x and w");
+    for (auto& input : inputs) {
+      input = widen(input, batch, stream);
+    }
   }
   mx::Shape shape = inputs[0].shape();
   shape[shape.size() - 1] = transpose ? w.shape(-2) : k;
   mx::Dtype dtype = x.dtype();
   mx::array out(shape, dtype, std::make_shared<QuantizedMatmul>(stream, mode), std::move(inputs));
   return x_in.ndim() == 1 && w.ndim() > 2 ? mx::squeeze(out, -2, stream) : out;
+}
+
+mx::array gather_qmm(const mx::array& x_in, const mx::array& w_in, const mx::array& scales_in,
+                     const std::optional<mx::array>& biases_in, const std::optional<mx::array>& lhs_indices,
+                     const std::optional<mx::array>& rhs_indices, bool transpose, int group_size, int bits,
+                     const std::string& mode_name, const std::string& precision, mx::StreamOrDevice s) {
+  const char* op = "gather_qmm";
+  mx::Stream stream = cpu_stream(s, op);
+  QuantMode mode = make_mode(op, transpose, group_size, bits, mode_name, precision);
+  int k = check_matrix(op, w_in, scales_in, biases_in, mode);
+  check_x(op, x_in, w_in, k, mode);
+  if (x_in.ndim() < 2) {
+    refuse(op, ": x has shape ", text(x_in.shape()), "; expected at least two axes");
+  }
+  auto as_index = [&](const mx::array& a, const char* name) {
+    if (!mx::issubdtype(a.dtype(), mx::integer)) {
+      refuse(op, ": ", name, " have dtype ", a.dtype(), "; expected integers");
+    }
+    return a.dtype() == mx::uint32 ? a : mx::astype(a, mx::uint32, stream);
+  };
+  mx::array x = x_in;
+  if (lhs_indices) {
+    x = mx::take(mx::flatten(x, 0, -3, stream), as_index(*lhs_indices, "lhs_indices"), 0, stream);
+  }
+  mx::Shape experts = batch_of(w_in);
+  int64_t matrices = std::accumulate(experts.begin(), experts.end(), int64_t{1}, std::multiplies<>());
+  mx::array indices = rhs_indices
+      ? as_index(*rhs_indices, "rhs_indices")
+      : mx::reshape(mx::arange(0, static_cast<int>(matrices), mx::uint32, stream), experts, stream);
+  mx::Shape batch = broadcast_batch(batch_of(x), indices.shape(), "gather_qmm: the batch axes of x and the indices");
+  std::vector<mx::array> inputs{widen(x, batch, stream), rows_contiguous(w_in, stream),
+                                rows_contiguous(scales_in, stream)};
+  if (biases_in) {
+    inputs.push_back(rows_contiguous(*biases_in, stream));
+  }
+  inputs.push_back(indices.shape() == batch ? indices : mx::broadcast_to(indices, batch, stream));
+  mx::Shape shape = inputs[0].shape();
+  shape[shape.size() - 1] = transpose ? w_in.shape(-2) : k;
+  return mx::array(shape, x.dtype(), std::make_shared<GatherQuantizedMatmul>(stream, mode), std::move(inputs));
 }
 
 } // namespace edger1

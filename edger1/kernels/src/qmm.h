@@ -26,11 +26,12 @@ mx::array qmm(const mx::array& x, const mx::array& w, const mx::array& scales, c
               bool transpose, int group_size, int bits, const std::string& mode, const std::string& precision,
               mx::StreamOrDevice s = {});
 
-// As qmm for each pair of matrices x[lhs_indices[i]], w[rhs_indices[i]]; the indices broadcast against one another.
+// As qmm for each pair of matrices x[lhs_indices[i]], w[rhs_indices[i]]. Without lhs_indices the batch axes of x itself
+// broadcast against the indices. Rows that meet the same matrix are computed together, so the order of indices does not
+// matter. An index that names no matrix is an error at evaluation.
 mx::array gather_qmm(const mx::array& x, const mx::array& w, const mx::array& scales,
                      const std::optional<mx::array>& biases, const std::optional<mx::array>& lhs_indices,
                      const std::optional<mx::array>& rhs_indices, bool transpose, int group_size, int bits,
-                     const std::string& mode, bool sorted_indices, const std::string& precision,
-                     mx::StreamOrDevice s = {});
+                     const std::string& mode, const std::string& precision, mx::StreamOrDevice s = {});
 
 } // namespace edger1
