@@ -69,7 +69,16 @@ def quantized_matmul(
     if extension is None:
         return mx.quantized_matmul(x, w, scales, biases, transpose, group_size, bits, mode, stream=stream)
     return extension.qmm(
-        x, w, scales, biases, transpose, group_size or default_group, bits or default_bits, mode, precision, stream=stream
+        x,
+        w,
+        scales,
+        biases,
+        transpose,
+        group_size or default_group,
+        bits or default_bits,
+        mode,
+        precision,
+        stream=stream,
     )
 
 

@@ -16,7 +16,7 @@ namespace {
 
 // Runs a job that counts how often each chunk ran and, in `nested`, starts another job in every chunk.
 std::vector<int> count_chunks(int64_t n_chunks, int64_t work, bool nested) {
-  edger1::require_not_forked();
+  edger1::note_use();
   std::vector<std::atomic<int>> counts(static_cast<size_t>(n_chunks));
   edger1::parallel_for(n_chunks, [&](int64_t chunk) {
     std::atomic<int64_t> inner{0};

@@ -291,16 +291,20 @@ void set_pool_threads(int n) {
   if (n < 1 || n > 256) {
     throw std::invalid_argument("threads must be from 1 to 256, got " + std::to_string(n));
   }
-  require_not_forked();
+  refuse_if_forked();
   Pool::instance().set_threads(n);
 }
 
-void require_not_forked() {
+void refuse_if_forked() {
   if (forked.load(std::memory_order_relaxed)) {
     throw std::runtime_error(
         "this process was forked after EdgeR1's kernels had been used, and their threads do not survive a fork; "
         "start processes with the \"spawn\" method");
   }
+}
+
+void note_use() {
+  refuse_if_forked();
   if (!used.load(std::memory_order_relaxed)) {
     Pool::instance();
     used.store(true);

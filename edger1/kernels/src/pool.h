@@ -22,8 +22,11 @@ int pool_threads();
 void set_pool_threads(int n);
 
 // Throws std::runtime_error in a process that was forked from one which had used the kernels: neither the pool's threads
-// nor MLX's exist there. Primitives call it on the evaluating thread, where the exception reaches the user.
-void require_not_forked();
+// nor MLX's exist there.
+void refuse_if_forked();
+
+// As refuse_if_forked(), and remembers that the kernels were used. Whoever starts a job from outside calls it first.
+void note_use();
 
 // A buffer of this thread's own of at least `bytes` (64-byte aligned), kept and reused; the next call with the same slot
 // may move it. Slot 0 belongs to whoever runs a chunk, slot 1 to whoever calls parallel_for.

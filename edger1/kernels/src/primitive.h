@@ -30,8 +30,10 @@ class CpuPrimitive : public mx::Primitive {
   }
 };
 
-// The stream an operation runs on; throws std::invalid_argument for a GPU one.
+// The stream an operation runs on; throws std::invalid_argument for a GPU one. Graph building is also where a forked
+// process must be stopped: an exception out of eval_cpu makes MLX wait for stream threads, which a fork does not have.
 inline mx::Stream cpu_stream(mx::StreamOrDevice s, const char* what) {
+  refuse_if_forked();
   mx::Stream stream = mx::to_stream(s);
   if (stream.device != mx::Device(mx::Device::cpu)) {
     throw std::invalid_argument(std::string(what) + " runs on the CPU only, got a stream of another device");
@@ -46,7 +48,7 @@ inline void allocate(mx::array& out) {
 // Puts `task` (no arguments) on the stream's queue. Call it once in eval_cpu, after allocating.
 template <class Task>
 void launch(const mx::Stream& stream, Task&& task) {
-  require_not_forked();
+  note_use();
   mx::cpu::get_command_encoder(stream).dispatch(std::forward<Task>(task));
 }
 
