@@ -116,6 +116,6 @@ def gather_qmm(
             sorted_indices=sorted_indices, stream=stream,
         )  # fmt: skip
     return extension.gather_qmm(
-        x, w, scales, biases, lhs_indices, rhs_indices, transpose, group_size or default_group, bits or default_bits, mode,
-        precision, stream=stream,
+        x, w, scales, biases, lhs_indices, rhs_indices, transpose, group_size or default_group, bits or default_bits,
+        mode, precision, stream=stream,
     )  # fmt: skip
