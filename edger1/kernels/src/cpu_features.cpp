@@ -3,12 +3,31 @@
 #include <cstdlib>
 #include <stdexcept>
 
-#if defined(__aarch64__) && defined(__linux__)
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#elif defined(__aarch64__) && defined(__linux__)
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
 #endif
 
 namespace edger1 {
+namespace {
+
+#if defined(__x86_64__)
+// Tiles are state that Linux saves only for processes that asked for it.
+bool amx_allowed() {
+  unsigned eax, ebx, ecx, edx;
+  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || !(edx >> 24 & 1) || !(edx >> 25 & 1)) {
+    return false;
+  }
+  constexpr int request_permission = 0x1023, tile_data = 18; // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+}
+#endif
+
+} // namespace
 
 std::vector<std::string> instruction_sets() {
   std::vector<std::string> found{"portable"};
@@ -19,6 +38,10 @@ std::vector<std::string> instruction_sets() {
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi")) {
       found.emplace_back("avx512vnni");
+      static const bool amx = amx_allowed();
+      if (amx) {
+        found.emplace_back("amx");
+      }
     }
   }
 #elif defined(__aarch64__) && defined(__linux__)
@@ -31,7 +54,7 @@ std::vector<std::string> instruction_sets() {
 
 namespace {
 
-Isa choose() {
+std::string choose() {
   std::vector<std::string> offered = instruction_sets();
   std::string name = offered.back();
   if (const char* wanted = std::getenv("EDGER1_ISA"); wanted && *wanted) {
@@ -46,31 +69,31 @@ Isa choose() {
       throw std::invalid_argument("EDGER1_ISA=" + name + " is not available here; this processor offers " + list);
     }
   }
-  return name == "avx512vnni" ? Isa::avx512vnni
-      : name == "avx2"        ? Isa::avx2
-      : name == "portable"    ? Isa::portable
-                              : Isa::neon;
+  return name;
+}
+
+const std::string& chosen() {
+  static const std::string name = choose();
+  return name;
 }
 
 } // namespace
 
 Isa active_isa() {
-  static const Isa isa = choose();
+  static const Isa isa = chosen() == "portable" ? Isa::portable
+      : chosen() == "avx2"                      ? Isa::avx2
+      : chosen() == "neon-dotprod"              ? Isa::neon
+                                                : Isa::avx512vnni;
   return isa;
 }
 
 const char* active_isa_name() {
-  switch (active_isa()) {
-    case Isa::avx512vnni:
-      return "avx512vnni";
-    case Isa::avx2:
-      return "avx2";
-    case Isa::neon:
-      return "neon-dotprod";
-    case Isa::portable:
-      break;
-  }
-  return "portable";
+  return chosen().c_str();
+}
+
+bool active_isa_has_amx() {
+  static const bool amx = chosen() == "amx";
+  return amx;
 }
 
 } // namespace edger1

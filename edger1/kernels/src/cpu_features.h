@@ -8,14 +8,18 @@ namespace edger1 {
 
 enum class Isa { portable, avx2, avx512vnni, neon };
 
-// Names in rising order of preference, as the build knows them: "portable", "avx2", "avx512vnni", "neon-dotprod".
+// Names in rising order of preference: "portable", "avx2", "avx512vnni", "amx", or "portable", "neon-dotprod".
 // "avx512vnni" stands for F, BW, DQ, VL, VNNI and VBMI together: every desktop and laptop processor with VNNI has them.
+// "amx" is the same with matrix tiles for int8, where the system lets a process use them.
 std::vector<std::string> instruction_sets();
 
 // What the kernels use: the best of the above, or EDGER1_ISA. Throws std::invalid_argument where that names a set which
 // this processor or build does not have.
 Isa active_isa();
 const char* active_isa_name();
+
+// Whether matrix tiles are to be used; active_isa() is avx512vnni then.
+bool active_isa_has_amx();
 
 // One table of function pointers for each instruction set that this build has, by name: table_for(portable, avx2, ...).
 template <class Table>

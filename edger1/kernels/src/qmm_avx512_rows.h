@@ -26,6 +26,16 @@ inline const float* part(const void* prepared, int64_t offset) {
   return reinterpret_cast<const float*>(static_cast<const char*>(prepared) + offset);
 }
 
+// How far ahead of its use a weight is asked for: the processor's own prefetchers do not keep enough lines in flight to
+// hide memory behind this much arithmetic a line. Reading ahead of the end of a matrix has no effect.
+constexpr int kPrefetchBytes = 3072;
+
+// The same for scales or biases, which are fewer.
+inline void ahead(const void* base, int64_t index, ScaleType type) {
+  int64_t size = type == ScaleType::f32 ? 4 : type == ScaleType::e8m0 ? 1 : 2;
+  _mm_prefetch(static_cast<const char*>(base) + index * size + kPrefetchBytes / 4, _MM_HINT_T0);
+}
+
 template <class F>
 struct FastStep {
   Decoder<F> decode;
@@ -75,6 +85,7 @@ void rows_fast_block(const QuantMatrix& w, const void* const* prepared, int n0, 
     }
     for (int g = 0; g < groups; g += 16) {
       __m512 bias = load_biases(w, scales, biases, g, first16(groups - g));
+      ahead(biases, g, w.type);
       for (int m = 0; m < M; m++) {
         total[m] = _mm512_fmadd_ps(bias, _mm512_loadu_ps(part(prepared[m], layout.sums) + g), total[m]);
       }
@@ -83,6 +94,7 @@ void rows_fast_block(const QuantMatrix& w, const void* const* prepared, int n0, 
       int here = blocks - b < 16 ? blocks - b : 16;
       __m512 scale = load_scales(scales, w.type, b >> shift, first16((here + per - 1) >> shift));
       scale = _mm512_permutexvar_ps(spread_groups, scale);
+      ahead(scales, b >> shift, w.type);
       __m512 factor[M];
       for (int m = 0; m < M; m++) {
         factor[m] = _mm512_mul_ps(scale, _mm512_loadu_ps(part(prepared[m], layout.scales) + b));
@@ -91,6 +103,7 @@ void rows_fast_block(const QuantMatrix& w, const void* const* prepared, int n0, 
       int64_t at = static_cast<int64_t>(b) * kBlock;
       auto one = [&](int j, __mmask64 bytes) {
         __m512i first, second;
+        _mm_prefetch(reinterpret_cast<const char*>(p + j * kStepBytes<F> + kPrefetchBytes), _MM_HINT_T0);
         step.load(p + j * kStepBytes<F>, bytes, first, second);
         __m512i lanes = _mm512_add_epi32(spread_blocks, _mm512_set1_epi32(j * kStepCodes<F> / kBlock));
         for (int m = 0; m < M; m++) {
@@ -137,6 +150,7 @@ void rows_exact_block(const QuantMatrix& w, const void* const* prepared, int n0,
     }
     for (int g = 0; g < groups; g += 16) {
       __m512 bias = load_biases(w, scales, biases, g, first16(groups - g));
+      ahead(biases, g, w.type);
       for (int m = 0; m < M; m++) {
         total[m] = _mm512_fmadd_ps(bias, _mm512_loadu_ps(part(prepared[m], layout.sums) + g), total[m]);
       }
@@ -145,12 +159,14 @@ void rows_exact_block(const QuantMatrix& w, const void* const* prepared, int n0,
       int here = blocks - b < 16 ? blocks - b : 16;
       __m512 scale = load_scales(scales, w.type, b >> shift, first16((here + per - 1) >> shift));
       scale = _mm512_permutexvar_ps(spread_groups, scale);
+      ahead(scales, b >> shift, w.type);
       const uint8_t* p = codes + static_cast<int64_t>(b) * 4 * F::bits;
       int64_t at = static_cast<int64_t>(b) * kBlock;
       int left = here * 4 * F::bits;
       for (int j = 0; left > 0; j++, left -= kStepBytes<F>) {
         __mmask64 bytes = first64(left < kStepBytes<F> ? left : kStepBytes<F>);
         int64_t column = at + j * kStepCodes<F>;
+        _mm_prefetch(reinterpret_cast<const char*>(p + j * kStepBytes<F> + kPrefetchBytes), _MM_HINT_T0);
         if constexpr (kNibbles<F>) {
           __m512i raw = _mm512_maskz_loadu_epi8(bytes, p + j * kStepBytes<F>);
           __m512 sum[M];

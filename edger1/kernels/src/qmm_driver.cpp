@@ -16,7 +16,10 @@ constexpr int64_t kPanelRows = 768;            // rows of x that share one unpac
 constexpr int64_t kSerialPrepare = 1 << 15;    // elements of x below which preparing them is not worth a job
 
 const QmmKernels& kernels() {
-  static const QmmKernels& chosen = table_for_isa(qmm_portable, qmm_avx2, qmm_avx512vnni, qmm_neon);
+  static const QmmKernels chosen = [] {
+    const QmmKernels& table = table_for_isa(qmm_portable, qmm_avx2, qmm_avx512vnni, qmm_neon);
+    return active_isa_has_amx() ? qmm_with_amx(table) : table;
+  }();
   return chosen;
 }
 

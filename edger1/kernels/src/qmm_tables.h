@@ -10,4 +10,7 @@ extern const QmmKernels* const qmm_avx2;
 extern const QmmKernels* const qmm_avx512vnni;
 extern const QmmKernels* const qmm_neon;
 
+// The AVX-512 table with its large fast path on matrix tiles.
+QmmKernels qmm_with_amx(QmmKernels avx512vnni);
+
 } // namespace edger1
