@@ -19,7 +19,8 @@ namespace {
 // Tiles are state that Linux saves only for processes that asked for it.
 bool amx_allowed() {
   unsigned eax, ebx, ecx, edx;
-  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || !(edx >> 24 & 1) || !(edx >> 25 & 1)) {
+  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || !(edx >> 22 & 1) || !(edx >> 24 & 1) ||
+      !__builtin_cpu_supports("avx512bf16")) {
     return false;
   }
   constexpr int request_permission = 0x1023, tile_data = 18; // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA

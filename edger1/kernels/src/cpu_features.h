@@ -10,7 +10,7 @@ enum class Isa { portable, avx2, avx512vnni, neon };
 
 // Names in rising order of preference: "portable", "avx2", "avx512vnni", "amx", or "portable", "neon-dotprod".
 // "avx512vnni" stands for F, BW, DQ, VL, VNNI and VBMI together: every desktop and laptop processor with VNNI has them.
-// "amx" is the same with matrix tiles for int8, where the system lets a process use them.
+// "amx" is the same with matrix tiles and vectors for bf16, where the system lets a process use them.
 std::vector<std::string> instruction_sets();
 
 // What the kernels use: the best of the above, or EDGER1_ISA. Throws std::invalid_argument where that names a set which

@@ -128,8 +128,9 @@ class Run {
       parts = (rows + kPanelRows - 1) / kPanelRows;
     }
     int64_t step = ((rows + parts - 1) / std::max<int64_t>(parts, 1) + tile_ - 1) / tile_ * tile_;
-    for (int column = 0; column < columns_; column += kPanel) {
-      for (int64_t row = 0; row < rows; row += step) {
+    // Rows outside: a part's packed x stays in the cache while all panels meet it.
+    for (int64_t row = 0; row < rows; row += step) {
+      for (int column = 0; column < columns_; column += kPanel) {
         pieces_.push_back({g, group.begin + row, group.begin + std::min(row + step, rows), column,
                            std::min(column + kPanel, columns_)});
       }
@@ -212,7 +213,9 @@ class Run {
   void large_piece(const Piece& piece) {
     const Group& group = job_.groups[piece.group];
     int rows = static_cast<int>(piece.end - piece.begin), columns = piece.column1 - piece.column0;
-    bool direct = job_.out_type == ScaleType::f32 &&
+    // Results that are added to again and again had better be dense: rows of the result may be a power of two apart.
+    bool once = depth_ <= 256 || (job_.fast && job_.transpose);
+    bool direct = once && job_.out_type == ScaleType::f32 &&
         job_.out_rows[piece.end - 1] - job_.out_rows[piece.begin] == piece.end - 1 - piece.begin &&
         std::is_sorted(job_.out_rows.begin() + piece.begin, job_.out_rows.begin() + piece.end);
     int64_t scratch_bytes = padded(
