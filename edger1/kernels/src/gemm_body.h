@@ -150,7 +150,7 @@ static void micro_tile(float* c, int64_t c_stride, const float* a, const float* 
       vf x = splat(a[i]);
 #pragma GCC unroll 4
       for (int v = 0; v < kNV; v++) {
-        acc[i][v] += x * row[v];
+        acc[i][v] = mad(x, row[v], acc[i][v]);
       }
     }
     a += MR;
@@ -219,7 +219,7 @@ EDGER1_INLINE void dot_tile(float* out, int64_t out_stride, const float* x, int6
       vf y = load(w + i + u * kWidth);
 #pragma GCC unroll 4
       for (int r = 0; r < ROWS; r++) {
-        acc[r][u] += load(x + r * x_stride + i + u * kWidth) * y;
+        acc[r][u] = mad(load(x + r * x_stride + i + u * kWidth), y, acc[r][u]);
       }
     }
   }
@@ -227,14 +227,14 @@ EDGER1_INLINE void dot_tile(float* out, int64_t out_stride, const float* x, int6
     vf y = load(w + i);
 #pragma GCC unroll 4
     for (int r = 0; r < ROWS; r++) {
-      acc[r][0] += load(x + r * x_stride + i) * y;
+      acc[r][0] = mad(load(x + r * x_stride + i), y, acc[r][0]);
     }
   }
   if (i < k) {
     vf y = load_n(w + i, k - i);
 #pragma GCC unroll 4
     for (int r = 0; r < ROWS; r++) {
-      acc[r][1] += load_n(x + r * x_stride + i, k - i) * y;
+      acc[r][1] = mad(load_n(x + r * x_stride + i, k - i), y, acc[r][1]);
     }
   }
 #pragma GCC unroll 4
@@ -281,7 +281,7 @@ EDGER1_INLINE void axpy_tile(float* out, int64_t out_stride, const float* x, int
       vf y = load(row + v * kWidth);
 #pragma GCC unroll 4
       for (int r = 0; r < ROWS; r++) {
-        acc[r][v] += splat(x[r * x_stride + p]) * y;
+        acc[r][v] = mad(splat(x[r * x_stride + p]), y, acc[r][v]);
       }
     }
   }
@@ -327,7 +327,7 @@ static void axpy_rows_of(float* out, int64_t out_stride, const float* x, int64_t
     for (int r = 0; r < rows; r++) {
       vf acc{};
       for (int p = 0; p < k; p++) {
-        acc += splat(x[r * x_stride + p]) * load_n(w + p * w_stride + j, n);
+        acc = mad(splat(x[r * x_stride + p]), load_n(w + p * w_stride + j, n), acc);
       }
       store_n(out + r * out_stride + j, acc, n);
     }

@@ -96,12 +96,12 @@ struct OpsTable {
   void (*blend_row)(float* acc, float a, const float* x, float b, int n);
 };
 
-// The best table for this processor (EDGER1_ISA, naming one of instruction_sets(), restricts it).
+// The table of the instruction set in use (cpu_features.h).
 const OpsTable& ops();
 
-const OpsTable* ops_portable();
-const OpsTable* ops_avx2();
-const OpsTable* ops_avx512();
-const OpsTable* ops_neon();
+extern const OpsTable ops_portable;
+extern const OpsTable ops_avx2;
+extern const OpsTable ops_avx512vnni;
+extern const OpsTable ops_neon;
 
 } // namespace edger1
