@@ -113,6 +113,11 @@ class Attention : public DensePrimitive {
     auto weights = mx::reshape(kind_.causal ? causal_softmax(scores, s) : softmax(scores, -1, true, s), grouped, s);
     auto d_weights = dense_matmul(d_out, flip(v), s);
     auto d_scores = softmax_vjp(weights, d_weights, s);
+    if (kind_.masked && primals[3].dtype() == mx::bool_) {
+      // A row that sees nothing weighs all keys alike, but through constants.
+      auto kept = mx::where(primals[3], mx::reshape(d_scores, separate, s), mx::array(0.0f), s);
+      d_scores = mx::reshape(kept, grouped, s);
+    }
     std::vector<mx::array> gradients;
     for (int arg : argnums) {
       if (arg == 0) {
