@@ -17,8 +17,11 @@ namespace {
 
 template <Unary op>
 void bind_activation(nb::module_& m, const char* name) {
-  m.def(name, [](const mx::array& x, mx::StreamOrDevice s) { return activation(op, x, s); }, "x"_a, nb::kw_only(),
-        "stream"_a = nb::none());
+  // Plain numbers too, as mlx.core takes them.
+  m.def(name, [](const std::variant<mx::array, double>& x, mx::StreamOrDevice s) {
+    const auto* a = std::get_if<mx::array>(&x);
+    return activation(op, a ? *a : mx::array(static_cast<float>(std::get<double>(x))), s);
+  }, "x"_a, nb::kw_only(), "stream"_a = nb::none());
 }
 
 template <Gate op>
