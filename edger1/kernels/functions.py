@@ -1,8 +1,8 @@
 """The CPU kernels in place of MLX's functions, for every model at once.
 
-mlx-lm's models call `mx.fast.rms_norm`, `nn.silu`, `swiglu`, `x @ w` and their like by name, so the name is where they are
-replaced. Each replacement takes the same arguments and, for what it does not cover (another device, dtype, axis or
-shape), is MLX's own operation; results differ by float rounding only. Nothing here depends on a model or on its precision.
+mlx-lm's models call `mx.fast.rms_norm`, `nn.silu`, `swiglu`, `x @ w` and their like by name, so the name is where they
+are replaced. Each replacement takes the same arguments and, for what it does not cover (another device, dtype, axis or
+shape), is MLX's own operation; results differ by float rounding only. Nothing here depends on a model or its precision.
 """
 
 from __future__ import annotations
@@ -65,6 +65,11 @@ def release() -> None:
             setattr(owner, name, value)
         _patch.restores.clear()
         _patch.replaced.clear()
+
+
+def in_place() -> bool:
+    """Say whether the functions stand replaced."""
+    return _patch.users > 0
 
 
 def replacement(value: Any) -> Callable[..., mx.array] | None:

@@ -55,9 +55,9 @@ class Installed:
 def install(model: nn.Module, precision: str = "fast") -> Installed:
     """Let a model run on the CPU kernels.
 
-    `precision` is "exact" (f32 activations) or "fast" (int8 activations per 32) and concerns quantized layers only. Where
-    the kernels are not built, switched off, or MLX's default device is a GPU, the model is left alone and `reason` says
-    so. Layers added later (a LoRA adapter fused, say) are reached by uninstalling and installing again.
+    `precision` is "exact" (f32 activations) or "fast" (int8 activations per 32) and concerns quantized layers only.
+    Where the kernels are not built, switched off, or MLX's default device is a GPU, the model is left alone and
+    `reason` says so. Layers added later (a LoRA adapter fused, say) are reached by uninstalling and installing again.
 
     Raises ValueError for another precision.
     """
