@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, Literal
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -18,8 +18,7 @@ from mlx_lm.models.mla import QuantizedMultiLinear
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear
 
 from edger1.kernels import _load, functions, quantized
-
-Precision = Literal["exact", "fast"]
+from edger1.kernels.quantized import Precision
 
 
 @dataclass
@@ -52,7 +51,7 @@ class Installed:
         self._classes, self._attributes, self.functions, self.layers = [], [], (), {}
 
 
-def install(model: nn.Module, precision: str = "fast") -> Installed:
+def install(model: nn.Module, precision: Precision = "fast") -> Installed:
     """Let a model run on the CPU kernels.
 
     `precision` is "exact" (f32 activations) or "fast" (int8 activations per 32) and concerns quantized layers only.
@@ -78,7 +77,7 @@ def install(model: nn.Module, precision: str = "fast") -> Installed:
     return installed
 
 
-def _swap_class(layer: nn.Module, precision: str, installed: Installed) -> None:
+def _swap_class(layer: nn.Module, precision: Precision, installed: Installed) -> None:
     original = type(layer)
     make = _VARIANTS.get(original)
     # Only the very class: a subclass may compute something else.
@@ -99,7 +98,7 @@ def _swap_held_functions(layer: nn.Module, installed: Installed) -> None:
 
 
 @cache
-def _quantized_linear(precision: str) -> type:
+def _quantized_linear(precision: Precision) -> type:
     class KernelQuantizedLinear(nn.QuantizedLinear):
         def __call__(self, x: mx.array) -> mx.array:
             out = quantized.quantized_matmul(
@@ -119,7 +118,7 @@ def _quantized_linear(precision: str) -> type:
 
 
 @cache
-def _quantized_embedding(precision: str) -> type:
+def _quantized_embedding(precision: Precision) -> type:
     class KernelQuantizedEmbedding(nn.QuantizedEmbedding):
         def as_linear(self, x: mx.array) -> mx.array:
             return quantized.quantized_matmul(
@@ -138,7 +137,7 @@ def _quantized_embedding(precision: str) -> type:
 
 
 @cache
-def _quantized_multi_linear(precision: str) -> type:
+def _quantized_multi_linear(precision: Precision) -> type:
     class KernelQuantizedMultiLinear(QuantizedMultiLinear):
         def __call__(self, x: mx.array, transpose: bool = True) -> mx.array:
             return quantized.quantized_matmul(
@@ -157,7 +156,7 @@ def _quantized_multi_linear(precision: str) -> type:
 
 
 @cache
-def _quantized_switch_linear(precision: str) -> type:
+def _quantized_switch_linear(precision: Precision) -> type:
     class KernelQuantizedSwitchLinear(QuantizedSwitchLinear):
         def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
             if self.global_scale is not None:
@@ -180,7 +179,7 @@ def _quantized_switch_linear(precision: str) -> type:
     return KernelQuantizedSwitchLinear
 
 
-_VARIANTS: dict[type, Callable[[str], type]] = {
+_VARIANTS: dict[type, Callable[[Precision], type]] = {
     nn.QuantizedLinear: _quantized_linear,
     nn.QuantizedEmbedding: _quantized_embedding,
     QuantizedMultiLinear: _quantized_multi_linear,

@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -25,6 +26,7 @@ FAST_LIMIT = 3e-2
 _TIME_LIMIT_S = 50.0
 
 Compute = Callable[[], mx.array]
+Operation = Callable[..., mx.array]
 
 
 @dataclass(frozen=True)
@@ -103,8 +105,9 @@ def _check(case: _Case) -> Check:
     ours, theirs = case.ours().astype(mx.float32), case.theirs().astype(mx.float32)
     if ours.shape != theirs.shape:
         return Check(case.name, float("inf"), case.limit, False)
-    error = (mx.abs(ours - theirs).max() / mx.maximum(mx.abs(theirs).max(), 1e-9)).item()
-    return Check(case.name, float(error), case.limit, bool(error <= case.limit))
+    found: Any = mx.abs(ours - theirs).max() / mx.maximum(mx.abs(theirs).max(), 1e-9)
+    error = float(found.item())
+    return Check(case.name, error, case.limit, error <= case.limit)
 
 
 def _time(case: _Case) -> Timing:
@@ -169,11 +172,11 @@ def _row_cases(extension: Any, m: int, hidden: int, inner: int) -> Iterator[_Cas
     yield _Case("swiglu" + at, lambda: extension.swiglu(gate, up), lambda: gate * mx.sigmoid(gate) * up)
     yield _Case("gelu" + at, lambda: extension.gelu(gate), lambda: gate * (1 + mx.erf(gate / 2**0.5)) / 2)
     for traditional in (False, True):
-        settings = {"traditional": traditional, "base": 1e4, "scale": 1.0, "offset": 5}
+        settings: dict[str, Any] = {"traditional": traditional, "base": 1e4, "scale": 1.0, "offset": 5}
         yield _Case(
             f"rope{' traditional' if traditional else ''}" + at,
-            lambda settings=settings: extension.rope(heads, 64, **settings),
-            lambda settings=settings: mx.fast.rope(heads, 64, **settings),
+            partial(extension.rope, heads, 64, **settings),
+            partial(mx.fast.rope, heads, 64, **settings),
         )
 
 
@@ -183,11 +186,11 @@ def _attention_cases(extension: Any, m: int, keys: int) -> Iterator[_Case]:
     window = mx.arange(keys - m, keys)[:, None] - mx.arange(keys)[None]
     masks: dict[str, Any] = {"": None} if m == 1 else {" causal": "causal", " window": (window >= 0) & (window < 16)}
     for name, mask in masks.items():
-        settings = {"scale": 0.125, "mask": mask}
+        settings: dict[str, Any] = {"scale": 0.125, "mask": mask}
         yield _Case(
             f"attention{name} {m} rows {keys} keys",
-            lambda settings=settings: extension.scaled_dot_product_attention(q, k, v, **settings),
-            lambda settings=settings: mx.fast.scaled_dot_product_attention(q, k, v, **settings),
+            partial(extension.scaled_dot_product_attention, q, k, v, **settings),
+            partial(mx.fast.scaled_dot_product_attention, q, k, v, **settings),
         )
 
 
@@ -198,27 +201,21 @@ def _matmul_cases(extension: Any, m: int, k: int, n: int) -> Iterator[_Case]:
         mx.eval(weights)
         yield _Case(
             f"matmul {m} x {k} x {n} {str(dtype).rpartition('.')[2]}",
-            lambda weights=weights: extension.matmul(x, weights.T),
-            lambda weights=weights: mx.matmul(x, weights.T),
+            partial(extension.matmul, x, weights.T),
+            partial(mx.matmul, x, weights.T),
         )
 
 
 def _quantized_cases(m: int, k: int, n: int) -> Iterator[_Case]:
     x, w = _random(m, k), _random(n, k)
     for group_size, bits, mode in ((32, 4, "affine"), (64, 8, "affine"), (32, 4, "mxfp4")):
-        parts = mx.quantize(w, group_size, bits, mode=mode)
+        parts: Any = mx.quantize(w, group_size, bits, mode=mode)
         mx.eval(parts)
+        settings: dict[str, Any] = {"group_size": group_size, "bits": bits, "mode": mode}
+        theirs = partial(mx.quantized_matmul, x, *parts, **settings)
         for precision, limit in (("exact", EXACT_LIMIT), ("fast", FAST_LIMIT)):
-            yield _Case(
-                f"quantized_matmul {precision} {m} x {k} x {n} {mode} {bits} bits",
-                lambda p=parts, g=group_size, b=bits, mode=mode, how=precision: quantized.quantized_matmul(
-                    x, *p, group_size=g, bits=b, mode=mode, precision=how
-                ),
-                lambda p=parts, g=group_size, b=bits, mode=mode: mx.quantized_matmul(
-                    x, *p, group_size=g, bits=b, mode=mode
-                ),
-                limit,
-            )
+            ours = partial(quantized.quantized_matmul, x, *parts, **(settings | {"precision": precision}))
+            yield _Case(f"quantized_matmul {precision} {m} x {k} x {n} {mode} {bits} bits", ours, theirs, limit)
 
 
 def _gather_cases(extension: Any, size: int) -> Iterator[_Case]:
@@ -229,8 +226,8 @@ def _gather_cases(extension: Any, size: int) -> Iterator[_Case]:
         lambda: extension.gather_mm(x, w.swapaxes(-1, -2), rhs_indices=chosen),
         lambda: mx.gather_mm(x, w.swapaxes(-1, -2), rhs_indices=chosen),
     )
-    parts = mx.quantize(w, 32, 4)
-    settings = {"rhs_indices": chosen, "group_size": 32, "bits": 4}
+    parts: Any = mx.quantize(w, 32, 4)
+    settings: dict[str, Any] = {"rhs_indices": chosen, "group_size": 32, "bits": 4}
     yield _Case(
         "gather_qmm",
         lambda: quantized.gather_qmm(x, *parts, **settings),
@@ -243,8 +240,8 @@ def _gradient_cases(extension: Any) -> Iterator[_Case]:
     q, k, v = (_random(1, heads, 20, 16) for heads in (4, 2, 2))
     direction = _random(5, 48)
 
-    def both(name: str, ours: Compute, theirs: Compute, *at: mx.array) -> _Case:
-        def gradient(f: Callable[..., mx.array]) -> Compute:
+    def both(name: str, ours: Operation, theirs: Operation, *at: mx.array) -> _Case:
+        def gradient(f: Operation) -> Compute:
             found = mx.grad(lambda *args: (f(*args) * mx.sin(f(*args))).sum(), argnums=tuple(range(len(at))))
             return lambda: mx.concatenate([part.reshape(-1) for part in found(*at)])
 
@@ -256,7 +253,7 @@ def _gradient_cases(extension: Any) -> Iterator[_Case]:
     yield both("matmul", lambda a, b: extension.matmul(a, b.T), lambda a, b: mx.matmul(a, b.T), x, w)
     yield both("swiglu", extension.swiglu, lambda a, b: nn.silu(a) * b, x, direction)
     yield both("softmax", lambda a: extension.softmax(a, -1), lambda a: mx.softmax(a, -1), x)
-    settings = {"scale": 0.25, "mask": "causal"}
+    settings: dict[str, Any] = {"scale": 0.25, "mask": "causal"}
     yield both(
         "attention",
         lambda *qkv: extension.scaled_dot_product_attention(*qkv, **settings),
