@@ -28,6 +28,8 @@ class KernelState:
 def _load() -> tuple[ModuleType | None, KernelState]:
     if os.environ.get("EDGER1_KERNELS") == "0":
         return None, KernelState(False, "switched off by EDGER1_KERNELS=0")
+    # MLX may be installed elsewhere than beside this package: its library must be there before ours looks for it.
+    importlib.import_module("mlx.core")
     try:
         extension = importlib.import_module("edger1.kernels._ext")
     except ModuleNotFoundError:

@@ -6,7 +6,39 @@
 
 namespace edger1 {
 
-// Names in rising order of preference, as the build knows them: "portable", "avx2", "avx512vnni", "neon-dotprod".
+enum class Isa { portable, avx2, avx512vnni, neon };
+
+// Names in rising order of preference: "portable", "avx2", "avx512vnni", "amx", or "portable", "neon-dotprod".
+// "avx512vnni" stands for F, BW, DQ, VL, VNNI and VBMI together: every desktop and laptop processor with VNNI has them.
+// "amx" is the same with matrix tiles and vectors for bf16, where the system lets a process use them.
 std::vector<std::string> instruction_sets();
+
+// What the kernels use: the best of the above, or EDGER1_ISA. Throws std::invalid_argument where that names a set which
+// this processor or build does not have.
+Isa active_isa();
+const char* active_isa_name();
+
+// Whether matrix tiles are to be used; active_isa() is avx512vnni then.
+bool active_isa_has_amx();
+
+// One table of function pointers for each instruction set that this build has, by name: table_for(portable, avx2, ...).
+template <class Table>
+const Table& table_for_isa(const Table* portable, const Table* avx2, const Table* avx512vnni, const Table* neon) {
+  const Table* found = nullptr;
+  switch (active_isa()) {
+    case Isa::avx512vnni:
+      found = avx512vnni;
+      break;
+    case Isa::avx2:
+      found = avx2;
+      break;
+    case Isa::neon:
+      found = neon;
+      break;
+    case Isa::portable:
+      break;
+  }
+  return found ? *found : *portable;
+}
 
 } // namespace edger1

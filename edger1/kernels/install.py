@@ -1,0 +1,187 @@
+"""Puts the CPU kernels under a loaded mlx-lm model, by the types of its layers and not by its name.
+
+Quantized layers get a subclass of their own class that calls the kernels in the model's precision; everything else is
+reached through the functions that models call (`functions.py`). Weights, names and the interface of every layer stay as
+they are, so saving, LoRA and mlx-lm's generator see the model they know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.mla import QuantizedMultiLinear
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear
+
+from edger1.kernels import _load, functions, quantized
+from edger1.kernels.quantized import Precision
+
+
+@dataclass
+class Installed:
+    """What `install` did to a model; `uninstall` puts everything back."""
+
+    precision: str
+    layers: dict[str, int] = field(default_factory=dict)
+    """Type of layer -> how many of the model's now call the kernels directly."""
+    functions: tuple[str, ...] = ()
+    """Names of MLX's and mlx-lm's functions that stand replaced."""
+    reason: str = ""
+    """Why nothing was replaced, where that is so."""
+    _classes: list[tuple[nn.Module, type]] = field(default_factory=list, repr=False)
+    _attributes: list[tuple[nn.Module, str, Any]] = field(default_factory=list, repr=False)
+
+    @property
+    def active(self) -> bool:
+        """Whether the kernels are in place."""
+        return bool(self.functions)
+
+    def uninstall(self) -> None:
+        """Give the layers their classes back and, if no other model needs the functions, those too."""
+        for layer, original in self._classes:
+            layer.__class__ = original
+        for layer, name, value in self._attributes:
+            setattr(layer, name, value)
+        if self.functions:
+            functions.release()
+        self._classes, self._attributes, self.functions, self.layers = [], [], (), {}
+
+
+def install(model: nn.Module, precision: Precision = "fast") -> Installed:
+    """Let a model run on the CPU kernels.
+
+    `precision` is "exact" (f32 activations) or "fast" (int8 activations per 32) and concerns quantized layers only.
+    Where the kernels are not built, switched off, or MLX's default device is a GPU, the model is left alone and
+    `reason` says so. Layers added later (a LoRA adapter fused, say) are reached by uninstalling and installing again.
+
+    Raises ValueError for another precision.
+    """
+    if precision not in ("exact", "fast"):
+        raise ValueError(f'precision is "{precision}"; expected "exact" or "fast"')
+    installed = Installed(precision)
+    extension, state = _load()
+    if extension is None:
+        installed.reason = f"EdgeR1's kernels are {state.reason}"
+        return installed
+    if mx.default_device().type != mx.cpu:
+        installed.reason = "MLX computes on a GPU, with its own kernels"
+        return installed
+    installed.functions = functions.acquire(extension)
+    for layer in model.modules():
+        _swap_class(layer, precision, installed)
+        _swap_held_functions(layer, installed)
+    return installed
+
+
+def _swap_class(layer: nn.Module, precision: Precision, installed: Installed) -> None:
+    original = type(layer)
+    make = _VARIANTS.get(original)
+    # Only the very class: a subclass may compute something else.
+    if make is None:
+        return
+    installed._classes.append((layer, original))
+    layer.__class__ = make(precision)
+    installed.layers[original.__name__] = installed.layers.get(original.__name__, 0) + 1
+
+
+def _swap_held_functions(layer: nn.Module, installed: Installed) -> None:
+    """Replace functions that a layer keeps as attributes, such as `self.act = nn.silu`."""
+    for name, value in list(vars(layer).items()):
+        ours = functions.replacement(value)
+        if ours is not None:
+            installed._attributes.append((layer, name, value))
+            setattr(layer, name, ours)
+
+
+@cache
+def _quantized_linear(precision: Precision) -> type:
+    class KernelQuantizedLinear(nn.QuantizedLinear):
+        def __call__(self, x: mx.array) -> mx.array:
+            out = quantized.quantized_matmul(
+                x,
+                self["weight"],
+                self["scales"],
+                self.get("biases"),
+                transpose=True,
+                group_size=self.group_size,
+                bits=self.bits,
+                mode=self.mode,
+                precision=precision,
+            )
+            return out + self["bias"] if "bias" in self else out
+
+    return KernelQuantizedLinear
+
+
+@cache
+def _quantized_embedding(precision: Precision) -> type:
+    class KernelQuantizedEmbedding(nn.QuantizedEmbedding):
+        def as_linear(self, x: mx.array) -> mx.array:
+            return quantized.quantized_matmul(
+                x,
+                self["weight"],
+                self["scales"],
+                self.get("biases"),
+                transpose=True,
+                group_size=self.group_size,
+                bits=self.bits,
+                mode=self.mode,
+                precision=precision,
+            )
+
+    return KernelQuantizedEmbedding
+
+
+@cache
+def _quantized_multi_linear(precision: Precision) -> type:
+    class KernelQuantizedMultiLinear(QuantizedMultiLinear):
+        def __call__(self, x: mx.array, transpose: bool = True) -> mx.array:
+            return quantized.quantized_matmul(
+                x,
+                self["weight"],
+                self["scales"],
+                self.get("biases"),
+                transpose=transpose,
+                group_size=self.group_size,
+                bits=self.bits,
+                mode=self.mode,
+                precision=precision,
+            )
+
+    return KernelQuantizedMultiLinear
+
+
+@cache
+def _quantized_switch_linear(precision: Precision) -> type:
+    class KernelQuantizedSwitchLinear(QuantizedSwitchLinear):
+        def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
+            if self.global_scale is not None:
+                return super().__call__(x, indices, sorted_indices)
+            out = quantized.gather_qmm(
+                x,
+                self["weight"],
+                self["scales"],
+                self.get("biases"),
+                rhs_indices=indices,
+                transpose=True,
+                group_size=self.group_size,
+                bits=self.bits,
+                mode=self.mode,
+                sorted_indices=sorted_indices,
+                precision=precision,
+            )
+            return out + mx.expand_dims(self["bias"][indices], -2) if "bias" in self else out
+
+    return KernelQuantizedSwitchLinear
+
+
+_VARIANTS: dict[type, Callable[[Precision], type]] = {
+    nn.QuantizedLinear: _quantized_linear,
+    nn.QuantizedEmbedding: _quantized_embedding,
+    QuantizedMultiLinear: _quantized_multi_linear,
+    QuantizedSwitchLinear: _quantized_switch_linear,
+}

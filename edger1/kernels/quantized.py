@@ -1,0 +1,121 @@
+"""Quantized matrix products on the CPU kernels, and on MLX's own operations where the kernels do not apply.
+
+Both functions take MLX's arguments and compute what `mx.quantized_matmul` and `mx.gather_qmm` do, lazily and with a
+gradient for `x`. The kernels cover affine quantization with 2, 3, 4, 5, 6 and 8 bits in groups of 32, 64 or 128, and
+mxfp4, with x in float32, bfloat16 or float16, on CPU streams. Everything else goes to MLX.
+
+`precision` says what becomes of x in `x @ w.T`: "exact" keeps it in float32; "fast" rounds each 32 of its elements to
+int8 with one scale, max |x| / 127, as llama.cpp does. `x @ w`, which gradients use, is exact either way.
+
+A row of x among up to 16 gives the same bits as that row alone, in both precisions, whatever the number of threads.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import mlx.core as mx
+
+from . import _load
+
+Precision = Literal["exact", "fast"]
+
+_DEFAULTS = {"affine": (64, 4), "mxfp4": (32, 4)}
+_AFFINE_BITS = frozenset((2, 3, 4, 5, 6, 8))
+_AFFINE_GROUPS = frozenset((32, 64, 128))
+_FLOATS = (mx.float32, mx.bfloat16, mx.float16)
+
+
+def covers(group_size: int, bits: int, mode: str) -> bool:
+    """Say whether the kernels know this quantization."""
+    if mode == "mxfp4":
+        return (group_size, bits) == (32, 4)
+    return mode == "affine" and group_size in _AFFINE_GROUPS and bits in _AFFINE_BITS
+
+
+def _kernels(x: mx.array, scales: mx.array, group_size: int, bits: int, mode: str, stream: Any) -> Any:
+    """Return the extension if it applies to these arguments, else None."""
+    extension = _load()[0]
+    if extension is None or not covers(group_size, bits, mode):
+        return None
+    if x.dtype not in _FLOATS or (mode == "affine" and scales.dtype not in _FLOATS):
+        return None
+    device = mx.default_device() if stream is None else getattr(stream, "device", stream)
+    kind = getattr(device, "type", device)
+    return extension if kind == mx.DeviceType.cpu else None
+
+
+def quantized_matmul(
+    x: mx.array,
+    w: mx.array,
+    scales: mx.array,
+    biases: mx.array | None = None,
+    transpose: bool = True,
+    group_size: int | None = None,
+    bits: int | None = None,
+    mode: str = "affine",
+    precision: Precision = "exact",
+    *,
+    stream: Any = None,
+) -> mx.array:
+    """Multiply x[..., K] with the transpose of a quantized w[N, K], or x[..., N] with w itself.
+
+    `w` is uint32 [..., N, K * bits / 32], `scales` and `biases` [..., N, K / group_size] as `mx.quantize` gives them;
+    batch axes broadcast against those of x. The result has the dtype of x. Raises ValueError where shapes or dtypes do
+    not fit, before anything is computed.
+    """
+    default_group, default_bits = _DEFAULTS.get(mode, (0, 0))
+    extension = _kernels(x, scales, group_size or default_group, bits or default_bits, mode, stream)
+    if extension is None:
+        return mx.quantized_matmul(x, w, scales, biases, transpose, group_size, bits, mode, stream=stream)
+    return extension.qmm(
+        x,
+        w,
+        scales,
+        biases,
+        transpose,
+        group_size or default_group,
+        bits or default_bits,
+        mode,
+        precision,
+        stream=stream,
+    )
+
+
+def gather_qmm(
+    x: mx.array,
+    w: mx.array,
+    scales: mx.array,
+    biases: mx.array | None = None,
+    lhs_indices: mx.array | None = None,
+    rhs_indices: mx.array | None = None,
+    transpose: bool = True,
+    group_size: int | None = None,
+    bits: int | None = None,
+    mode: str = "affine",
+    global_scale: mx.array | None = None,
+    precision: Precision = "exact",
+    *,
+    sorted_indices: bool = False,
+    stream: Any = None,
+) -> mx.array:
+    """Multiply the matrices x[lhs_indices[i]] of [M, K] with the quantized w[rhs_indices[i]], for every i.
+
+    Without `lhs_indices`, the batch axes of x (all but the last two) broadcast against `rhs_indices`; without
+    `rhs_indices`, the matrices of w are taken in order. Rows that meet the same matrix are computed together whatever
+    their order, so `sorted_indices` only matters to MLX. The result is [*indices, M, N] in the dtype of x. Raises
+    ValueError where shapes or dtypes do not fit; an index beyond w is a RuntimeError when the result is evaluated.
+    """
+    default_group, default_bits = _DEFAULTS.get(mode, (0, 0))
+    extension = None
+    if global_scale is None:
+        extension = _kernels(x, scales, group_size or default_group, bits or default_bits, mode, stream)
+    if extension is None:
+        return mx.gather_qmm(
+            x, w, scales, biases, lhs_indices, rhs_indices, transpose, group_size, bits, mode, global_scale,
+            sorted_indices=sorted_indices, stream=stream,
+        )  # fmt: skip
+    return extension.gather_qmm(
+        x, w, scales, biases, lhs_indices, rhs_indices, transpose, group_size or default_group, bits or default_bits,
+        mode, precision, stream=stream,
+    )  # fmt: skip

@@ -1,0 +1,180 @@
+// Attention of a few query rows over a block of keys, for one instruction set; see ops_table.h.
+#pragma once
+
+#include "gemm_body.h"
+#include "rows_body.h"
+
+namespace edger1 {
+namespace {
+
+// Sums of the lanes of kWidth vectors, as one vector: lane i is the sum of v[i], added in the same tree for every i.
+template <int N>
+EDGER1_INLINE vf lane_sums(vf* v) {
+  vi even, odd;
+  constexpr int step = kWidth / N;
+  // Blocks of `step` lanes: of each pair of blocks the first goes to `even`, the second to `odd`, from either operand.
+  for (int i = 0; i < kWidth; i++) {
+    int block = i / step, inside = i % step;
+    int operand = (block & 1) * kWidth;
+    even[i] = operand + (block & ~1) * step + inside;
+    odd[i] = even[i] + step;
+  }
+  for (int i = 0; i < N / 2; i++) {
+    v[i] = __builtin_shuffle(v[2 * i], v[2 * i + 1], even) + __builtin_shuffle(v[2 * i], v[2 * i + 1], odd);
+  }
+  if constexpr (N == 2) {
+    return v[0];
+  } else {
+    return lane_sums<N / 2>(v);
+  }
+}
+
+// scores[0, kWidth) = the dot products of a query with kWidth keys.
+template <class T>
+EDGER1_INLINE vf key_scores(const float* query, const T* const* keys, int dim) {
+  vf acc[kWidth];
+#pragma GCC unroll 16
+  for (int j = 0; j < kWidth; j++) {
+    acc[j] = vf{};
+  }
+  int d = 0;
+  for (; d + kWidth <= dim; d += kWidth) {
+    vf q = load(query + d);
+#pragma GCC unroll 16
+    for (int j = 0; j < kWidth; j++) {
+      acc[j] = mad(q, load(keys[j] + d), acc[j]);
+    }
+  }
+  if (d < dim) {
+    vf q = load_n(query + d, dim - d);
+    for (int j = 0; j < kWidth; j++) {
+      acc[j] = mad(q, load_n(keys[j] + d, dim - d), acc[j]);
+    }
+  }
+  return lane_sums<kWidth>(acc);
+}
+
+template <int ROWS, int VECTORS, class T>
+EDGER1_INLINE void weighted_values(float* out, int64_t out_stride, const float* p, int64_t p_stride, int n,
+                                   const T* values, int64_t value_stride) {
+  vf acc[ROWS][VECTORS];
+#pragma GCC unroll 4
+  for (int r = 0; r < ROWS; r++) {
+#pragma GCC unroll 4
+    for (int v = 0; v < VECTORS; v++) {
+      acc[r][v] = vf{};
+    }
+  }
+  for (int j = 0; j < n; j++) {
+    const T* row = values + j * value_stride;
+#pragma GCC unroll 4
+    for (int v = 0; v < VECTORS; v++) {
+      vf y = load(row + v * kWidth);
+#pragma GCC unroll 4
+      for (int r = 0; r < ROWS; r++) {
+        acc[r][v] = mad(splat(p[r * p_stride + j]), y, acc[r][v]);
+      }
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < ROWS; r++) {
+#pragma GCC unroll 4
+    for (int v = 0; v < VECTORS; v++) {
+      store(out + r * out_stride + v * kWidth, acc[r][v]);
+    }
+  }
+}
+
+template <class T>
+static void attention_rows_of(float* maxima, float* sums, float* accumulated, const float* queries, int rows,
+                              const KeyBlock& block, const T* keys, const T* values, const int* visible,
+                              const MaskRows* masks, float* scores) {
+  int64_t stride = block.n_keys + kWidth;
+  int most = 0;
+  for (int r = 0; r < rows; r++) {
+    most = visible[r] > most ? visible[r] : most;
+  }
+  for (int j = 0; j < most; j += kWidth) {
+    const T* at[kWidth];
+    for (int i = 0; i < kWidth; i++) {
+      int key = j + i < most ? j + i : most - 1;
+      at[i] = keys + key * block.key_stride;
+    }
+    for (int r = 0; r < rows; r++) {
+      store(scores + r * stride + j, key_scores(queries + static_cast<int64_t>(r) * block.head_dim, at, block.head_dim));
+    }
+  }
+  for (int r = 0; r < rows; r++) {
+    float* row = scores + r * stride;
+    int n = visible[r];
+    if (masks && masks[r].keep) {
+      for (int j = 0; j < n; j++) {
+        row[j] = masks[r].keep[j * masks[r].key_stride] ? row[j] : -3.4028234663852886e38f;
+      }
+    } else if (masks && masks[r].add) {
+      for (int j = 0; j < n; j++) {
+        row[j] += masks[r].add[j * masks[r].key_stride];
+      }
+    }
+    float top = -__builtin_inff(), sum = 0;
+    if (n > 0) {
+      online_softmax(row, n, &top, &sum);
+    }
+    // Keys that other rows of this call see but this one does not: weight 0 leaves its sums as they are.
+    for (int j = n; j < most; j++) {
+      row[j] = 0;
+    }
+    maxima[r] = top;
+    sums[r] = sum;
+  }
+  int dim = block.value_dim;
+  for (int d = 0; d < dim;) {
+    float* out = accumulated + d;
+    const T* from = values + d;
+    if (d + 4 * kWidth <= dim) {
+      int r = 0;
+      for (; r + 4 <= rows; r += 4) {
+        weighted_values<4, 4>(out + r * dim, dim, scores + r * stride, stride, most, from, block.value_stride);
+      }
+      for (; r < rows; r++) {
+        weighted_values<1, 4>(out + r * dim, dim, scores + r * stride, stride, most, from, block.value_stride);
+      }
+      d += 4 * kWidth;
+    } else if (d + kWidth <= dim) {
+      for (int r = 0; r < rows; r++) {
+        weighted_values<1, 1>(out + r * dim, dim, scores + r * stride, stride, most, from, block.value_stride);
+      }
+      d += kWidth;
+    } else {
+      int left = dim - d;
+      for (int r = 0; r < rows; r++) {
+        vf acc{};
+        for (int j = 0; j < most; j++) {
+          acc = mad(splat(scores[r * stride + j]), load_n(from + j * block.value_stride, left), acc);
+        }
+        store_n(out + r * dim, acc, left);
+      }
+      d = dim;
+    }
+  }
+}
+
+static void attention_rows(float* maxima, float* sums, float* accumulated, const float* queries, int rows,
+                           const KeyBlock& block, const int* visible, const MaskRows* masks, float* scores) {
+  typed(block.keys, block.type, [&](auto* keys) {
+    attention_rows_of(maxima, sums, accumulated, queries, rows, block, keys,
+                      static_cast<decltype(keys)>(block.values), visible, masks, scores);
+  });
+}
+
+} // namespace
+
+// The table of the including source.
+#define EDGER1_OPS_TABLE(NAME)                                                                                         \
+  {                                                                                                                    \
+    NAME, to_f32, from_f32, kMR, kNR, pack_a, pack_b, gemm, dot_rows, axpy_rows, rms_norm, rms_norm_vjp, layer_norm,   \
+        softmax, softmax_vjp, log_sum_exp, argmax, rope, unary, unary_vjp, gate, gate_vjp, attention_rows,             \
+        online_softmax, scale_row, blend_row                                                                           \
+  }
+
+} // namespace edger1

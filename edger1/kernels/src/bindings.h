@@ -1,0 +1,11 @@
+// One function for each group of kernels that adds its Python functions to the extension.
+#pragma once
+
+#include <nanobind/nanobind.h>
+
+namespace edger1 {
+
+void bind_qmm(nanobind::module_& m);
+void bind_ops(nanobind::module_& m);
+
+} // namespace edger1

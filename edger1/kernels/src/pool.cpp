@@ -1,0 +1,346 @@
+#include "pool.h"
+
+#include <pthread.h>
+#include <sched.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cstdlib>
+#include <cstdio>
+#include <exception>
+#include <fstream>
+#include <mutex>
+#include <new>
+#include <set>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <utility>
+#include <vector>
+
+namespace edger1 {
+namespace {
+
+constexpr auto kSpin = std::chrono::microseconds(40);
+constexpr int64_t kMaxChunks = int64_t{1} << 31;
+
+inline void pause_briefly() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("isb" ::: "memory");
+#endif
+}
+
+std::string read_line(const std::string& path) {
+  std::ifstream file(path);
+  std::string line;
+  std::getline(file, line);
+  return line;
+}
+
+// The quota of a container, in whole cores rounded up; 0 without one.
+int cgroup_quota_cores() {
+  std::string line = read_line("/sys/fs/cgroup/cpu.max");
+  double quota = 0, period = 0;
+  if (std::sscanf(line.c_str(), "%lf %lf", &quota, &period) == 2 && quota > 0 && period > 0) {
+    return static_cast<int>((quota + period - 1) / period);
+  }
+  return 0;
+}
+
+int physical_cores() {
+  cpu_set_t allowed;
+  CPU_ZERO(&allowed);
+  if (sched_getaffinity(0, sizeof allowed, &allowed) != 0) {
+    return static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
+  }
+  std::set<std::string> cores;
+  for (int cpu = 0; cpu < CPU_SETSIZE; cpu++) {
+    if (CPU_ISSET(cpu, &allowed)) {
+      std::string siblings =
+          read_line("/sys/devices/system/cpu/cpu" + std::to_string(cpu) + "/topology/thread_siblings_list");
+      cores.insert(siblings.empty() ? "cpu" + std::to_string(cpu) : siblings);
+    }
+  }
+  int found = std::max(1, static_cast<int>(cores.size()));
+  int quota = cgroup_quota_cores();
+  return quota > 0 ? std::min(found, quota) : found;
+}
+
+int threads_at_start() {
+  if (const char* wanted = std::getenv("EDGER1_THREADS")) {
+    char* end = nullptr;
+    long n = std::strtol(wanted, &end, 10);
+    if (end != wanted && *end == '\0' && n >= 1 && n <= 256) {
+      return static_cast<int>(n);
+    }
+  }
+  return physical_cores();
+}
+
+// Set in the child of a fork, and only if the parent had used the pool.
+std::atomic<bool> used{false};
+std::atomic<bool> forked{false};
+
+thread_local bool inside_job = false;
+
+class Pool {
+ public:
+  // Never destroyed: a stream of MLX may still be running when the process exits. stop() at exit ends the workers.
+  static Pool& instance() {
+    static Pool* pool = [] {
+      auto* made = new Pool();
+      pthread_atfork(nullptr, nullptr, [] { forked.store(used.load()); });
+      std::atexit([] { instance().stop_at_exit(); });
+      return made;
+    }();
+    return *pool;
+  }
+
+  int threads() const {
+    return threads_.load(std::memory_order_relaxed);
+  }
+
+  void set_threads(int n) {
+    std::lock_guard lock(job_mutex_);
+    if (n == threads()) {
+      return;
+    }
+    join_workers();
+    threads_.store(n);
+  }
+
+  void run(int64_t n, detail::ChunkFunction function, void* context) {
+    if (n <= 0) {
+      return;
+    }
+    if (n == 1 || inside_job || threads() == 1) {
+      run_alone(n, function, context);
+      return;
+    }
+    std::unique_lock lock(job_mutex_, std::try_to_lock);
+    if (!lock.owns_lock() || ended_) {
+      run_alone(n, function, context);
+      return;
+    }
+    start_workers();
+    function_.store(function, std::memory_order_relaxed);
+    context_.store(context, std::memory_order_relaxed);
+    chunks_.store(n, std::memory_order_relaxed);
+    finished_.store(0, std::memory_order_relaxed);
+    uint64_t generation = (ticket_.load(std::memory_order_relaxed) >> 32) + 1;
+    ticket_.store(generation << 32 | static_cast<uint64_t>(n), std::memory_order_seq_cst);
+    if (sleepers_.load(std::memory_order_seq_cst) > 0) {
+      wake_.fetch_add(1, std::memory_order_seq_cst);
+      wake_.notify_all();
+    }
+    work();
+    for (int spins = 0; finished_.load(std::memory_order_acquire) != n; spins++) {
+      if (spins < 4000) {
+        pause_briefly();
+      } else {
+        std::this_thread::yield();
+      }
+    }
+    if (failed_.load(std::memory_order_acquire)) {
+      failed_.store(false, std::memory_order_relaxed);
+      std::rethrow_exception(std::exchange(failure_, nullptr));
+    }
+  }
+
+ private:
+  Pool() : threads_(threads_at_start()) {}
+
+  static void run_alone(int64_t n, detail::ChunkFunction function, void* context) {
+    for (int64_t chunk = 0; chunk < n; chunk++) {
+      function(context, chunk);
+    }
+  }
+
+  // Runs chunks until none is left to claim. The ticket is (generation, chunks left). What the job is gets read before
+  // the claim; the claim succeeds only if that job still had an unclaimed chunk all the while, and a job's fields are
+  // not written again before its last chunk is finished.
+  void work() {
+    int64_t done = 0;
+    inside_job = true;
+    for (;;) {
+      uint64_t ticket = ticket_.load(std::memory_order_acquire);
+      uint64_t left = ticket & 0xffffffffu;
+      if (left == 0) {
+        break;
+      }
+      auto function = function_.load(std::memory_order_relaxed);
+      auto context = context_.load(std::memory_order_relaxed);
+      int64_t n = chunks_.load(std::memory_order_relaxed);
+      if (!ticket_.compare_exchange_weak(ticket, ticket - 1, std::memory_order_acq_rel, std::memory_order_relaxed)) {
+        continue;
+      }
+      try {
+        function(context, n - static_cast<int64_t>(left));
+      } catch (...) {
+        std::lock_guard lock(failure_mutex_);
+        if (!failure_) {
+          failure_ = std::current_exception();
+        }
+        failed_.store(true, std::memory_order_release);
+      }
+      done++;
+    }
+    // Until this is added the job cannot end, so no later job's chunk was counted into `done`.
+    if (done != 0) {
+      finished_.fetch_add(done, std::memory_order_acq_rel);
+    }
+    inside_job = false;
+  }
+
+  void worker_loop() {
+    auto idle_since = std::chrono::steady_clock::now();
+    for (;;) {
+      if (stop_.load(std::memory_order_acquire)) {
+        return;
+      }
+      if ((ticket_.load(std::memory_order_acquire) & 0xffffffffu) != 0) {
+        work();
+        idle_since = std::chrono::steady_clock::now();
+        continue;
+      }
+      for (int i = 0; i < 16; i++) {
+        pause_briefly();
+      }
+      if (std::chrono::steady_clock::now() - idle_since > kSpin) {
+        uint32_t seen = wake_.load(std::memory_order_seq_cst);
+        sleepers_.fetch_add(1, std::memory_order_seq_cst);
+        if ((ticket_.load(std::memory_order_seq_cst) & 0xffffffffu) == 0 && !stop_.load(std::memory_order_seq_cst)) {
+          wake_.wait(seen, std::memory_order_seq_cst);
+        }
+        sleepers_.fetch_sub(1, std::memory_order_seq_cst);
+        idle_since = std::chrono::steady_clock::now();
+      }
+    }
+  }
+
+  void start_workers() {
+    if (!workers_.empty()) {
+      return;
+    }
+    for (int i = 1; i < threads(); i++) {
+      workers_.emplace_back([this, i] {
+        std::string name = "edger1-" + std::to_string(i);
+        pthread_setname_np(pthread_self(), name.c_str());
+        worker_loop();
+      });
+    }
+  }
+
+  void join_workers() {
+    stop_.store(true, std::memory_order_seq_cst);
+    wake_.fetch_add(1, std::memory_order_seq_cst);
+    wake_.notify_all();
+    for (auto& worker : workers_) {
+      worker.join();
+    }
+    workers_.clear();
+    stop_.store(false, std::memory_order_seq_cst);
+  }
+
+  void stop_at_exit() {
+    if (forked.load()) {
+      return;
+    }
+    std::lock_guard lock(job_mutex_);
+    join_workers();
+    ended_ = true;
+  }
+
+  std::mutex job_mutex_;
+  std::atomic<int> threads_;
+  std::vector<std::thread> workers_;
+  bool ended_ = false;
+
+  alignas(64) std::atomic<uint64_t> ticket_{0};
+  std::atomic<detail::ChunkFunction> function_{nullptr};
+  std::atomic<void*> context_{nullptr};
+  std::atomic<int64_t> chunks_{0};
+  alignas(64) std::atomic<int64_t> finished_{0};
+  alignas(64) std::atomic<uint32_t> wake_{0};
+  std::atomic<int> sleepers_{0};
+  std::atomic<bool> stop_{false};
+
+  std::mutex failure_mutex_;
+  std::exception_ptr failure_;
+  std::atomic<bool> failed_{false};
+};
+
+struct Scratch {
+  void* data = nullptr;
+  size_t size = 0;
+  ~Scratch() {
+    std::free(data);
+  }
+};
+
+} // namespace
+
+int pool_threads() {
+  return Pool::instance().threads();
+}
+
+void set_pool_threads(int n) {
+  if (n < 1 || n > 256) {
+    throw std::invalid_argument("threads must be from 1 to 256, got " + std::to_string(n));
+  }
+  refuse_if_forked();
+  Pool::instance().set_threads(n);
+}
+
+void refuse_if_forked() {
+  if (forked.load(std::memory_order_relaxed)) {
+    throw std::runtime_error(
+        "this process was forked after EdgeR1's kernels had been used, and their threads do not survive a fork; "
+        "start processes with the \"spawn\" method");
+  }
+}
+
+void note_use() {
+  refuse_if_forked();
+  if (!used.load(std::memory_order_relaxed)) {
+    Pool::instance();
+    used.store(true);
+  }
+}
+
+void* thread_scratch(int slot, size_t bytes) {
+  static thread_local Scratch buffers[2];
+  Scratch& buffer = buffers[slot];
+  if (buffer.size < bytes) {
+    std::free(std::exchange(buffer.data, nullptr));
+    buffer.size = 0;
+    size_t rounded = (bytes + bytes / 4 + 4095) / 4096 * 4096;
+    buffer.data = std::aligned_alloc(4096, rounded);
+    if (!buffer.data) {
+      throw std::bad_alloc();
+    }
+    buffer.size = rounded;
+  }
+  return buffer.data;
+}
+
+int64_t grain_for(int64_t n, double cost_per_item, double cost_floor, int64_t multiple) {
+  int64_t by_cost = static_cast<int64_t>(cost_floor / (cost_per_item > 0 ? cost_per_item : 1)) + 1;
+  int64_t by_threads = n / (4 * int64_t{pool_threads()});
+  int64_t grain = std::max<int64_t>({by_cost, by_threads, 1});
+  return (grain + multiple - 1) / multiple * multiple;
+}
+
+namespace detail {
+void run_chunks(int64_t n_chunks, ChunkFunction function, void* context) {
+  if (n_chunks >= kMaxChunks) {
+    throw std::invalid_argument("too many chunks in one job");
+  }
+  Pool::instance().run(n_chunks, function, context);
+}
+} // namespace detail
+
+} // namespace edger1

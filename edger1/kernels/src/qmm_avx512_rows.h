@@ -1,0 +1,297 @@
+// The small path with AVX-512: up to 16 rows of x against rows of W, at the speed of memory.
+//
+// Every weight row is read once, front to back, and meets all rows of x while it is in registers. A row's own arithmetic
+// (which products are added in which order) does not depend on how many rows there are.
+//
+// Four bits: 64 bytes hold 128 codes. `fast` splits them into even and odd codes, and prepared rows have their even and
+// odd elements apart. `exact` takes code i of the eight in each of the 16 words as an index into a table of 16 floats,
+// and prepared rows are transposed to match. Four words hold 32 codes either way, so four lanes share a block's scale.
+#pragma once
+
+#include "qmm_avx512_common.h"
+
+namespace edger1 {
+namespace {
+
+template <class F>
+constexpr bool kNibbles = F::bits == 4;
+
+// Codes that one 512-bit step covers, and bytes of them.
+template <class F>
+constexpr int kStepCodes = kNibbles<F> ? 128 : 64;
+template <class F>
+constexpr int kStepBytes = kStepCodes<F> * F::bits / 8;
+
+inline const float* part(const void* prepared, int64_t offset) {
+  return reinterpret_cast<const float*>(static_cast<const char*>(prepared) + offset);
+}
+
+// How far ahead of its use a weight is asked for: the processor's own prefetchers do not keep enough lines in flight to
+// hide memory behind this much arithmetic a line. Reading ahead of the end of a matrix has no effect.
+constexpr int kPrefetchBytes = 3072;
+
+// The same for scales or biases, which are fewer.
+inline void ahead(const void* base, int64_t index, ScaleType type) {
+  int64_t size = type == ScaleType::f32 ? 4 : type == ScaleType::e8m0 ? 1 : 2;
+  _mm_prefetch(static_cast<const char*>(base) + index * size + kPrefetchBytes / 4, _MM_HINT_T0);
+}
+
+template <class F>
+struct FastStep {
+  Decoder<F> decode;
+  __m512i low = _mm512_set1_epi8(15);
+
+  // The raw bytes of a step as one or two vectors of codes.
+  inline void load(const uint8_t* p, __mmask64 bytes, __m512i& first, __m512i& second) const {
+    if constexpr (kNibbles<F>) {
+      __m512i raw = _mm512_maskz_loadu_epi8(bytes, p);
+      first = _mm512_and_si512(raw, low);
+      second = _mm512_and_si512(_mm512_srli_epi16(raw, 4), low);
+      if constexpr (F::fp4) {
+        first = _mm512_shuffle_epi8(fp4_table(), first);
+        second = _mm512_shuffle_epi8(fp4_table(), second);
+      }
+    } else {
+      first = decode(p, bytes);
+    }
+  }
+
+  inline __m512i dot(__m512i first, __m512i second, const int8_t* x) const {
+    __m512i sum = _mm512_dpbusd_epi32(_mm512_setzero_si512(), first, _mm512_loadu_si512(x));
+    if constexpr (kNibbles<F>) {
+      sum = _mm512_dpbusd_epi32(sum, second, _mm512_loadu_si512(x + 64));
+    }
+    return sum;
+  }
+};
+
+template <class F, int M>
+void rows_fast_block(const QuantMatrix& w, const void* const* prepared, int n0, int n1, float* const* out) {
+  constexpr int steps = kSuperBlock / kStepCodes<F>;
+  const FastStep<F> step;
+  const PreparedLayout layout = prepared_layout(w.k, true);
+  const int per = w.group / kBlock;
+  const int shift = per == 1 ? 0 : per == 2 ? 1 : 2;
+  const int blocks = w.k / kBlock, groups = w.k / w.group;
+  const __m512i spread_groups = _mm512_srli_epi32(iota(), static_cast<unsigned>(shift));
+  const __m512i spread_blocks = _mm512_srli_epi32(iota(), kNibbles<F> ? 2 : 3);
+  for (int n = n0; n < n1; n++) {
+    const uint8_t* codes = codes_row(w, n);
+    const void* scales = scales_row(w, n);
+    const void* biases = biases_row(w, n);
+    __m512 total[M];
+    for (int m = 0; m < M; m++) {
+      total[m] = _mm512_setzero_ps();
+    }
+    for (int g = 0; g < groups; g += 16) {
+      __m512 bias = load_biases(w, scales, biases, g, first16(groups - g));
+      ahead(biases, g, w.type);
+      for (int m = 0; m < M; m++) {
+        total[m] = _mm512_fmadd_ps(bias, _mm512_loadu_ps(part(prepared[m], layout.sums) + g), total[m]);
+      }
+    }
+    for (int b = 0; b < blocks; b += 16) {
+      int here = blocks - b < 16 ? blocks - b : 16;
+      __m512 scale = load_scales(scales, w.type, b >> shift, first16((here + per - 1) >> shift));
+      scale = _mm512_permutexvar_ps(spread_groups, scale);
+      ahead(scales, b >> shift, w.type);
+      __m512 factor[M];
+      for (int m = 0; m < M; m++) {
+        factor[m] = _mm512_mul_ps(scale, _mm512_loadu_ps(part(prepared[m], layout.scales) + b));
+      }
+      const uint8_t* p = codes + static_cast<int64_t>(b) * 4 * F::bits;
+      int64_t at = static_cast<int64_t>(b) * kBlock;
+      auto one = [&](int j, __mmask64 bytes) {
+        __m512i first, second;
+        _mm_prefetch(reinterpret_cast<const char*>(p + j * kStepBytes<F> + kPrefetchBytes), _MM_HINT_T0);
+        step.load(p + j * kStepBytes<F>, bytes, first, second);
+        __m512i lanes = _mm512_add_epi32(spread_blocks, _mm512_set1_epi32(j * kStepCodes<F> / kBlock));
+        for (int m = 0; m < M; m++) {
+          const int8_t* x = static_cast<const int8_t*>(prepared[m]) + at + j * kStepCodes<F>;
+          total[m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(step.dot(first, second, x)),
+                                     _mm512_permutexvar_ps(lanes, factor[m]), total[m]);
+        }
+      };
+      if (here == 16) {
+#pragma GCC unroll 8
+        for (int j = 0; j < steps; j++) {
+          one(j, first64(kStepBytes<F>));
+        }
+      } else {
+        for (int left = here * 4 * F::bits, j = 0; left > 0; j++, left -= kStepBytes<F>) {
+          one(j, first64(left < kStepBytes<F> ? left : kStepBytes<F>));
+        }
+      }
+    }
+    for (int m = 0; m < M; m++) {
+      out[m][n - n0] = _mm512_reduce_add_ps(total[m]);
+    }
+  }
+}
+
+template <class F, int M>
+void rows_exact_block(const QuantMatrix& w, const void* const* prepared, int n0, int n1, float* const* out) {
+  const Decoder<F> decode;
+  const PreparedLayout layout = prepared_layout(w.k, false);
+  const int per = w.group / kBlock;
+  const int shift = per == 1 ? 0 : per == 2 ? 1 : 2;
+  const int blocks = w.k / kBlock, groups = w.k / w.group;
+  const __m512i spread_groups = _mm512_srli_epi32(iota(), static_cast<unsigned>(shift));
+  const __m512i spread_blocks = _mm512_srli_epi32(iota(), 2);
+  const __m512 table = F::fp4 ? _mm512_setr_ps(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0)
+                              : _mm512_cvtepi32_ps(iota());
+  for (int n = n0; n < n1; n++) {
+    const uint8_t* codes = codes_row(w, n);
+    const void* scales = scales_row(w, n);
+    const void* biases = biases_row(w, n);
+    __m512 total[M];
+    for (int m = 0; m < M; m++) {
+      total[m] = _mm512_setzero_ps();
+    }
+    for (int g = 0; g < groups; g += 16) {
+      __m512 bias = load_biases(w, scales, biases, g, first16(groups - g));
+      ahead(biases, g, w.type);
+      for (int m = 0; m < M; m++) {
+        total[m] = _mm512_fmadd_ps(bias, _mm512_loadu_ps(part(prepared[m], layout.sums) + g), total[m]);
+      }
+    }
+    for (int b = 0; b < blocks; b += 16) {
+      int here = blocks - b < 16 ? blocks - b : 16;
+      __m512 scale = load_scales(scales, w.type, b >> shift, first16((here + per - 1) >> shift));
+      scale = _mm512_permutexvar_ps(spread_groups, scale);
+      ahead(scales, b >> shift, w.type);
+      const uint8_t* p = codes + static_cast<int64_t>(b) * 4 * F::bits;
+      int64_t at = static_cast<int64_t>(b) * kBlock;
+      int left = here * 4 * F::bits;
+      for (int j = 0; left > 0; j++, left -= kStepBytes<F>) {
+        __mmask64 bytes = first64(left < kStepBytes<F> ? left : kStepBytes<F>);
+        int64_t column = at + j * kStepCodes<F>;
+        _mm_prefetch(reinterpret_cast<const char*>(p + j * kStepBytes<F> + kPrefetchBytes), _MM_HINT_T0);
+        if constexpr (kNibbles<F>) {
+          __m512i raw = _mm512_maskz_loadu_epi8(bytes, p + j * kStepBytes<F>);
+          __m512 sum[M];
+#pragma GCC unroll 8
+          for (int i = 0; i < 8; i++) {
+            __m512 value = _mm512_permutexvar_ps(_mm512_srli_epi32(raw, static_cast<unsigned>(4 * i)), table);
+            for (int m = 0; m < M; m++) {
+              __m512 x = _mm512_loadu_ps(static_cast<const float*>(prepared[m]) + column + 16 * i);
+              sum[m] = i == 0 ? _mm512_mul_ps(value, x) : _mm512_fmadd_ps(value, x, sum[m]);
+            }
+          }
+          __m512 factor = _mm512_permutexvar_ps(_mm512_add_epi32(spread_blocks, _mm512_set1_epi32(4 * j)), scale);
+          for (int m = 0; m < M; m++) {
+            total[m] = _mm512_fmadd_ps(sum[m], factor, total[m]);
+          }
+        } else {
+          alignas(64) uint8_t code[64];
+          _mm512_store_si512(code, decode(p + j * kStepBytes<F>, bytes));
+#pragma GCC unroll 4
+          for (int i = 0; i < 4; i++) {
+            __m512 value = _mm512_cvtepi32_ps(
+                _mm512_cvtepu8_epi32(_mm_load_si128(reinterpret_cast<const __m128i*>(code + 16 * i))));
+            value = _mm512_mul_ps(value, _mm512_permutexvar_ps(_mm512_set1_epi32(2 * j + i / 2), scale));
+            for (int m = 0; m < M; m++) {
+              total[m] = _mm512_fmadd_ps(
+                  value, _mm512_loadu_ps(static_cast<const float*>(prepared[m]) + column + 16 * i), total[m]);
+            }
+          }
+        }
+      }
+    }
+    for (int m = 0; m < M; m++) {
+      out[m][n - n0] = _mm512_reduce_add_ps(total[m]);
+    }
+  }
+}
+
+// Rows of x in blocks of 8, 4, 2 or 1; a block that is not full computes its first row more than once.
+template <class F, bool Fast>
+void rows(const QuantMatrix& w, const void* const* prepared, int m, int n0, int n1, float* const* out) {
+  for (int done = 0; done < m;) {
+    int left = m - done;
+    int size = left > 4 ? 8 : left > 2 ? 4 : left;
+    const void* x[8];
+    float* to[8];
+    for (int i = 0; i < size; i++) {
+      x[i] = prepared[i < left ? done + i : done];
+      to[i] = out[i < left ? done + i : done];
+    }
+    auto run = [&](auto block) { block(w, x, n0, n1, to); };
+    if constexpr (Fast) {
+      run(size == 8 ? rows_fast_block<F, 8> : size == 4 ? rows_fast_block<F, 4> : size == 2 ? rows_fast_block<F, 2>
+                                                                                              : rows_fast_block<F, 1>);
+    } else {
+      run(size == 8 ? rows_exact_block<F, 8>
+                    : size == 4 ? rows_exact_block<F, 4>
+                    : size == 2 ? rows_exact_block<F, 2>
+                                : rows_exact_block<F, 1>);
+    }
+    done += size;
+  }
+}
+
+void rows_fast(const QuantMatrix& w, const void* const* prepared, int m, int n0, int n1, float* const* out) {
+  for_format(w, [&](auto format) { rows<decltype(format), true>(w, prepared, m, n0, n1, out); });
+}
+
+void rows_exact(const QuantMatrix& w, const void* const* prepared, int m, int n0, int n1, float* const* out) {
+  for_format(w, [&](auto format) { rows<decltype(format), false>(w, prepared, m, n0, n1, out); });
+}
+
+void prepare_fast(const QuantMatrix& w, const float* x, void* prepared) {
+  PreparedLayout layout = prepared_layout(w.k, true);
+  auto* q = static_cast<int8_t*>(prepared);
+  auto* scales = const_cast<float*>(part(prepared, layout.scales));
+  auto* sums = const_cast<float*>(part(prepared, layout.sums));
+  for (int64_t at = layout.sums; at < layout.bytes; at += 4) {
+    *reinterpret_cast<float*>(static_cast<char*>(prepared) + at) = 0.0f;
+  }
+  quantize_row(x, w.k, w.group, q, scales, sums);
+  int64_t columns = padded(w.k, kSuperBlock);
+  for (int64_t i = w.k; i < columns; i += kBlock) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(q + i), _mm256_setzero_si256());
+    scales[i / kBlock] = 0.0f;
+  }
+  if (w.bits == 4) {
+    alignas(64) uint8_t even[64], odd[64];
+    for (int i = 0; i < 64; i++) {
+      even[i] = static_cast<uint8_t>(2 * i);
+      odd[i] = static_cast<uint8_t>(2 * i + 1);
+    }
+    for (int64_t i = 0; i < columns; i += 128) {
+      __m512i a = _mm512_loadu_si512(q + i), b = _mm512_loadu_si512(q + i + 64);
+      _mm512_storeu_si512(q + i, _mm512_permutex2var_epi8(a, _mm512_load_si512(even), b));
+      _mm512_storeu_si512(q + i + 64, _mm512_permutex2var_epi8(a, _mm512_load_si512(odd), b));
+    }
+  }
+}
+
+void prepare_exact(const QuantMatrix& w, const float* x, void* prepared) {
+  PreparedLayout layout = prepared_layout(w.k, false);
+  auto* values = static_cast<float*>(prepared);
+  auto* sums = const_cast<float*>(part(prepared, layout.sums));
+  for (int64_t at = layout.sums; at < layout.bytes; at += 4) {
+    *reinterpret_cast<float*>(static_cast<char*>(prepared) + at) = 0.0f;
+  }
+  for (int g = 0; g < w.k / w.group; g++) {
+    sums[g] = sum_group(x + static_cast<int64_t>(g) * w.group, w.group);
+  }
+  int64_t columns = padded(w.k, kSuperBlock);
+  if (w.bits != 4) {
+    for (int64_t i = 0; i < columns; i += 16) {
+      _mm512_storeu_ps(values + i, i < w.k ? _mm512_loadu_ps(x + i) : _mm512_setzero_ps());
+    }
+    return;
+  }
+  const __m512i every8 = _mm512_slli_epi32(iota(), 3);
+  for (int64_t i = 0; i < columns; i += 128) {
+    __mmask16 lanes = first16(w.k - i > 0 ? (w.k - i) / 8 : 0);
+    for (int j = 0; j < 8; j++) {
+      _mm512_storeu_ps(values + i + 16 * j,
+                       _mm512_mask_i32gather_ps(_mm512_setzero_ps(), lanes, every8, x + i + j, 4));
+    }
+  }
+}
+
+} // namespace
+} // namespace edger1

@@ -1,0 +1,40 @@
+// Splits a quantized matmul into pieces of work for the pool; knows nothing of MLX's graph.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "qmm_kernels.h"
+
+namespace edger1 {
+
+// Rows of x or of the result: where each row starts (in elements) and how far apart its elements are.
+struct RowSet {
+  const void* data = nullptr;
+  ScaleType type = ScaleType::f32;
+  int64_t element_stride = 1;
+  std::vector<int64_t> offsets;
+};
+
+// Rows that meet the same matrix: x.offsets[x_rows[i]] gives out row out_rows[i], for begin <= i < end.
+struct Group {
+  QuantMatrix w;
+  int64_t begin = 0;
+  int64_t end = 0;
+};
+
+struct QmmJob {
+  bool fast = false;
+  bool transpose = true;
+  RowSet x;
+  std::vector<int64_t> x_rows;
+  std::vector<int64_t> out_rows;
+  std::vector<Group> groups;
+  void* out = nullptr;             // contiguous rows of out_columns
+  ScaleType out_type = ScaleType::f32;
+  int out_columns = 0;
+};
+
+void run_qmm(const QmmJob& job);
+
+} // namespace edger1
