@@ -6,7 +6,7 @@
 // they are unsigned integers too.
 //
 // Activations come as "prepared rows": `fast` quantizes each 32 to int8 with one scale, max |x| / 127 (llama.cpp's Q8),
-// and a group's bias multiplies the sum of what was so quantized; `exact` keeps f32.
+// and a group's bias multiplies the sum of what was so quantized; `exact` keeps f32. (AMX has its own `fast` for many rows.)
 #pragma once
 
 #include <cstddef>
