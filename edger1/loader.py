@@ -11,6 +11,7 @@ import gc
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,7 @@ def plan_folder(folder: ModelFolder, ceiling_bytes: int, context: int | None) ->
 
 
 def widened_bytes(folder: ModelFolder, *, with_kernels: bool) -> int:
-    """Bytes that 16-bit floats gain on a CPU: the vectors with our kernels, which read matrices as they are; else all."""
+    """Bytes that 16-bit floats gain on a CPU: vectors with our kernels, which read matrices as they are; else all."""
     headers = (safetensors.read_header(file) for file in folder.weight_files)
     return sum(
         entry.nbytes
@@ -150,9 +151,8 @@ def load(name: str, path: Path, *, ceiling_bytes: int, context: int | None, prec
 
     total, done = plan.resident_bytes, 0
     yield done, total
-    widen = not on_gpu()
     for key, value in tree_flatten(model.parameters()):
-        loaded = value.astype(mx.float32) if widen and mx.issubdtype(value.dtype, mx.floating) else value
+        loaded = value.astype(mx.float32) if _is_widened(value) else value
         try:
             mx.eval(loaded)
         except RuntimeError as error:
@@ -161,6 +161,8 @@ def load(name: str, path: Path, *, ceiling_bytes: int, context: int | None, prec
         done += loaded.nbytes
         del value
         yield min(done, total), total
+    if not on_gpu():
+        _install_kernels(model, precision)
     # Arrays that a module keeps beside its parameters (YaRN's frequencies) are bound to the thread that evaluates them.
     mx.eval([v for m in model.modules() for v in vars(m).values() if isinstance(v, mx.array)])
 
@@ -184,6 +186,38 @@ def load(name: str, path: Path, *, ceiling_bytes: int, context: int | None, prec
         vocabulary=len(tokenizer),
         prefixes=PrefixCache(plan.kv_bytes),
     )
+
+
+def _is_widened(value: Any) -> bool:
+    """Whether a 16-bit weight becomes f32: see `widened_bytes`."""
+    import mlx.core as mx
+
+    narrow = value.dtype in (mx.float16, mx.bfloat16)
+    return narrow and not on_gpu() and (value.ndim == 1 or not kernels.state().available)
+
+
+def _install_kernels(model: Any, precision: str) -> None:
+    """Put the CPU kernels under the model; activations are f32 from the embedding on, whatever the weights are."""
+    from edger1.kernels.install import install
+
+    install(model, precision)
+    import mlx.nn as nn
+
+    for layer in model.modules():
+        if isinstance(layer, nn.Embedding | nn.QuantizedEmbedding):
+            layer.__class__ = _giving_f32(type(layer))
+
+
+@cache
+def _giving_f32(kind: type) -> type:
+    """Return an embedding class whose vectors are f32."""
+
+    def call(self: Any, ids: Any) -> Any:
+        import mlx.core as mx
+
+        return kind.__call__(self, ids).astype(mx.float32)
+
+    return type(kind.__name__, (kind,), {"__call__": call})
 
 
 def thinking_markers(path: Path, tokenizer: Any) -> Markers | None:

@@ -24,7 +24,8 @@ from edger1.messages import Cancel, Done, Failed, Generate, Load, Loaded, Progre
 
 @pytest.fixture(scope="module")
 def model(tiny_folder: Path) -> Iterator[edger1.Model]:
-    with edger1.load(tiny_folder) as loaded:
+    # Random weights make near ties, and int8 activations round a row otherwise than many rows at once.
+    with edger1.load(tiny_folder, precision="exact") as loaded:
         yield loaded
 
 
@@ -73,11 +74,11 @@ def test_a_chats_second_turn_prefills_only_what_is_new(model: edger1.Model) -> N
 
 
 def test_a_cached_prefix_changes_no_answer(tiny_folder: Path) -> None:
-    with edger1.load(tiny_folder) as warm:
+    with edger1.load(tiny_folder, precision="exact") as warm:
         chat = warm.chat()
         chat.send("One", max_tokens=8, temperature=0)
         warm_answer = chat.send("Two", max_tokens=8, temperature=0)
-    with edger1.load(tiny_folder) as cold:
+    with edger1.load(tiny_folder, precision="exact") as cold:
         cold_answer = cold.generate(chat.messages[:-1], max_tokens=8, temperature=0)
     assert cold_answer.usage.cached_tokens == 0 < warm_answer.usage.cached_tokens
     assert warm_answer.text == cold_answer.text
@@ -311,7 +312,7 @@ def test_a_child_engine_answers_as_the_one_in_process(model: edger1.Model, tiny_
     expected = model.generate("Hello", max_tokens=10, temperature=0)
     connection = ChildConnection()
     try:
-        loaded = list(events(connection, Load(next_id(), str(tiny_folder))))
+        loaded = list(events(connection, Load(next_id(), str(tiny_folder), precision="exact")))
         assert isinstance(loaded[-1], Loaded)
         assert any(isinstance(e, Progress) for e in loaded)
         request = Generate(

@@ -15,14 +15,15 @@ pytestmark = [
     pytest.mark.skipif(not kernels.state().available, reason="the CPU kernels are not built"),
 ]
 
-TEXT = """The lighthouse on the northern cape was built in 1871 from granite that came by barge, forty tonnes a trip. Its
-keeper wrote down the weather four times a day for 31 years, and when he retired his daughter went on with it for another
-twenty. Nobody had asked them to. In 1926 a meteorologist who was looking for something else found the books in a cupboard
-and saw that they were the longest unbroken record of wind on that coast. He spent two winters copying them. What he
-published was short: a table, three curves and half a page of text, which ended with the remark that the storms had not
-become more frequent, as everybody believed, but that they came earlier in the year. "One learns from this," he wrote,
-"that memory keeps the size of a storm and forgets its date." The table is still in use. If you add up its last column
-you get 4,382, which is the number of days in twelve years, less one: the day on which the keeper was married.
+TEXT = """The lighthouse on the northern cape was built in 1871 from granite that came by barge, forty tonnes a trip.
+Its keeper wrote down the weather four times a day for 31 years, and when he retired his daughter went on
+with it for another twenty. Nobody had asked them to. In 1926 a meteorologist who was looking for something
+else found the books in a cupboard and saw that they were the longest unbroken record of wind on that coast.
+He spent two winters copying them. What he published was short: a table, three curves and half a page of
+text, which ended with the remark that the storms had not become more frequent, as everybody believed, but
+that they came earlier in the year. "One learns from this," he wrote, "that memory keeps the size of a storm
+and forgets its date." The table is still in use. If you add up its last column you get 4,382, which is the
+number of days in twelve years, less one: the day on which the keeper was married.
 """
 
 
