@@ -190,5 +190,6 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
 
 @pytest.mark.model
 def test_smollm2_knows_the_capital(smollm2: Path) -> None:
-    done = edger1("run", str(smollm2), "What is the capital of France?", "--temperature", "0", "--max-tokens", "12")
+    question = "What is the capital of France?"
+    done = edger1("run", str(smollm2), question, "--temperature", "0", "--max-tokens", "12", "--precision", "exact")
     assert "Paris" in done.stdout
