@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from edger1 import sampling
 from edger1.errors import EdgeR1Error, EngineError, UsageError
-from edger1.memory import default_ceiling
+from edger1.memory import PROCESS_BYTES, default_ceiling
 from edger1.messages import (
     Cancel,
     Event,
@@ -136,7 +136,7 @@ class Scheduler:
         """Bytes that a further model may take: what it was given, within what the engine's others leave."""
         ceiling = self._ceiling_bytes or default_ceiling()
         # The process itself is counted once in every plan, and is there only once.
-        taken = sum(m.plan.smallest_ceiling_bytes - m.plan.process_bytes for m in self._models.values())
+        taken = sum(m.plan.smallest_ceiling_bytes - PROCESS_BYTES for m in self._models.values())
         left = max(0, ceiling - taken)
         if asked_bytes is None:
             return left

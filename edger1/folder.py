@@ -80,7 +80,7 @@ def _check_layers(folder: Path, config: dict[str, Any], tensors: int) -> None:
     layers = config.get("num_hidden_layers")
     if isinstance(layers, int) and layers > tensors:
         raise FormatError(
-            f"{folder} claims {layers:,} layers in its config.json but holds {tensors:,} tensors; fetch the model again."
+            f"{folder} claims {layers:,} layers in its config.json but holds {tensors:,} tensors; fetch it again."
         )
 
 

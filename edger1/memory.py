@@ -17,8 +17,10 @@ DEFAULT_CONTEXT = 8192
 DEFAULT_SHARE = 0.75
 """Share of the machine's memory that is the ceiling where the user gives none."""
 
-# Python with MLX, mlx-lm, transformers and a tokenizer: 330 MB resident was measured on Linux, with some room.
-PROCESS_BYTES = 400 * 2**20
+# Python with MLX, mlx-lm and transformers: 80 MB resident was measured on Linux.
+PROCESS_BYTES = 112 * 2**20
+# A tokenizer while it is read: 1.8 kB an entry of its vocabulary was measured, with 49,000 and with 151,000 of them.
+_TOKENIZER_ENTRY_BYTES = 2048
 # MLX keeps freed buffers for reuse up to this much; mlx_runtime.py sets it.
 ALLOCATOR_BYTES = 128 * 2**20
 # mlx-lm's KV caches grow by this many tokens at a time.
@@ -29,7 +31,8 @@ _KV_STEP = 256
 class Plan:
     """Bytes that a model needs, and the ceiling they must fit under.
 
-    `slots` is the number of expert slots a layer where experts are streamed, None where everything is resident.
+    `process_bytes` is Python, its libraries and the tokenizer. `slots` is the number of expert slots a layer where
+    experts are streamed, None where everything is resident.
     """
 
     resident_bytes: int
@@ -117,10 +120,14 @@ def activation_bytes(config: Mapping[str, Any], prefill_step: int, attended: int
     config = _text_config(config)
     hidden = _number(config, "hidden_size", "n_embd", "d_model", "dim", default=1024)
     widest = max(hidden, _number(config, "intermediate_size", "ffn_hidden_size", "n_inner", default=4 * hidden))
-    vocabulary = _number(config, "vocab_size", default=32000)
+    vocabulary = _vocabulary(config)
     # The scores, and what the softmax makes of them.
     scores = 2 * attended * _number(config, "num_attention_heads", "n_head", "n_heads", default=1)
     return 4 * (prefill_step * (8 * hidden + 4 * widest + scores) + 8 * vocabulary) + ALLOCATOR_BYTES
+
+
+def _vocabulary(config: Mapping[str, Any]) -> int:
+    return _number(_text_config(config), "vocab_size", default=32000)
 
 
 def choose_context(config: Mapping[str, Any], asked: int | None) -> int:
@@ -139,14 +146,13 @@ def make_plan(
     context: int,
     ceiling_bytes: int,
     fused_attention: bool,
-    process_bytes: int = PROCESS_BYTES,
 ) -> Plan:
     """Add up what a resident model needs."""
     return Plan(
         resident_bytes=weight_bytes,
         kv_bytes=kv.nbytes(context),
         activation_bytes=activation_bytes(config, kv.step_tokens, 0 if fused_attention else context),
-        process_bytes=process_bytes,
+        process_bytes=PROCESS_BYTES + _TOKENIZER_ENTRY_BYTES * _vocabulary(config),
         context=context,
         ceiling_bytes=ceiling_bytes,
     )
