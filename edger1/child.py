@@ -25,9 +25,12 @@ def main() -> None:
         out.write(encode(event) + "\n")
 
     def read() -> None:
-        for line in sys.stdin:
-            inbox.put(decode(line))  # type: ignore[arg-type]
-        inbox.put(None)
+        try:
+            for line in sys.stdin:
+                inbox.put(decode(line))  # type: ignore[arg-type]
+        finally:
+            # Also where the other side was killed in the middle of a line: nothing may keep this process.
+            inbox.put(None)
 
     threading.Thread(target=read, name="edger1-requests", daemon=True).start()
 

@@ -146,7 +146,8 @@ class ChildConnection:
 
     def __init__(self, ceiling_bytes: int | None = None, log: int | None = None) -> None:
         self._router = _Router()
-        command = [sys.executable, "-m", "edger1.child"]
+        # -P: no module is taken from the folder that the program happens to be started in.
+        command = [sys.executable, "-P", "-m", "edger1.child"]
         if ceiling_bytes is not None:
             command.append(str(ceiling_bytes))
         self._process = subprocess.Popen(
@@ -171,8 +172,12 @@ class ChildConnection:
 
     def _read(self) -> None:
         assert self._process.stdout is not None
-        for line in self._process.stdout:
-            self._router.deliver(decode(line))  # type: ignore[arg-type]
+        try:
+            for line in self._process.stdout:
+                self._router.deliver(decode(line))  # type: ignore[arg-type]
+        except ValueError:
+            # A child that died in the middle of a line leaves a part of one; one that lives is not the engine.
+            self._process.kill()
         self._router.end(self._obituary(self._process.wait()))
 
     def _obituary(self, status: int) -> str:

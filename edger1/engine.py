@@ -13,13 +13,13 @@ import collections
 import queue
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from edger1 import sampling
 from edger1.errors import EdgeR1Error, EngineError, UsageError
-from edger1.memory import default_ceiling
+from edger1.memory import PROCESS_BYTES, default_ceiling
 from edger1.messages import (
     Cancel,
     Event,
@@ -34,6 +34,9 @@ from edger1.messages import (
     Unloaded,
 )
 
+if TYPE_CHECKING:
+    from edger1.loader import LiveModel
+
 PRECISIONS = ("fast", "exact")
 THINK = ("auto", "on", "off")
 
@@ -47,37 +50,58 @@ class Job(Protocol):
     def cancel(self) -> None:
         """End here and send the closing event."""
 
+    def drop(self) -> None:
+        """End here without a word: the job has failed, or nobody listens any more."""
+
 
 class LoadJob:
-    """A model being loaded, some tensors a step."""
+    """A model being loaded, some tensors a step; it waits for those that were asked for before it.
+
+    One at a time, because what is left of the engine's ceiling is known only when the others are there.
+    """
 
     def __init__(self, scheduler: Scheduler, request: Load) -> None:
-        from edger1.loader import load
-
         self._scheduler = scheduler
         self._request = request
-        self._steps: Iterator[tuple[int, int]] = load(
-            Path(request.folder).name,
-            Path(request.folder),
-            ceiling_bytes=scheduler.room(request.memory_bytes),
-            context=request.context,
-            precision=request.precision,
-        )
+        self._steps: Generator[tuple[int, int], None, LiveModel] | None = None
+        scheduler.loads.append(self)
 
     def step(self) -> bool:
         """Load the next tensor; sends Loaded at the end."""
+        if self._scheduler.loads[0] is not self:
+            return False
         try:
+            self._steps = self._steps or self._start()
             done, total = next(self._steps)
         except StopIteration as stop:
+            self.drop()
             self._scheduler.add_model(self._request, stop.value)
             return True
         self._scheduler.emit(Progress(self._request.id, "load", done, total))
         return False
 
+    def _start(self) -> Generator[tuple[int, int], None, LiveModel]:
+        from edger1.loader import load
+
+        folder = Path(self._request.folder)
+        return load(
+            folder.name,
+            folder,
+            ceiling_bytes=self._scheduler.room(self._request.memory_bytes),
+            context=self._request.context,
+            precision=self._request.precision,
+        )
+
     def cancel(self) -> None:
         """Drop what was loaded."""
-        self._steps = iter(())
+        self.drop()
         self._scheduler.emit(Failed(self._request.id, "EngineError", "Loading was cancelled."))
+
+    def drop(self) -> None:
+        """Let go of what was loaded, and let the next load begin."""
+        self._steps = None
+        if self in self._scheduler.loads:
+            self._scheduler.loads.remove(self)
 
 
 class Scheduler:
@@ -86,9 +110,10 @@ class Scheduler:
     def __init__(self, emit: Callable[[Event], None], ceiling_bytes: int | None = None) -> None:
         self.emit = emit
         self._ceiling_bytes = ceiling_bytes
-        self._models: dict[str, Any] = {}
+        self._models: dict[str, LiveModel] = {}
         self._jobs: collections.deque[tuple[str, str, Job]] = collections.deque()
         self._turn: Any = None
+        self.loads: list[LoadJob] = []
 
     def run(self, inbox: queue.SimpleQueue[Request | None]) -> None:
         """Serve requests until None arrives. This thread owns MLX from here on."""
@@ -100,6 +125,9 @@ class Scheduler:
             if request is None:
                 break
             self._handle(request)
+        for _, _, job in self._jobs:
+            job.drop()
+        self._jobs.clear()
         for model in self._models.values():
             model.close()
         self._models.clear()
@@ -108,13 +136,13 @@ class Scheduler:
         """Bytes that a further model may take: what it was given, within what the engine's others leave."""
         ceiling = self._ceiling_bytes or default_ceiling()
         # The process itself is counted once in every plan, and is there only once.
-        taken = sum(m.plan.smallest_ceiling_bytes - m.plan.process_bytes for m in self._models.values())
+        taken = sum(m.plan.smallest_ceiling_bytes - PROCESS_BYTES for m in self._models.values())
         left = max(0, ceiling - taken)
         if asked_bytes is None:
             return left
         return min(asked_bytes, left) if self._ceiling_bytes or self._models else asked_bytes
 
-    def add_model(self, request: Load, model: Any) -> None:
+    def add_model(self, request: Load, model: LiveModel) -> None:
         """Take a loaded model into service."""
         name = request.id
         self._models[name] = model
@@ -155,6 +183,7 @@ class Scheduler:
         try:
             finished = job.step()
         except Exception as error:
+            job.drop()
             self._fail(id_, error)
             return
         if not finished:

@@ -59,6 +59,7 @@ def inspect(folder: Path) -> ModelFolder:
     quantization = config.get("quantization")
     text_config = config.get("text_config")
     nested = text_config if isinstance(text_config, dict) else {}
+    _check_layers(folder, config | nested, sum(len(header.entries) for header in headers))
     architectures = config.get("architectures")
     return ModelFolder(
         path=folder,
@@ -72,6 +73,15 @@ def inspect(folder: Path) -> ModelFolder:
         context_length=_context_length(config) or _context_length(nested),
         has_chat_template=_has_chat_template(folder),
     )
+
+
+def _check_layers(folder: Path, config: dict[str, Any], tensors: int) -> None:
+    """Raise FormatError where config.json claims more layers than there are tensors, which would take for ever."""
+    layers = config.get("num_hidden_layers")
+    if isinstance(layers, int) and layers > tensors:
+        raise FormatError(
+            f"{folder} claims {layers:,} layers in its config.json but holds {tensors:,} tensors; fetch it again."
+        )
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -103,7 +103,7 @@ class Generation:
         text, self._raw = render(model, request)
         in_thought = begins_in_thought(text, model.markers)
         self._prompt_text = text
-        self._prompt = model.prefixes.encode(text, lambda t: model.tokenizer.encode(t, add_special_tokens=self._raw))
+        self._prompt = self._encode(text)
         if not self._prompt:
             raise UsageError("The prompt is empty; there is nothing to continue.")
         room = model.context - len(self._prompt)
@@ -121,21 +121,39 @@ class Generation:
         self._detokenizer = model.tokenizer.detokenizer
         self._run_ahead = on_gpu() and not self._sampler.looks_back
 
-        self._caches, self._cached = model.prefixes.take(self._prompt)
-        if self._caches is None:
-            from mlx_lm.models.cache import make_prompt_cache
-
-            self._caches = make_prompt_cache(model.model)
-        self._fed = self._prompt[: self._cached]
+        self._caches: list[Any] | None = None
+        self._cached = 0
+        # The tokens that are in the caches, out of prompt and answer.
+        self._fed: list[int] = []
         self._next: Any = None
 
+    def _encode(self, text: str) -> list[int]:
+        def encode(part: str) -> list[int]:
+            return self._model.tokenizer.encode(part, add_special_tokens=self._raw)
+
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            half = f"U+{ord(text[error.start]):04X}"
+            raise UsageError(f"The prompt is no text: it holds half a character ({half}). Give it as UTF-8.") from None
+        # Raw text gets its special tokens at its beginning, so it is encoded as a whole.
+        return encode(text) if self._raw else self._model.kv.encode(text, encode)
+
     def step(self) -> bool:
-        """Do one chunk or one token; returns True when the answer is complete and Done has been sent."""
-        if not self._clock.prefill:
-            self._clock.prefill = time.perf_counter()
-        remaining = len(self._prompt) - 1 - len(self._fed)
+        """Do one chunk or one token; returns True when the answer is complete and Done has been sent.
+
+        Does nothing while older requests leave no room for the KV cache.
+        """
+        if self._caches is None and not self._begin():
+            return False
+        known = self._prompt + self._output.tokens
+        # A token that was drawn ahead has had everything before it fed.
+        remaining = len(known) - (self._next is None) - len(self._fed)
+        count = min(remaining, self._model.prefill_step) if remaining > 0 else 1
+        if not self._model.kv.hold(self, len(self._fed) + count):
+            return False
         if remaining > 0:
-            self._prefill(min(remaining, self._model.prefill_step))
+            self._prefill(known[len(self._fed) : len(self._fed) + count])
             return False
         self._decode()
         if self._output.finish is None:
@@ -143,21 +161,49 @@ class Generation:
         self._finish()
         return True
 
+    def _begin(self) -> bool:
+        from mlx_lm.models.cache import make_prompt_cache
+
+        taken = self._model.kv.take(self, self._prompt + self._output.tokens)
+        if taken is None:
+            return False
+        caches, shared = taken
+        self._caches = caches or make_prompt_cache(self._model.model)
+        self._fed = (self._prompt + self._output.tokens)[:shared]
+        if not self._clock.prefill:
+            self._clock.prefill = time.perf_counter()
+            self._cached = shared
+        return True
+
+    def give_way(self) -> None:
+        """Drop the KV cache for an older request; prompt and answer are fed again when it has ended."""
+        import mlx.core as mx
+
+        if self._next is not None:
+            mx.eval(self._next)
+        self._caches = None
+        self._fed = []
+
+    def drop(self) -> None:
+        """Give the KV cache back without a word."""
+        self._caches = None
+        self._model.kv.release(self)
+
     def cancel(self) -> None:
         """End the answer here; what was generated stands."""
         self._output.finish = "cancelled"
         self._finish()
 
-    def _prefill(self, count: int) -> None:
+    def _prefill(self, chunk: list[int]) -> None:
         import mlx.core as mx
 
-        start = len(self._fed)
-        chunk = self._prompt[start : start + count]
+        assert self._caches is not None
         self._model.model(mx.array([chunk]), cache=self._caches)
         mx.eval([cache.state for cache in self._caches])
         self._fed.extend(chunk)
-        total = len(self._prompt) - self._cached
-        self._emit(Progress(self._request.id, "prefill", len(self._fed) - self._cached, total))
+        if not self._output.tokens:
+            total = len(self._prompt) - self._cached
+            self._emit(Progress(self._request.id, "prefill", len(self._fed) - self._cached, total))
 
     def _forward(self, tokens: Any) -> Any:
         """Feed `tokens` (1, 1) and draw the next one; returns its id, shape (1,), not yet evaluated."""
@@ -205,18 +251,25 @@ class Generation:
         self._detokenizer.finalize()
         self._send(self._splitter.feed(self._detokenizer.last_segment))
         self._send(self._splitter.finish())
+        if self._splitter.stopped and self._output.finish == "length":
+            # The stop string's last character waited for a token that did not come.
+            self._output.finish = "stop"
         self._keep_cache()
         self._emit(Done(self._request.id, self._output.finish or "stop", usage=self._usage(), figures=self._figures()))
 
     def _keep_cache(self) -> None:
-        if not self._fed or self._caches is None:
-            return
-        text = ""
-        if len(self._fed) >= len(self._prompt) and not self._raw:
-            answer = self._fed[len(self._prompt) :]
-            text = self._prompt_text + self._model.tokenizer.decode(answer, skip_special_tokens=False)
-        self._model.prefixes.put(Entry(self._fed, text, self._caches))
+        self._model.kv.release(self)
+        if self._fed and self._caches is not None:
+            self._model.kv.put(Entry(self._fed, "" if self._raw else self._fed_text(), self._caches))
         self._caches = None
+
+    def _fed_text(self) -> str:
+        decode = self._model.tokenizer.decode
+        if len(self._fed) >= len(self._prompt):
+            return self._prompt_text + str(decode(self._fed[len(self._prompt) :], skip_special_tokens=False))
+        text = str(decode(self._fed, skip_special_tokens=False))
+        # Not every tokenizer gives back what it was given; the ids alone serve then.
+        return text if self._prompt_text.startswith(text) else ""
 
     def _usage(self) -> Usage:
         return Usage(
@@ -229,8 +282,10 @@ class Generation:
     def _figures(self) -> Figures:
         clock, usage = self._clock, self._usage()
         decoded = len(self._output.tokens) - 1
+        # One token is always fed, to draw the first from; that is no prefill.
+        prefilled = clock.first and usage.prefilled_tokens > 1
         return Figures(
-            prefill_tokens_per_s=usage.prefilled_tokens / (clock.first - clock.prefill) if clock.first else None,
+            prefill_tokens_per_s=usage.prefilled_tokens / (clock.first - clock.prefill) if prefilled else None,
             decode_tokens_per_s=decoded / (clock.last - clock.first) if decoded > 0 else None,
             time_to_first_token_s=clock.first - clock.asked if clock.first else None,
             peak_memory_bytes=peak_memory_bytes(),

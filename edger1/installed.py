@@ -129,11 +129,11 @@ def remove(name: str) -> int:
             link_file(manifest.name).unlink()
             return 0
         freed = _size(path)
-        paths.downloads().mkdir(parents=True, exist_ok=True)
-        # Moved aside first: a removal that is killed half-way leaves no half model behind.
-        trash = Path(tempfile.mkdtemp(dir=paths.downloads(), prefix=f"{path.name}.old."))
-        path.rename(trash / "model")
-        shutil.rmtree(trash)
+        removed = paths.downloads() / ".removed"
+        removed.mkdir(parents=True, exist_ok=True)
+        # Moved aside first: a removal that is killed half-way leaves no half model behind, and the next one ends it.
+        path.rename(Path(tempfile.mkdtemp(dir=removed)) / "model")
+        shutil.rmtree(removed)
         return freed
     known = f"Installed: {', '.join(names)}." if names else "No model is installed."
     raise UnknownModelError(f"{folder} was not installed by EdgeR1, so it is not removed. {known}")

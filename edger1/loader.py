@@ -9,21 +9,23 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from edger1 import installed, kernels, registry, sampling
-from edger1.cache import PrefixCache
-from edger1.errors import FormatError
+from edger1.cache import KVStore
+from edger1.errors import FormatError, MemoryCeilingError
 from edger1.folder import ModelFolder, inspect
-from edger1.memory import Plan, choose_context, make_plan
+from edger1.kv_layout import kv_layout
+from edger1.memory import KVLayout, Plan, choose_context, make_plan
 from edger1.messages import Sampling
 from edger1.mlx_runtime import on_gpu, prepare
 from edger1.quant.formats import safetensors
 from edger1.thinking import Markers
+from edger1.units import format_bytes
 
 GPU_PREFILL_STEP = 2048
 # MLX's own CPU kernels cost the same a token however many there are, so a short step loses nothing and can be stopped.
@@ -46,7 +48,7 @@ class LiveModel:
     markers: Markers | None
     prefill_step: int
     vocabulary: int
-    prefixes: PrefixCache
+    kv: KVStore
 
     @property
     def context(self) -> int:
@@ -83,7 +85,7 @@ class LiveModel:
         """Drop the weights and caches and give the memory back."""
         import mlx.core as mx
 
-        self.prefixes.clear()
+        self.kv.clear()
         self.model = self.tokenizer = None
         gc.collect()
         mx.clear_cache()
@@ -101,19 +103,46 @@ def prefill_step(parameters: int) -> int:
     return step
 
 
-def plan_folder(folder: ModelFolder, ceiling_bytes: int, context: int | None) -> Plan:
-    """Plan a resident model. On a CPU activations, KV cache and plain weights are f32."""
+def plan_folder(folder: Path, ceiling_bytes: int, context: int | None) -> Plan:
+    """Plan a resident model without reading its weights. Runs on a thread that owns MLX.
+
+    Raises UnknownModelError and FormatError for a folder that is no model.
+    """
+    found = inspect(folder)
+    return _plan(found, _build(found, folder.name)[0], ceiling_bytes, context)[0]
+
+
+def _plan(folder: ModelFolder, model: Any, ceiling_bytes: int, context: int | None) -> tuple[Plan, KVLayout]:
     gpu = on_gpu()
     weights = folder.total_bytes
     if not gpu:
         weights += widened_bytes(folder, with_kernels=kernels.state().available)
-    return make_plan(
-        folder.config,
-        weights,
-        context=choose_context(folder.config, context),
-        ceiling_bytes=ceiling_bytes,
-        element_bytes=2 if gpu else 4,
-        prefill_step=prefill_step(folder.parameters or folder.total_bytes),
+    try:
+        kv = kv_layout(model, 2 if gpu else 4, prefill_step(folder.parameters or folder.total_bytes))
+    except Exception as error:
+        raise _misfit(folder, folder.path.name, error) from error
+    fused = gpu or kernels.state().available
+    chosen = choose_context(folder.config, context)
+    return make_plan(folder.config, weights, kv, context=chosen, ceiling_bytes=ceiling_bytes, fused_attention=fused), kv
+
+
+def _build(folder: ModelFolder, name: str) -> tuple[Any, dict[str, Any]]:
+    """Build mlx-lm's model of the folder and return it with its config; no weight is read yet."""
+    prepare()
+    from mlx_lm.utils import load_model
+
+    try:
+        model, config = load_model(folder.path, lazy=True)
+    except Exception as error:
+        # A config.json may hold anything, and mlx-lm falls over it in any way.
+        raise _misfit(folder, name, error) from error
+    return model, config
+
+
+def _misfit(folder: ModelFolder, name: str, error: Exception) -> FormatError:
+    return FormatError(
+        f"{name}: mlx-lm cannot build a model from {folder.path} ({type(error).__name__}: {error}). Its config.json "
+        f"and its weights must belong together, and model_type {folder.model_type!r} must be one that mlx-lm knows."
     )
 
 
@@ -128,26 +157,25 @@ def widened_bytes(folder: ModelFolder, *, with_kernels: bool) -> int:
     )
 
 
-def load(name: str, path: Path, *, ceiling_bytes: int, context: int | None, precision: str) -> Iterator[Any]:
+def load(
+    name: str, path: Path, *, ceiling_bytes: int, context: int | None, precision: str
+) -> Generator[tuple[int, int], None, LiveModel]:
     """Load a model folder in steps: yields (bytes done, bytes in all) and returns the LiveModel.
 
     Raises FormatError for a folder that is not what it says, MemoryCeilingError before anything large is read.
     """
     folder = inspect(path)
-    prepare()
+    if folder.total_bytes > ceiling_bytes:
+        raise MemoryCeilingError(
+            f"{name} has {format_bytes(folder.total_bytes)} of weights alone, and the ceiling is "
+            f"{format_bytes(ceiling_bytes)}. Give it more with --memory, or take a smaller model."
+        )
+    model, config = _build(folder, name)
+    plan, kv = _plan(folder, model, ceiling_bytes, context)
+    plan.check(name)
     import mlx.core as mx
     from mlx.utils import tree_flatten, tree_unflatten
-    from mlx_lm.utils import load_model, load_tokenizer
-
-    plan = plan_folder(folder, ceiling_bytes, context)
-    plan.check(name)
-    try:
-        model, config = load_model(path, lazy=True)
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise FormatError(
-            f"{name}: mlx-lm cannot build a model from {path} ({type(error).__name__}: {error}). Its config.json and "
-            f"its weights must belong together, and model_type {folder.model_type!r} must be one that mlx-lm knows."
-        ) from error
+    from mlx_lm.utils import load_tokenizer
 
     total, done = plan.resident_bytes, 0
     yield done, total
@@ -182,9 +210,9 @@ def load(name: str, path: Path, *, ceiling_bytes: int, context: int | None, prec
         precision=precision,
         sampling=sampling_defaults(path),
         markers=thinking_markers(path, tokenizer),
-        prefill_step=prefill_step(folder.parameters or folder.total_bytes),
+        prefill_step=kv.step_tokens,
         vocabulary=len(tokenizer),
-        prefixes=PrefixCache(plan.kv_bytes),
+        kv=KVStore(plan.kv_bytes, kv.nbytes),
     )
 
 

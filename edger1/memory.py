@@ -17,17 +17,22 @@ DEFAULT_CONTEXT = 8192
 DEFAULT_SHARE = 0.75
 """Share of the machine's memory that is the ceiling where the user gives none."""
 
-# Python with MLX, mlx-lm, transformers and a tokenizer: 330 MB resident was measured on Linux, with some room.
-PROCESS_BYTES = 400 * 2**20
-# MLX keeps freed buffers for reuse up to this much; load.py sets it.
+# Python with MLX, mlx-lm and transformers: 80 MB resident was measured on Linux.
+PROCESS_BYTES = 112 * 2**20
+# A tokenizer while it is read: 1.8 kB an entry of its vocabulary was measured, with 49,000 and with 151,000 of them.
+_TOKENIZER_ENTRY_BYTES = 2048
+# MLX keeps freed buffers for reuse up to this much; mlx_runtime.py sets it.
 ALLOCATOR_BYTES = 128 * 2**20
+# mlx-lm's KV caches grow by this many tokens at a time.
+_KV_STEP = 256
 
 
 @dataclass(frozen=True)
 class Plan:
     """Bytes that a model needs, and the ceiling they must fit under.
 
-    `slots` is the number of expert slots a layer where experts are streamed, None where everything is resident.
+    `process_bytes` is Python, its libraries and the tokenizer. `slots` is the number of expert slots a layer where
+    experts are streamed, None where everything is resident.
     """
 
     resident_bytes: int
@@ -78,30 +83,51 @@ def _number(config: Mapping[str, Any], *names: str, default: int = 0) -> int:
     return default
 
 
-def kv_bytes_per_token(config: Mapping[str, Any], element_bytes: int) -> int:
-    """Bytes of KV cache a token over all layers: an upper bound where some layers only keep a window.
+@dataclass(frozen=True)
+class LayerCache:
+    """What the cache of one layer takes: a fixed part, and bytes for each token, up to a window where it has one."""
 
-    Standard attention keeps keys and values of every KV head; latent attention (DeepSeek-V2, section 2.1) keeps the
-    compressed latent and the rotary key.
+    fixed_bytes: int
+    bytes_per_token: int
+    window_tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class KVLayout:
+    """The caches of a model's layers; `edger1.kv_layout` reads them off the model itself."""
+
+    layers: tuple[LayerCache, ...]
+    step_tokens: int
+    """Tokens that go through the model at once; a layer with a window holds as many beside it."""
+
+    def nbytes(self, tokens: int) -> int:
+        """Bytes of buffers, at most, when `tokens` tokens are in the caches."""
+        room = -(-tokens // _KV_STEP) * _KV_STEP + _KV_STEP
+        return sum(
+            layer.fixed_bytes
+            + layer.bytes_per_token
+            * (room if layer.window_tokens is None else min(room, layer.window_tokens + self.step_tokens))
+            for layer in self.layers
+        )
+
+
+def activation_bytes(config: Mapping[str, Any], prefill_step: int, attended: int) -> int:
+    """Bytes that one prefill step may hold at once, in f32: a few widest rows a token, and one row of logits.
+
+    `attended` is the number of tokens whose attention scores are held for every row and head: the context where MLX
+    does it in the open, 0 where a fused kernel holds none.
     """
-    config = _text_config(config)
-    layers = _number(config, "num_hidden_layers", "n_layer", "n_layers", "num_layers")
-    if latent := _number(config, "kv_lora_rank"):
-        return layers * (latent + _number(config, "qk_rope_head_dim")) * element_bytes
-    heads = _number(config, "num_attention_heads", "n_head", "n_heads", default=1)
-    kv_heads = _number(config, "num_key_value_heads", "n_kv_heads", default=heads)
-    hidden = _number(config, "hidden_size", "n_embd", "d_model", "dim")
-    head_dim = _number(config, "head_dim", default=hidden // heads)
-    return layers * 2 * kv_heads * head_dim * element_bytes
-
-
-def activation_bytes(config: Mapping[str, Any], prefill_step: int) -> int:
-    """Bytes that one prefill step may hold at once, in f32: a few widest rows a token, and one row of logits."""
     config = _text_config(config)
     hidden = _number(config, "hidden_size", "n_embd", "d_model", "dim", default=1024)
     widest = max(hidden, _number(config, "intermediate_size", "ffn_hidden_size", "n_inner", default=4 * hidden))
-    vocabulary = _number(config, "vocab_size", default=32000)
-    return 4 * (prefill_step * (8 * hidden + 4 * widest) + 8 * vocabulary) + ALLOCATOR_BYTES
+    vocabulary = _vocabulary(config)
+    # The scores, and what the softmax makes of them.
+    scores = 2 * attended * _number(config, "num_attention_heads", "n_head", "n_heads", default=1)
+    return 4 * (prefill_step * (8 * hidden + 4 * widest + scores) + 8 * vocabulary) + ALLOCATOR_BYTES
+
+
+def _vocabulary(config: Mapping[str, Any]) -> int:
+    return _number(_text_config(config), "vocab_size", default=32000)
 
 
 def choose_context(config: Mapping[str, Any], asked: int | None) -> int:
@@ -115,19 +141,18 @@ def choose_context(config: Mapping[str, Any], asked: int | None) -> int:
 def make_plan(
     config: Mapping[str, Any],
     weight_bytes: int,
+    kv: KVLayout,
     *,
     context: int,
     ceiling_bytes: int,
-    element_bytes: int,
-    prefill_step: int,
-    process_bytes: int = PROCESS_BYTES,
+    fused_attention: bool,
 ) -> Plan:
-    """Add up what a resident model needs. `element_bytes` is the width of a KV-cache element on the device."""
+    """Add up what a resident model needs."""
     return Plan(
         resident_bytes=weight_bytes,
-        kv_bytes=kv_bytes_per_token(config, element_bytes) * context,
-        activation_bytes=activation_bytes(config, prefill_step),
-        process_bytes=process_bytes,
+        kv_bytes=kv.nbytes(context),
+        activation_bytes=activation_bytes(config, kv.step_tokens, 0 if fused_attention else context),
+        process_bytes=PROCESS_BYTES + _TOKENIZER_ENTRY_BYTES * _vocabulary(config),
         context=context,
         ceiling_bytes=ceiling_bytes,
     )

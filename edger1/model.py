@@ -16,12 +16,14 @@ import json
 import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Self, TypedDict, Unpack
 
-from edger1 import client, installed, registry, sampling
+from edger1 import client, installed, registry, sampling, worker
 from edger1.client import Connection, ThreadConnection, error_of, next_id
 from edger1.errors import EdgeR1Error, EngineError, NotYetError, UnknownModelError, UsageError
+from edger1.fetch.place import write_atomically
 from edger1.memory import Plan, default_ceiling, machine_bytes
 from edger1.messages import (
     Cancel,
@@ -335,11 +337,8 @@ class Chat:
 
     def save(self, path: str | Path) -> None:
         """Write the conversation as JSON, whole or not at all."""
-        target = Path(path)
-        temporary = target.with_name(target.name + ".partial")
         content = {"model": self._model.name, "system": self.system, "messages": self.messages}
-        temporary.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-        temporary.replace(target)
+        write_atomically(Path(path), json.dumps(content, ensure_ascii=False, indent=2) + "\n")
 
 
 class Engine:
@@ -442,8 +441,8 @@ def load(name: str | Path, **options: Any) -> Model:
 
 def plan(name: str | Path, memory: str | int | None = None, context: int | None = None) -> Plan:
     """Work out what an installed model needs of memory, without loading it. Raises as `load` does for a bad name."""
-    from edger1.folder import inspect
     from edger1.loader import plan_folder
 
     sampling.check_count("context", context)
-    return plan_folder(inspect(installed.resolve(name)), memory_bytes(memory) or default_ceiling(), context)
+    ceiling = memory_bytes(memory) or default_ceiling()
+    return worker.call(partial(plan_folder, installed.resolve(name), ceiling, context))

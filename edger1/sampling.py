@@ -38,18 +38,12 @@ _POSITIVE = ("top_p", "repetition_penalty")
 def check(sampling: Sampling) -> None:
     """Raise UsageError for a setting that has the wrong type or is out of range."""
     for name, (low, high, expected) in _RANGES.items():
-        value = getattr(sampling, name)
+        value: Any = getattr(sampling, name)
         if value is None:
             continue
-        kind: tuple[type, ...] = (int,) if name in _WHOLE else (int, float)
-        fits = (
-            isinstance(value, kind)
-            and not isinstance(value, bool)
-            and math.isfinite(value)
-            and low <= value <= high
-            and (value > 0 or name not in _POSITIVE)
-        )
-        if not fits:
+        number = isinstance(value, int if name in _WHOLE else int | float) and not isinstance(value, bool)
+        fits = number and math.isfinite(value) and low <= value <= high
+        if not fits or (name in _POSITIVE and value == 0):
             raise UsageError(f"{name} is {value!r}; expected {expected}.")
 
 
@@ -114,7 +108,8 @@ class RandomState:
         if previous is self:
             return
         if previous is not None:
-            high, low = mx.random.state[0].tolist()
+            state: Any = mx.random.state
+            high, low = state[0].tolist()
             previous.key = (high << 32) | low
         mx.random.seed(self.key)
 

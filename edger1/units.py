@@ -67,6 +67,6 @@ def format_bytes(size: int) -> str:
 
 
 def _machine_memory() -> int:
-    import psutil  # type: ignore[import-untyped]
+    import psutil
 
     return int(psutil.virtual_memory().total)

@@ -10,11 +10,16 @@ from __future__ import annotations
 import atexit
 import contextlib
 import queue
+import sys
 import threading
+import traceback
 import weakref
 from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TypeVar
 
 _Work = Callable[[], None]
+_Result = TypeVar("_Result")
 
 _lock = threading.Lock()
 _parked: list[queue.SimpleQueue[_Work]] = []
@@ -32,6 +37,24 @@ class Closable:
 def start(owner: Closable, work: _Work) -> None:
     """Run `work` on a worker thread; `owner` is closed at exit if nobody did before."""
     _closers.add(owner)
+    _run(work)
+
+
+def call(work: Callable[[], _Result]) -> _Result:
+    """Run `work` on a worker thread and return what it returns, or raise what it raises."""
+    future: Future[_Result] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    _run(run)
+    return future.result()
+
+
+def _run(work: _Work) -> None:
     with _lock:
         inbox = _parked.pop() if _parked else None
     if inbox is None:
@@ -42,7 +65,11 @@ def start(owner: Closable, work: _Work) -> None:
 
 def _serve(inbox: queue.SimpleQueue[_Work]) -> None:
     while True:
-        inbox.get()()
+        try:
+            inbox.get()()
+        except BaseException:
+            # The thread must not end, whatever its work came to.
+            traceback.print_exc(file=sys.stderr)
         with _lock:
             _parked.append(inbox)
 

@@ -5,23 +5,23 @@ from __future__ import annotations
 import pytest
 
 from edger1.errors import MemoryCeilingError
-from edger1.memory import Plan, choose_context, kv_bytes_per_token, make_plan
+from edger1.memory import KVLayout, LayerCache, Plan, activation_bytes, choose_context, make_plan
 
 
-def test_deepseek_r1s_latent_cache() -> None:
-    config = {"num_hidden_layers": 61, "kv_lora_rank": 512, "qk_rope_head_dim": 64, "num_attention_heads": 128}
-    assert kv_bytes_per_token(config, 2) == 70_272
+def test_grouped_query_caches_grow_in_steps_of_256_tokens() -> None:
+    smollm2 = KVLayout((LayerCache(0, 2 * 3 * 64 * 4),) * 30, step_tokens=16)
+    assert smollm2.nbytes(512) == 30 * 2 * 3 * 64 * 4 * (512 + 256)
+    assert smollm2.nbytes(513) == smollm2.nbytes(768)
 
 
-def test_grouped_query_cache() -> None:
-    smollm2 = {
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "hidden_size": 576,
-    }
-    assert kv_bytes_per_token(smollm2, 4) == 30 * 2 * 3 * 64 * 4
-    assert kv_bytes_per_token({"text_config": smollm2}, 4) == 30 * 2 * 3 * 64 * 4
+def test_a_window_and_a_state_do_not_grow_with_the_context() -> None:
+    layout = KVLayout((LayerCache(0, 8, window_tokens=128), LayerCache(1000, 0)), step_tokens=16)
+    assert layout.nbytes(10_000) == 8 * (128 + 16) + 1000
+
+
+def test_scores_that_no_kernel_fuses_are_counted() -> None:
+    config = {"hidden_size": 64, "num_attention_heads": 4, "vocab_size": 100}
+    assert activation_bytes(config, 16, 1000) - activation_bytes(config, 16, 0) == 4 * 16 * 2 * 4 * 1000
 
 
 def test_context_is_the_models_limit_or_8192() -> None:
@@ -35,12 +35,12 @@ def test_a_plan_that_does_not_fit_names_the_ceiling_that_would_do() -> None:
     plan = make_plan(
         {"num_hidden_layers": 2, "hidden_size": 8, "num_attention_heads": 2, "vocab_size": 10},
         1_000_000_000,
+        KVLayout((LayerCache(0, 64), LayerCache(0, 64)), step_tokens=16),
         context=100,
         ceiling_bytes=900_000_000,
-        element_bytes=4,
-        prefill_step=16,
+        fused_attention=True,
     )
-    assert plan.kv_bytes == 2 * 2 * 8 * 4 * 100
+    assert plan.kv_bytes == 2 * 64 * 512
     with pytest.raises(MemoryCeilingError, match=r"m with a context of 100 tokens needs 1\.\d+ GB.*900 MB"):
         plan.check("m")
     Plan(**{**plan.__dict__, "ceiling_bytes": plan.smallest_ceiling_bytes}).check("m")

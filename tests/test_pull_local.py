@@ -168,6 +168,64 @@ def test_a_damaged_gguf_file_leaves_nothing(tmp_path: Path, converter: list[Path
     assert file.exists()
 
 
+def test_a_conversion_that_fails_keeps_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from edger1.fetch.convert import convert
+    from edger1.fetch.steps import Watch
+
+    def fails(source: Path, destination: Path, on_progress: object) -> None:
+        destination.mkdir()
+        (destination / "config.json").write_bytes(b"half")
+        raise FormatError("damaged")
+
+    monkeypatch.setattr("edger1.quant.convert.convert_gguf", fails)
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_bytes(CONFIG)
+    for _ in range(2):
+        with pytest.raises(FormatError):
+            convert(tmp_path / "x.gguf", folder, Watch())
+    assert (folder / "config.json").read_bytes() == CONFIG
+
+
+def install_killed(name: str) -> None:
+    """Leave things as an install that was killed between moving the old model aside and the new one in."""
+    aside = paths.downloads() / ".old" / name
+    aside.mkdir(parents=True)
+    (paths.models() / name).rename(aside / "model")
+
+
+def test_a_model_that_a_killed_pull_had_moved_aside_is_put_back(tmp_path: Path, converter: list[Path]) -> None:
+    file = tmp_path / "mine.gguf"
+    file.write_bytes(GGUF)
+    folder = pull(str(file))
+    install_killed("mine")
+    assert not folder.exists()
+    file.write_bytes(b"no GGUF any more")
+    with pytest.raises(FormatError):
+        pull(str(file), force=True)
+    assert (folder / "config.json").read_bytes() == CONFIG
+    assert [path.name for path in paths.downloads().iterdir()] == ["mine.lock"]
+
+
+def test_an_install_that_fails_puts_the_old_model_back(
+    tmp_path: Path, converter: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "mine.gguf"
+    file.write_bytes(GGUF)
+    folder = pull(str(file))
+    rename = Path.rename
+
+    def refuse(self: Path, target: Path) -> Path:
+        if self.name == "converted":
+            raise OSError(5, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(SourceError, match="Input/output"):
+        pull(str(file), force=True)
+    assert (folder / "config.json").read_bytes() == CONFIG
+
+
 def test_names_that_mean_nothing(tmp_path: Path) -> None:
     with pytest.raises(UnknownModelError, match=r"No model is called 'smolm2-135m'. Nearest: smollm2-135m"):
         pull("smolm2-135m")

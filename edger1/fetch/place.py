@@ -14,7 +14,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -71,11 +71,39 @@ def locked(name: str, note: OnNote) -> Iterator[Path]:
         note(f"Another pull of {name} is under way; waiting for it.")
         lock.acquire()
     try:
+        _recover(name)
         work = downloads / name
         work.mkdir(exist_ok=True)
-        yield work
+        try:
+            yield work
+        finally:
+            # Only what can be gone on from is kept.
+            with suppress(OSError):
+                work.rmdir()
     finally:
         lock.release()
+
+
+def _aside(name: str) -> Path:
+    """Return the folder that an installed model is moved into while another takes its place."""
+    return paths.downloads() / ".old" / name
+
+
+def _recover(name: str) -> None:
+    """Put back a model that was moved aside by a pull which was killed before the new one was in place."""
+    aside, target = _aside(name), paths.models() / name
+    if (aside / "model" / MANIFEST).is_file() and not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        (aside / "model").rename(target)
+    _drop_aside(name)
+
+
+def _drop_aside(name: str) -> None:
+    aside = _aside(name)
+    shutil.rmtree(aside, ignore_errors=True)
+    # The parent goes with the last of them.
+    with suppress(OSError):
+        aside.parent.rmdir()
 
 
 def require_space(folder: Path, needed_bytes: int, what: str) -> None:
@@ -138,20 +166,25 @@ def read_manifest(path: Path) -> Manifest:
 def install(ready: Path, manifest: Manifest) -> Path:
     """Move the complete folder `ready` into models/ and return its place; a model that was there is replaced.
 
-    The old folder is moved aside first, so that at each moment the name holds a whole model or none.
+    The old folder is moved aside first, so that at each moment the name holds a whole model or none, and back where
+    that fails; the next pull of a name puts back what a killed one left aside. Called under the lock of the name.
     """
     models = paths.models()
     models.mkdir(parents=True, exist_ok=True)
     target = models / manifest.name
     write_manifest(ready / MANIFEST, manifest)
-    aside = None
+    aside = _aside(manifest.name)
     if target.exists():
-        aside = Path(tempfile.mkdtemp(dir=paths.downloads(), prefix=f"{manifest.name}.old."))
-        target.rename(aside / "model")
-    ready.rename(target)
-    link_file(manifest.name).unlink(missing_ok=True)
-    if aside:
         shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        target.rename(aside / "model")
+    try:
+        ready.rename(target)
+    except BaseException:
+        _recover(manifest.name)
+        raise
+    link_file(manifest.name).unlink(missing_ok=True)
+    _drop_aside(manifest.name)
     return target
 
 
