@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt scripts/setup.sh $(wildcard edger1/kernels/src/*)
 
-.PHONY: chat test lint parity bench screenshots clean
+.PHONY: chat test lint parity bench sanitize screenshots clean
 .DEFAULT_GOAL := help
 
 help: ## Show this help
@@ -31,6 +31,9 @@ parity: $(VENV)/.installed-parity ## Compare with other people's code (needs tor
 bench: $(VENV)/.installed-dev ## Run the benchmarks, EdgeR1 beside its peers
 	@$(BIN)/edger1 pull smollm2-135m
 	$(BIN)/python -m benchmarks.startup
+
+sanitize: $(VENV)/.installed-dev ## Run the kernels' tests with address, undefined and thread sanitizers
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python scripts/sanitize.py
 
 screenshots: $(VENV)/.installed-dev ## Draw the pictures of the chat anew
 	$(BIN)/python docs/screenshots.py

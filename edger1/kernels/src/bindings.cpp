@@ -47,6 +47,7 @@ NB_MODULE(_ext, m) {
   m.def("_count_chunks", &count_chunks, "n_chunks"_a, "work"_a = 1, "nested"_a = false,
         nb::call_guard<nb::gil_scoped_release>(), "For tests of the pool: how often each chunk of a job ran.");
   edger1::bind_qmm(m);
+  edger1::bind_pages(m);
 #if defined(EDGER1_HAS_OPS)
   edger1::bind_ops(m);
 #endif

@@ -16,6 +16,11 @@ namespace edger1 {
 namespace {
 
 #if defined(__x86_64__)
+bool has_avx_vnni() {
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax >> 4 & 1);
+}
+
 // Tiles are state that Linux saves only for processes that asked for it.
 bool amx_allowed() {
   unsigned eax, ebx, ecx, edx;
@@ -35,6 +40,9 @@ std::vector<std::string> instruction_sets() {
 #if defined(__x86_64__)
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
     found.emplace_back("avx2");
+    if (has_avx_vnni()) {
+      found.emplace_back("avxvnni");
+    }
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi")) {
@@ -82,7 +90,7 @@ const std::string& chosen() {
 
 Isa active_isa() {
   static const Isa isa = chosen() == "portable" ? Isa::portable
-      : chosen() == "avx2"                      ? Isa::avx2
+      : chosen() == "avx2" || active_isa_has_avx_vnni() ? Isa::avx2
       : chosen() == "neon-dotprod"              ? Isa::neon
                                                 : Isa::avx512vnni;
   return isa;
@@ -95,6 +103,11 @@ const char* active_isa_name() {
 bool active_isa_has_amx() {
   static const bool amx = chosen() == "amx";
   return amx;
+}
+
+bool active_isa_has_avx_vnni() {
+  static const bool vnni = chosen() == "avxvnni";
+  return vnni;
 }
 
 } // namespace edger1

@@ -8,9 +8,10 @@ namespace edger1 {
 
 enum class Isa { portable, avx2, avx512vnni, neon };
 
-// Names in rising order of preference: "portable", "avx2", "avx512vnni", "amx", or "portable", "neon-dotprod".
+// Names in rising order of preference: "portable", "avx2", "avxvnni", "avx512vnni", "amx", or "portable", "neon-dotprod".
 // "avx512vnni" stands for F, BW, DQ, VL, VNNI and VBMI together: every desktop and laptop processor with VNNI has them.
-// "amx" is the same with matrix tiles and vectors for bf16, where the system lets a process use them.
+// "avxvnni" is AVX2 with the integer dot product that most Intel processors since 2021 have; active_isa() is avx2 then.
+// "amx" is "avx512vnni" with matrix tiles and vectors for bf16, where the system lets a process use them.
 std::vector<std::string> instruction_sets();
 
 // What the kernels use: the best of the above, or EDGER1_ISA. Throws std::invalid_argument where that names a set which
@@ -20,6 +21,9 @@ const char* active_isa_name();
 
 // Whether matrix tiles are to be used; active_isa() is avx512vnni then.
 bool active_isa_has_amx();
+
+// Whether AVX2 comes with an integer dot product; active_isa() is avx2 then.
+bool active_isa_has_avx_vnni();
 
 // One table of function pointers for each instruction set that this build has, by name: table_for(portable, avx2, ...).
 template <class Table>

@@ -18,7 +18,10 @@ constexpr int64_t kSerialPrepare = 1 << 15;    // elements of x below which prep
 const QmmKernels& kernels() {
   static const QmmKernels chosen = [] {
     const QmmKernels& table = table_for_isa(qmm_portable, qmm_avx2, qmm_avx512vnni, qmm_neon);
-    return active_isa_has_amx() ? qmm_with_amx(table) : table;
+    if (active_isa_has_amx()) {
+      return qmm_with_amx(table);
+    }
+    return active_isa_has_avx_vnni() && qmm_avxvnni ? *qmm_avxvnni : table;
   }();
   return chosen;
 }

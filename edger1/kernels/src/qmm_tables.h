@@ -7,6 +7,7 @@ namespace edger1 {
 
 extern const QmmKernels* const qmm_portable;
 extern const QmmKernels* const qmm_avx2;
+extern const QmmKernels* const qmm_avxvnni;
 extern const QmmKernels* const qmm_avx512vnni;
 extern const QmmKernels* const qmm_neon;
 
