@@ -251,3 +251,48 @@ def _flat(tree: Any) -> dict[str, mx.array]:
     from mlx.utils import tree_flatten
 
     return dict(tree_flatten(tree))
+
+
+@pytest.mark.parametrize("snapshot", ["none", "slice", "copy"])
+def test_a_cache_grows_in_place_while_a_step_is_queued_unless_somebody_else_holds_it(snapshot: str) -> None:
+    import copy
+
+    from mlx_lm.models.cache import KVCache
+
+    installed = install(nn.Linear(2, 2), "exact")
+    try:
+        cache, token = KVCache(), mx.ones((1, 2, 1, 32))
+        mx.eval(cache.update_and_fetch(mx.zeros((1, 2, 700, 32)), mx.zeros((1, 2, 700, 32))))
+        mx.eval(cache.keys, cache.values)
+        held = {"none": lambda: None, "slice": lambda: cache.keys[..., :700, :], "copy": lambda: copy.deepcopy(cache)}
+        kept = held[snapshot]()
+        if snapshot == "slice":
+            mx.eval(kept)
+        # Something long enough that the steps below are queued behind it, not run.
+        busy = mx.random.normal((600, 600))
+        for _ in range(8):
+            busy = mx.matmul(mx.softmax(busy, 0), busy)
+        mx.async_eval(busy)
+        address = _address(cache.keys) if snapshot == "none" else None
+        outputs = []
+        for step in range(3):
+            keys, values = cache.update_and_fetch(token * (step + 1), token)
+            outputs.append(mx.fast.scaled_dot_product_attention(token, keys, values, scale=1.0))
+            mx.async_eval(outputs[-1])
+            del keys, values
+        mx.eval(outputs)
+        assert mx.array_equal(cache.keys[0, 0, 700:703, 0], mx.array([1.0, 2.0, 3.0]))
+        if snapshot == "none":
+            assert _address(cache.keys) == address
+        if snapshot == "slice":
+            assert (kept == 0).all()
+        if snapshot == "copy":
+            assert (kept.keys[..., 700:, :] == 0).all()
+            kept.update_and_fetch(token * 9, token)
+            assert mx.array_equal(cache.keys[0, 0, 700:703, 0], mx.array([1.0, 2.0, 3.0]))
+    finally:
+        installed.uninstall()
+
+
+def _address(a: mx.array) -> int:
+    return int(np.array(a, copy=False).__array_interface__["data"][0])

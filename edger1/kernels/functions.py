@@ -94,6 +94,7 @@ def _replace_named(extension: ModuleType) -> None:
         _patch.put(layer, "__call__", _as_method(function))
     for name, quantized_operation in (("quantized_matmul", _quantized_matmul), ("gather_qmm", _gather_qmm)):
         _patch.put(mx, name, quantized_operation(getattr(mx, name)))
+    _patch.put(mx.array, "__setitem__", _assignment(extension.assign_rows, mx.array.__setitem__))
     _patch.put(mx.array, "__matmul__", _operator(extension.matmul, mx.array.__matmul__))
 
 
@@ -108,6 +109,27 @@ def _operator(
         return ours(self, other) if isinstance(other, mx.array) else original(self, other)
 
     return matmul
+
+
+def _assignment(
+    assign_rows: Callable[[mx.array, int, int, mx.array], bool], original: Callable[[mx.array, Any, Any], None]
+) -> Callable[[mx.array, Any, Any], None]:
+    def setitem(self: mx.array, index: Any, value: Any) -> None:
+        """Take the way that caches write, `cache[..., a:b, :] = rows`, in place also while a step is still running."""
+        if type(index) is tuple and len(index) == 3 and index[0] is Ellipsis and isinstance(value, mx.array):
+            rows, columns = index[1], index[2]
+            if (
+                type(rows) is slice
+                and type(rows.start) is int
+                and type(rows.stop) is int
+                and rows.step is None
+                and columns == slice(None)
+                and assign_rows(self, rows.start, rows.stop, value)
+            ):
+                return
+        original(self, index, value)
+
+    return setitem
 
 
 def _applies(x: mx.array, scales: mx.array, group_size: int | None, bits: int | None, mode: str, stream: Any) -> bool:

@@ -2,6 +2,7 @@
 
 #include <memory>
 
+#include "append.h"
 #include "attention_driver.h"
 #include "dense.h"
 #include "mlx/fast.h"
@@ -80,7 +81,10 @@ class Attention : public DensePrimitive {
     }
     job.out = out.data<void>();
     job.out_type = float_of(out.dtype());
-    launch(stream(), [job] { run_attention(job); });
+    launch(stream(), [job, caches = reading({k, v}, stream()), index = stream().index] {
+      ReadingDone done{caches, index};
+      run_attention(job);
+    });
   }
 
   std::vector<mx::array> vjp(const std::vector<mx::array>& primals, const std::vector<mx::array>& cotangents,

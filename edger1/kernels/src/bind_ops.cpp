@@ -3,6 +3,7 @@
 #include <nanobind/stl/variant.h>
 #include <nanobind/stl/vector.h>
 
+#include "append.h"
 #include "attention.h"
 #include "bindings.h"
 #include "dense.h"
@@ -42,6 +43,20 @@ void bind_ops(nb::module_& m) {
   m.def("rms_norm", &rms_norm, "x"_a, "weight"_a.none(), "eps"_a, nb::kw_only(), "stream"_a = none);
   m.def("layer_norm", &layer_norm, "x"_a, "weight"_a.none(), "bias"_a.none(), "eps"_a, nb::kw_only(),
         "stream"_a = none);
+  m.def("assign_rows",
+        [](mx::array& buffer, int start, int stop, const mx::array& rows) {
+          bool fits = on_cpu({}) && rows.dtype() == buffer.dtype() && buffer.ndim() >= 2 &&
+              buffer.ndim() <= RowMap::kMaxAxes && rows.ndim() == buffer.ndim() && 0 <= start && start < stop &&
+              stop <= buffer.shape(-2) && rows.shape(-2) == stop - start && rows.size() > 0;
+          for (int i = 0; fits && i < static_cast<int>(buffer.ndim()); i++) {
+            fits = i == static_cast<int>(buffer.ndim()) - 2 || rows.shape(i) == buffer.shape(i);
+          }
+          if (fits) {
+            buffer.overwrite_descriptor(append_rows(buffer, rows, start));
+          }
+          return fits;
+        },
+        "buffer"_a, "start"_a, "stop"_a, "rows"_a, "buffer[..., start:stop, :] = rows, if that fits; says whether.");
   m.def("softmax", &softmax, "a"_a, "axis"_a = none, nb::kw_only(), "precise"_a = false, "stream"_a = none);
   m.def("logsumexp", &logsumexp, "a"_a, "axis"_a = none, "keepdims"_a = false, nb::kw_only(), "stream"_a = none);
   m.def("argmax", &argmax, "a"_a, "axis"_a = none, "keepdims"_a = false, nb::kw_only(), "stream"_a = none);

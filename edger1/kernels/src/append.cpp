@@ -1,0 +1,140 @@
+#include "append.h"
+
+#include <cstring>
+#include <map>
+#include <memory>
+#include <mutex>
+
+namespace edger1 {
+
+// How many arrays share a's descriptor. MLX answers that only together with other questions (is_donatable), but an
+// explicit instantiation may name a private member.
+long descriptor_uses(const mx::array& a);
+
+template <auto Member>
+struct Reach {
+  friend long descriptor_uses(const mx::array& a) {
+    return (a.*Member).use_count();
+  }
+};
+template struct Reach<&mx::array::array_desc_>;
+
+namespace {
+
+std::mutex readers_mutex;
+// (buffer, stream) -> queued tasks of ours that read it.
+std::map<std::pair<const void*, int>, int> readers;
+
+// Whether `a` is the only holder of its buffer but for tasks queued on this stream. The count of holders is read first: a
+// task drops its mark before MLX drops its hold, so that the difference may come out too large but never too small.
+bool sole_holder(const mx::array& a, int stream) {
+  long uses = a.data_shared_ptr().use_count();
+  if (descriptor_uses(a) != 1 || !a.data_shared_ptr()->is_owned()) {
+    return false;
+  }
+  std::lock_guard lock(readers_mutex);
+  auto found = readers.find({a.data_shared_ptr().get(), stream});
+  return uses - (found == readers.end() ? 0 : found->second) == 1;
+}
+
+// Inputs: a buffer [..., S, D] and rows [..., L, D].
+class AppendRows : public DensePrimitive {
+ public:
+  AppendRows(mx::Stream s, int start) : DensePrimitive(s), start_(start) {}
+
+  const char* name() const override {
+    return "EdgeR1AppendRows";
+  }
+  std::vector<mx::Shape> output_shapes(const std::vector<mx::array>& inputs) override {
+    return {inputs[0].shape()};
+  }
+  std::vector<mx::array> fallback(const std::vector<mx::array>& in) override {
+    mx::Shape begin(in[0].ndim(), 0), end = in[0].shape();
+    begin[begin.size() - 2] = start_;
+    end[end.size() - 2] = start_ + in[1].shape(-2);
+    return {mx::slice_update(in[0], in[1], begin, end, stream())};
+  }
+
+  void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
+    const auto &buffer = inputs[0], &rows = inputs[1];
+    auto& out = outputs[0];
+    bool in_place = buffer.flags().row_contiguous && buffer.data_size() == buffer.size() &&
+        sole_holder(buffer, stream().index);
+    if (in_place) {
+      out.copy_shared_buffer(buffer);
+    } else {
+      allocate(out);
+    }
+    int64_t size = out.itemsize(), width = out.shape(-1), length = out.shape(-2), added = rows.shape(-2);
+    int64_t groups = static_cast<int64_t>(out.size()) / (length * width);
+    const char* from = rows.data<char>();
+    const char* old = buffer.data<char>();
+    char* to = out.data<char>();
+    RowMap row_at(rows, 1), old_at(buffer, 1);
+    int64_t step = rows.strides(-1), old_step = buffer.strides(-1), start = start_;
+    auto copy_row = [=](char* target, const char* source, int64_t stride) {
+      if (stride == 1 || width == 1) {
+        std::memcpy(target, source, static_cast<size_t>(width * size));
+        return;
+      }
+      for (int64_t i = 0; i < width; i++) {
+        std::memcpy(target + i * size, source + i * stride * size, static_cast<size_t>(size));
+      }
+    };
+    launch(stream(), [=] {
+      if (!in_place) {
+        parallel_ranges(groups * length, grain_for(groups * length, static_cast<double>(width * size), 65536),
+                        [&](int64_t begin, int64_t end) {
+                          for (int64_t r = begin; r < end; r++) {
+                            copy_row(to + r * width * size, old + old_at(r) * size, old_step);
+                          }
+                        });
+      }
+      for (int64_t g = 0; g < groups; g++) {
+        for (int64_t r = 0; r < added; r++) {
+          copy_row(to + (g * length + start + r) * width * size, from + row_at(g * added + r) * size, step);
+        }
+      }
+    });
+  }
+
+ private:
+  int start_;
+};
+
+} // namespace
+
+mx::array append_rows(const mx::array& buffer, const mx::array& rows, int start, mx::StreamOrDevice s) {
+  return mx::array(buffer.shape(), buffer.dtype(), std::make_shared<AppendRows>(mx::to_stream(s), start),
+                   {buffer, rows});
+}
+
+std::vector<const void*> reading(const std::vector<mx::array>& inputs, const mx::Stream& stream) {
+  std::vector<const void*> buffers;
+  std::lock_guard lock(readers_mutex);
+  for (const auto& a : inputs) {
+    const void* buffer = a.data_shared_ptr().get();
+    bool known = false;
+    for (const void* other : buffers) {
+      known |= other == buffer;
+    }
+    // MLX holds each buffer once a task, however many inputs share it.
+    if (!known) {
+      buffers.push_back(buffer);
+      readers[{buffer, stream.index}]++;
+    }
+  }
+  return buffers;
+}
+
+ReadingDone::~ReadingDone() {
+  std::lock_guard lock(readers_mutex);
+  for (const void* buffer : buffers) {
+    auto found = readers.find({buffer, stream});
+    if (--found->second == 0) {
+      readers.erase(found);
+    }
+  }
+}
+
+} // namespace edger1
