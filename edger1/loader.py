@@ -177,6 +177,8 @@ def load(
     from mlx.utils import tree_flatten, tree_unflatten
     from mlx_lm.utils import load_tokenizer
 
+    from edger1.kernels.pages import use_huge_pages
+
     total, done = plan.resident_bytes, 0
     yield done, total
     for key, value in tree_flatten(model.parameters()):
@@ -185,6 +187,8 @@ def load(
             mx.eval(loaded)
         except RuntimeError as error:
             raise FormatError(f"{name}: reading {key} failed: {error}") from error
+        if not on_gpu():
+            use_huge_pages([loaded])
         model.update(tree_unflatten([(key, loaded)]))
         done += loaded.nbytes
         del value
