@@ -146,7 +146,7 @@ def _misfit(folder: ModelFolder, name: str, error: Exception) -> FormatError:
 
 
 def widened_bytes(folder: ModelFolder, *, with_kernels: bool) -> int:
-    """Bytes that 16-bit floats gain on a CPU: the vectors with our kernels, which read matrices as they are; else all."""
+    """Bytes that 16-bit floats gain on a CPU: vectors alone with our kernels, which read matrices as they are."""
     headers = (safetensors.read_header(file) for file in folder.weight_files)
     return sum(
         entry.nbytes

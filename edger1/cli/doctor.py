@@ -136,7 +136,10 @@ def examine() -> Checkup:
 def doctor_command(
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     selftest: Annotated[
-        bool, typer.Option("--selftest", help="Compare every kernel with MLX's own result, time both (a minute), print JSON.")
+        bool,
+        typer.Option(
+            "--selftest", help="Compare every kernel with MLX's own result, time both (a minute), print JSON."
+        ),
     ] = False,
 ) -> None:
     """Show the machine, its memory, the device, the kernels and the versions, and what is missing.
