@@ -50,6 +50,8 @@ def load_config(path: Path | None = None) -> Config:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         return Config()
+    except NotADirectoryError:
+        raise UsageError(f"{path.parent} is a file; expected a folder, or none yet. EDGER1_HOME names it.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} cannot be read: {error}. Repair or remove it.") from None
     try:

@@ -215,7 +215,8 @@ def load(
         sampling=sampling_defaults(path),
         markers=thinking_markers(path, tokenizer),
         prefill_step=kv.step_tokens,
-        vocabulary=len(tokenizer),
+        # Either may be the smaller one: padded logits, or tokens that were added after training.
+        vocabulary=min(len(tokenizer), model(mx.zeros((1, 1), dtype=mx.int32)).shape[-1]),
         kv=KVStore(plan.kv_bytes, kv.nbytes),
     )
 

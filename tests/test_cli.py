@@ -154,6 +154,59 @@ def test_ctrl_c_stops_at_once_and_keeps_what_was_said(tmp_path: Path) -> None:
     assert "Traceback" not in errors
 
 
+@pytest.mark.parametrize(("error", "closes"), [(KeyboardInterrupt, 0), (ValueError, 1), (None, 1)])
+def test_ctrl_c_does_not_wait_for_the_step_that_is_running(
+    monkeypatch: pytest.MonkeyPatch, error: type[BaseException] | None, closes: int
+) -> None:
+    from edger1.cli import loading
+
+    closed = []
+
+    class Busy:
+        def close(self) -> None:
+            closed.append(self)
+
+    monkeypatch.setattr(loading, "_load", lambda *_: Busy())
+
+    def use() -> None:
+        with loading.open_model("m", memory=None, context=None, precision="fast", offline=True):
+            if error is not None:
+                raise error
+
+    if error is None:
+        use()
+    else:
+        with pytest.raises(error):
+            use()
+    assert len(closed) == closes
+
+
+def test_closed_and_full_standard_streams(tiny_folder: Path) -> None:
+    command = f"exec {sys.executable} -m edger1 run {tiny_folder} Hello --max-tokens 5 --temperature 0"
+    for closing, code, words in (("<&- 2>&-", 0, ""), (">/dev/full", 1, "no space left")):
+        done = subprocess.run(
+            ["sh", "-c", f"{command} {closing}"],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert done.returncode == code, (closing, done.stderr)
+        assert words in done.stderr
+        assert "bug" not in done.stderr
+        assert len(done.stdout) == (0 if code else 6)
+
+
+def test_a_pipe_that_nobody_reads_ends_the_answer_quietly(tiny_folder: Path) -> None:
+    command = f"{sys.executable} -m edger1 run {tiny_folder} Hello --max-tokens 400 | head -c 5"
+    done = subprocess.run(
+        ["sh", "-c", command], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert len(done.stdout) == 5
+    assert done.stderr == ""
+
+
 def test_a_config_file_sets_defaults_and_is_checked(tiny_folder: Path, tmp_path: Path) -> None:
     home = tmp_path / "home"
     home.mkdir()

@@ -145,6 +145,15 @@ def test_raw_text_is_encoded_as_a_whole(tmp_path: Path) -> None:
         assert raw.usage.cached_tokens == 0
 
 
+def test_a_vocabulary_smaller_than_the_tokenizers_is_kept_to(tmp_path: Path) -> None:
+    folder = write_tiny_model(tmp_path / "small", vocab_size=258)
+    with edger1.load(folder) as model:
+        # 258 is a special token of the tokenizer that the model has no row for.
+        with pytest.raises(edger1.UsageError, match="vocabulary of 258"):
+            model.score([1, 258, 2])
+        assert model.generate("a", raw=True, top_k=259, temperature=1.0, max_tokens=2).usage.completion_tokens == 2
+
+
 def test_a_prompt_that_was_cached_has_no_prefill_rate(model: edger1.Model) -> None:
     model.generate("What is new?", max_tokens=2)
     again = model.generate("What is new?", max_tokens=2)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -12,7 +13,7 @@ import edger1
 from edger1.cli.chat import chat_command
 from edger1.cli.doctor import doctor_command
 from edger1.cli.models import models_app
-from edger1.cli.pull import pull_command
+from edger1.cli.pull import INTERRUPTED, pull_command
 from edger1.cli.run import run_command
 from edger1.errors import EdgeR1Error
 
@@ -54,21 +55,47 @@ app.command("doctor")(doctor_command)
 
 def main() -> None:
     """Run the command line: an error becomes one message on standard error and an exit code, never a traceback."""
+    _open_standard_streams()
     try:
         app()
     except EdgeR1Error as error:
-        if os.environ.get("EDGER1_DEBUG"):
-            raise
-        print(f"edger1: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        _end(error, str(error), error.exit_code)
     except KeyboardInterrupt:
-        sys.exit(130)
+        _leave()
+    except SystemExit as end:
+        if end.code == INTERRUPTED:
+            _leave()
+        raise
+    except OSError as error:
+        what = error.filename or "The output"
+        _end(error, f"{what} cannot be read or written: {(error.strerror or str(error)).lower()}.", 1)
     except Exception as error:
-        if os.environ.get("EDGER1_DEBUG"):
-            raise
-        print(
-            f"edger1: failed inside ({type(error).__name__}: {error}). This is a bug; run it again as "
-            f"'edger1 --debug ...' and report what it prints.",
-            file=sys.stderr,
-        )
-        sys.exit(1)
+        bug = f"failed inside ({type(error).__name__}: {error}). This is a bug; run it again as 'edger1 --debug ...'"
+        _end(error, f"{bug} and report what it prints.", 1)
+
+
+def _end(error: Exception, message: str, code: int) -> NoReturn:
+    if os.environ.get("EDGER1_DEBUG"):
+        raise error
+    print(f"edger1: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _leave() -> NoReturn:
+    """End at once after Ctrl-C: a step of the engine, which a normal exit waits for, may take seconds."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
+    os._exit(INTERRUPTED)
+
+
+def _open_standard_streams() -> None:
+    """Open those of the three standard streams that are closed: the next file would get their number, and MLX reads
+    none that has number 0."""
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, mode, encoding="utf-8", closefd=False))

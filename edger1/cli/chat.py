@@ -10,6 +10,7 @@ import typer
 from edger1.cli import options
 
 SAMPLE_QUESTION = "What is the capital of France, and what is it famous for?"
+SAMPLE_TOKENS = 256
 
 
 def chat_command(
@@ -61,17 +62,21 @@ def chat_command(
 def _answer_once(
     name: str, system: str | None, memory: str | None, context: int | None, precision: str, offline: bool
 ) -> None:
-    from edger1.cli.loading import load_model
+    from edger1.cli.loading import open_model
     from edger1.cli.run import read_stdin
     from edger1.messages import Done, Text
 
-    question = read_stdin().strip() or SAMPLE_QUESTION
-    with load_model(name, memory=memory, context=context, precision=precision, offline=offline) as loaded:
+    piped = read_stdin().strip()
+    question = piped or SAMPLE_QUESTION
+    terminal = sys.stdout.isatty()
+    with open_model(name, memory=memory, context=context, precision=precision, offline=offline) as loaded:
         typer.echo(f"> {question}\n")
         done = None
-        for event in loaded.chat(system).stream(question, max_tokens=256, temperature=0.0):
+        for event in loaded.chat(system).stream(
+            question, max_tokens=None if piped else SAMPLE_TOKENS, temperature=None if piped else 0.0
+        ):
             if isinstance(event, Text):
-                typer.echo(event.text, nl=False)
+                typer.echo(options.printable(event.text) if terminal else event.text, nl=False)
                 sys.stdout.flush()
             elif isinstance(event, Done):
                 done = event

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,8 +24,24 @@ def ensure_model(name: str, offline: bool) -> Path:
         return find(name, offline=offline, on_progress=watch.progress, on_note=watch.note)
 
 
-def load_model(name: str, *, memory: str | None, context: int | None, precision: str, offline: bool) -> Model:
-    """Load a model with what the command line says, else the user's config.toml, else the defaults."""
+@contextlib.contextmanager
+def open_model(name: str, *, memory: str | None, context: int | None, precision: str, offline: bool) -> Iterator[Model]:
+    """Load a model with what the command line says, else the user's config.toml, else the defaults; close it after.
+
+    After Ctrl-C it is left open: closing waits for the step that is running, and the process ends anyhow.
+    """
+    model = _load(name, memory, context, precision, offline)
+    try:
+        yield model
+    except KeyboardInterrupt:
+        raise
+    except BaseException:
+        model.close()
+        raise
+    model.close()
+
+
+def _load(name: str, memory: str | None, context: int | None, precision: str, offline: bool) -> Model:
     config = load_config()
     apply_threads(config.threads)
     folder = ensure_model(name, offline or config.offline)

@@ -69,7 +69,7 @@ def run_command(
 
       edger1 run smollm2-135m "Name three rivers." --json
     """
-    from edger1.cli.loading import load_model
+    from edger1.cli.loading import open_model
     from edger1.messages import Done, Text, Thought
 
     piped = read_stdin()
@@ -85,7 +85,7 @@ def run_command(
     terminal = sys.stdout.isatty()
     text: list[str] = []
     thinking: list[str] = []
-    with load_model(model, memory=memory, context=context, precision=precision, offline=offline) as loaded:
+    with open_model(model, memory=memory, context=context, precision=precision, offline=offline) as loaded:
         # A model without a chat template continues a plain prompt.
         plain = raw or (system is None and not loaded.info["has_chat_template"])
         for event in loaded.stream(
