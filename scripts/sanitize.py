@@ -28,7 +28,7 @@ OPTIONS = {
 def build(kind: str) -> Path:
     """Build the extension with the sanitizers `kind` and return its path."""
     folder = ROOT / "build" / f"sanitize-{kind.replace(',', '-')}"
-    configure = ["cmake", "-S", ROOT, "-B", folder, "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release"]
+    configure = ["cmake", "-S", str(ROOT), "-B", str(folder), "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release"]
     configure += [f"-DPython_EXECUTABLE={sys.executable}", f"-DEDGER1_SANITIZE={kind}"]
     subprocess.run(configure, check=True, stdout=subprocess.DEVNULL)
     subprocess.run(["cmake", "--build", folder], check=True, stdout=subprocess.DEVNULL)

@@ -74,13 +74,21 @@ def bf16(a: np.ndarray) -> np.ndarray:
     return to_numpy(mx.array(a.astype(np.float32)).astype(mx.bfloat16))
 
 
+def on_tiles(precision: str, transpose: bool, rows: int) -> bool:
+    return precision == "fast" and transpose and rows > 16 and extension.active_instruction_set() == "amx"
+
+
+# A weight on the edge between two bf16 numbers may fall to either side, by how scale * code + bias was rounded.
+TILE_ROUNDING = 3e-4
+
+
 def as_seen_by(
     precision: str, transpose: bool, rows: int, x: np.ndarray, w: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """What a product of `rows` rows computes with, instead of x and w."""
     if precision == "exact" or not transpose:
         return x, w
-    if rows > 16 and extension.active_instruction_set() == "amx":
+    if on_tiles(precision, transpose, rows):
         return bf16(x), bf16(w)
     return int8_activations(x), w
 
@@ -116,7 +124,8 @@ def test_product_of_any_format_and_shape(problem, precision, transpose):
     seen, dense = as_seen_by(precision, transpose, rows, to_numpy(x), w.dense)
     got = quantized_matmul(x, *w.arguments(), transpose, precision=precision, **w.options())
     assert got.dtype == dtype
-    assert error(got, seen @ (dense.T if transpose else dense)) < ROUNDING[dtype]
+    limit = max(ROUNDING[dtype], TILE_ROUNDING if on_tiles(precision, transpose, rows) else 0)
+    assert error(got, seen @ (dense.T if transpose else dense)) < limit
 
 
 @pytest.mark.parametrize("form", FORMATS, ids=str)
@@ -282,7 +291,8 @@ def test_gathered_product(form, experts, tokens, top, precision, transpose, dtyp
         mine = chosen == expert
         seen, dense = as_seen_by(precision, transpose, int(mine.sum()), to_numpy(x), w.dense)
         expected[mine] = gather_reference(seen, dense, chosen, transpose)[mine]
-    assert error(got, expected) < ROUNDING[dtype]
+    limit = max(ROUNDING[dtype], TILE_ROUNDING if on_tiles(precision, transpose, tokens * top) else 0)
+    assert error(got, expected) < limit
 
 
 def test_gathered_rows_are_those_rows_alone():
