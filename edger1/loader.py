@@ -13,7 +13,7 @@ from collections.abc import Generator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edger1 import installed, kernels, registry, sampling
 from edger1.cache import KVStore
@@ -26,6 +26,9 @@ from edger1.mlx_runtime import on_gpu, prepare
 from edger1.quant.formats import safetensors
 from edger1.thinking import Markers
 from edger1.units import format_bytes
+
+if TYPE_CHECKING:
+    from edger1.kernels.install import Installed
 
 GPU_PREFILL_STEP = 2048
 # MLX's own CPU kernels cost the same a token however many there are, so a short step loses nothing and can be stopped.
@@ -49,6 +52,7 @@ class LiveModel:
     prefill_step: int
     vocabulary: int
     kv: KVStore
+    installed: Installed
 
     @property
     def context(self) -> int:
@@ -69,7 +73,7 @@ class LiveModel:
             "precision": self.precision,
             "context": self.context,
             "has_chat_template": self.has_chat_template,
-            "kernels": kernels.state().available and not on_gpu(),
+            "kernels": self.installed.active,
             "plan": {
                 "resident_bytes": self.plan.resident_bytes,
                 "kv_bytes": self.plan.kv_bytes,
@@ -86,6 +90,7 @@ class LiveModel:
         import mlx.core as mx
 
         self.kv.clear()
+        self.installed.uninstall()
         self.model = self.tokenizer = None
         gc.collect()
         mx.clear_cache()
@@ -193,8 +198,6 @@ def load(
         done += loaded.nbytes
         del value
         yield min(done, total), total
-    if not on_gpu():
-        _install_kernels(model, precision)
     # Arrays that a module keeps beside its parameters (YaRN's frequencies) are bound to the thread that evaluates them.
     mx.eval([v for m in model.modules() for v in vars(m).values() if isinstance(v, mx.array)])
 
@@ -218,6 +221,8 @@ def load(
         # Either may be the smaller one: padded logits, or tokens that were added after training.
         vocabulary=min(len(tokenizer), model(mx.zeros((1, 1), dtype=mx.int32)).shape[-1]),
         kv=KVStore(plan.kv_bytes, kv.nbytes),
+        # Last, since what it replaces for the process is given back by close() alone.
+        installed=_install_kernels(model, precision),
     )
 
 
@@ -229,16 +234,18 @@ def _is_widened(value: Any) -> bool:
     return narrow and not on_gpu() and (value.ndim == 1 or not kernels.state().available)
 
 
-def _install_kernels(model: Any, precision: str) -> None:
+def _install_kernels(model: Any, precision: str) -> Installed:
     """Put the CPU kernels under the model; activations are f32 from the embedding on, whatever the weights are."""
-    from edger1.kernels.install import install
-
-    install(model, precision)
     import mlx.nn as nn
 
-    for layer in model.modules():
-        if isinstance(layer, nn.Embedding | nn.QuantizedEmbedding):
-            layer.__class__ = _giving_f32(type(layer))
+    from edger1.kernels.install import install
+
+    done = install(model, precision)
+    if not on_gpu():
+        for layer in model.modules():
+            if isinstance(layer, nn.Embedding | nn.QuantizedEmbedding):
+                layer.__class__ = _giving_f32(type(layer))
+    return done
 
 
 @cache
