@@ -79,7 +79,7 @@ def on_tiles(precision: str, transpose: bool, rows: int) -> bool:
 
 
 # A weight on the edge between two bf16 numbers may fall to either side, by how scale * code + bias was rounded.
-TILE_ROUNDING = 3e-4
+TILE_ROUNDING = 1e-3
 
 
 def as_seen_by(
