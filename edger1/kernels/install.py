@@ -17,7 +17,8 @@ import mlx.nn as nn
 from mlx_lm.models.mla import QuantizedMultiLinear
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear
 
-from edger1.kernels import _load, functions, quantized
+from edger1.kernels import _load, blocks, functions, quantized
+from edger1.kernels.blocks import Blocks
 from edger1.kernels.quantized import Precision
 
 
@@ -30,6 +31,8 @@ class Installed:
     """Type of layer -> how many of the model's now call the kernels directly."""
     functions: tuple[str, ...] = ()
     """Names of MLX's and mlx-lm's functions that stand replaced."""
+    blocks: Blocks = field(default_factory=Blocks)
+    """Which decoder layers run as one operation."""
     reason: str = ""
     """Why nothing was replaced, where that is so."""
     _classes: list[tuple[nn.Module, type]] = field(default_factory=list, repr=False)
@@ -42,6 +45,7 @@ class Installed:
 
     def uninstall(self) -> None:
         """Give the layers their classes back and, if no other model needs the functions, those too."""
+        self.blocks.uninstall()
         for layer, original in self._classes:
             layer.__class__ = original
         for layer, name, value in self._attributes:
@@ -51,12 +55,13 @@ class Installed:
         self._classes, self._attributes, self.functions, self.layers = [], [], (), {}
 
 
-def install(model: nn.Module, precision: Precision = "fast") -> Installed:
+def install(model: nn.Module, precision: Precision = "fast", *, fuse: bool = True) -> Installed:
     """Let a model run on the CPU kernels.
 
     `precision` is "exact" (f32 activations) or "fast" (int8 activations per 32) and concerns quantized layers only.
     Where the kernels are not built, switched off, or MLX's default device is a GPU, the model is left alone and
-    `reason` says so. Layers added later (a LoRA adapter fused, say) are reached by uninstalling and installing again.
+    `reason` says so. `fuse` runs whole decoder layers as one operation where they have the common shape (`blocks.py`).
+    Layers added later (a LoRA adapter fused, say) are reached by uninstalling and installing again.
 
     Raises ValueError for another precision.
     """
@@ -74,6 +79,8 @@ def install(model: nn.Module, precision: Precision = "fast") -> Installed:
     for layer in model.modules():
         _swap_class(layer, precision, installed)
         _swap_held_functions(layer, installed)
+    if fuse:
+        installed.blocks = blocks.install(model, precision, extension)
     return installed
 
 

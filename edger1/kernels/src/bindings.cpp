@@ -50,5 +50,6 @@ NB_MODULE(_ext, m) {
   edger1::bind_pages(m);
 #if defined(EDGER1_HAS_OPS)
   edger1::bind_ops(m);
+  edger1::bind_decoder(m);
 #endif
 }

@@ -8,22 +8,11 @@
 #include "mlx/fast.h"
 
 namespace edger1 {
-namespace {
 
-// Cosines, then sines, of every angle: [T, half] each.
-struct Angles {
-  int offset, length;
-  float scale;
-  std::vector<float> inverse_freqs;
-  std::vector<float> table;
-
-  const float* cosines(int t) const {
-    return table.data() + static_cast<size_t>(t) * inverse_freqs.size();
-  }
-  const float* sines(int t) const {
-    return cosines(t + length);
-  }
-};
+float inverse_frequency(float base, int i, int half) {
+  return static_cast<float>(
+      std::exp(static_cast<double>(static_cast<float>(-i) * (std::log(base) / static_cast<float>(half)))));
+}
 
 // All layers of a model rotate by the same angles, queries and keys alike: the last few tables are kept, one list a thread.
 std::shared_ptr<const Angles> angles_for(int offset, int length, float scale, const std::vector<float>& inverse_freqs) {
@@ -62,6 +51,8 @@ std::shared_ptr<const Angles> angles_for(int offset, int length, float scale, co
   recent.push_front(made);
   return made;
 }
+
+namespace {
 
 struct RopeKind {
   int dims;
@@ -122,9 +113,8 @@ class Rope : public DensePrimitive {
       int half = kind.dims / 2, n = x.n;
       std::vector<float> inverse_freqs(static_cast<size_t>(half));
       for (int i = 0; i < half; i++) {
-        inverse_freqs[i] = freqs ? 1.0f / static_cast<const float*>(freqs)[i * freq_stride]
-                                 : static_cast<float>(std::exp(static_cast<double>(
-                                       static_cast<float>(-i) * (std::log(*kind.base) / static_cast<float>(half)))));
+        inverse_freqs[i] =
+            freqs ? 1.0f / static_cast<const float*>(freqs)[i * freq_stride] : inverse_frequency(*kind.base, i, half);
       }
       int64_t rows = x.map.rows(), per_batch = rows / batch;
       std::vector<std::shared_ptr<const Angles>> angles;

@@ -1,0 +1,91 @@
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+
+#include <vector>
+
+#include "bindings.h"
+#include "decoder.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace edger1 {
+namespace {
+
+// A decoder layer together with the Python objects it was made from, which may be exchanged behind its back.
+class WatchedLayer {
+ public:
+  explicit WatchedLayer(const DecoderSettings& settings) : layer(settings) {}
+
+  // The layer stands for `owner[key]` being `value`. Without an owner the module passed to call is meant: holding that one
+  // would be a cycle that is never collected.
+  void watch(nb::object owner, nb::object key, nb::object value) {
+    watched_.push_back({std::move(owner), std::move(key), std::move(value)});
+  }
+
+  bool unchanged(nb::handle module) const {
+    for (const auto& w : watched_) {
+      PyObject* owner = w.owner.is_none() ? module.ptr() : w.owner.ptr();
+      if (PyDict_GetItem(owner, w.key.ptr()) != w.value.ptr()) {
+        return false;
+      }
+    }
+    return true;
+  }
+
+  // None where the layer does not apply; see DecoderLayer.
+  nb::object call(nb::handle module, const mx::array& x, nb::handle mask, const std::optional<mx::array>& keys,
+                  const std::optional<mx::array>& values, int offset) const {
+    bool causal = mask.is_none() ? x.ndim() == 3 && x.shape(1) == 1
+                                 : PyUnicode_Check(mask.ptr()) && PyUnicode_CompareWithASCIIString(mask.ptr(), "causal") == 0;
+    if (!keys || !values || !causal || !unchanged(module)) {
+      return nb::none();
+    }
+    auto done = layer(x, *keys, *values, offset);
+    return done ? nb::cast(*done) : nb::none();
+  }
+
+  DecoderLayer layer;
+
+ private:
+  struct Watched {
+    nb::object owner, key, value;
+  };
+  std::vector<Watched> watched_;
+};
+
+} // namespace
+
+void bind_decoder(nb::module_& m) {
+  nb::class_<WatchedLayer>(m, "DecoderLayer", "A dense decoder layer as one operation over up to 16 rows.")
+      .def("__init__",
+           [](WatchedLayer* self, int heads, int kv_heads, int head_dim, float attention_scale, float residual_scale,
+              const std::string& activation, const std::string& precision) {
+             new (self) WatchedLayer({heads, kv_heads, head_dim, attention_scale, residual_scale, activation, precision});
+           },
+           nb::kw_only(), "heads"_a, "kv_heads"_a, "head_dim"_a, "attention_scale"_a, "residual_scale"_a = 1.0f,
+           "activation"_a = "swiglu", "precision"_a = "exact")
+      .def("project",
+           [](WatchedLayer& self, const std::string& name, const mx::array& w, const std::optional<mx::array>& scales,
+              const std::optional<mx::array>& biases, const std::optional<mx::array>& bias, int group_size, int bits,
+              const std::string& mode) { self.layer.project(name, w, scales, biases, bias, group_size, bits, mode); },
+           "name"_a, "w"_a, "scales"_a = nb::none(), "biases"_a = nb::none(), "bias"_a = nb::none(), "group_size"_a = 64,
+           "bits"_a = 4, "mode"_a = "affine")
+      .def("norm", [](WatchedLayer& self, const std::string& name, const mx::array& weight,
+                      float eps) { self.layer.norm(name, weight, eps); },
+           "name"_a, "weight"_a, "eps"_a)
+      .def("rope",
+           [](WatchedLayer& self, int dims, bool interleaved, std::optional<float> base,
+              const std::optional<mx::array>& freqs, float scale,
+              float multiplier) { self.layer.rope(dims, interleaved, base, freqs, scale, multiplier); },
+           "dims"_a, "interleaved"_a, "base"_a = nb::none(), "freqs"_a = nb::none(), "scale"_a = 1.0f,
+           "multiplier"_a = 1.0f)
+      .def("finish", [](WatchedLayer& self) { self.layer.finish(); })
+      .def("watch", &WatchedLayer::watch, "owner"_a.none(), "key"_a, "value"_a,
+           "Apply only while owner[key] is value; without an owner, the called module's.")
+      .def("__call__", &WatchedLayer::call, "module"_a, "x"_a, "mask"_a.none(), "keys"_a.none(), "values"_a.none(),
+           "offset"_a, "The layer's result, keys and values; None where the operation does not apply.");
+}
+
+} // namespace edger1

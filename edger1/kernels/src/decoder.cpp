@@ -1,0 +1,324 @@
+#include "decoder.h"
+
+#include <cstring>
+#include <sstream>
+
+#include "mlx/transforms.h"
+#include "ops_common.h"
+#include "rope.h"
+
+namespace edger1 {
+namespace {
+
+template <class... Parts>
+[[noreturn]] void refuse(const Parts&... parts) {
+  std::ostringstream out;
+  out << "decoder layer: ";
+  (out << ... << parts);
+  throw std::invalid_argument(out.str());
+}
+
+ScaleType scale_type(mx::Dtype dtype) {
+  return dtype == mx::float32 ? ScaleType::f32 : dtype == mx::float16 ? ScaleType::f16 : ScaleType::bf16;
+}
+
+// An array whose buffer is the caller's alone: the input's own where nobody else holds it, else a copy. It is a primitive of
+// its own because an operation with several outputs cannot see who else holds its inputs.
+class Claim : public CpuPrimitive {
+ public:
+  using CpuPrimitive::CpuPrimitive;
+
+  const char* name() const override {
+    return "EdgeR1Claim";
+  }
+  std::vector<mx::Shape> output_shapes(const std::vector<mx::array>& inputs) override {
+    return {inputs[0].shape()};
+  }
+
+  void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
+    const auto& in = inputs[0];
+    auto& out = outputs[0];
+    if (in.is_donatable() && in.flags().row_contiguous && in.data_size() == in.size()) {
+      out.copy_shared_buffer(in);
+      return;
+    }
+    allocate(out);
+    Rows from(in);
+    OutRows to(out);
+    launch(stream(), [from, to] {
+      parallel_ranges(from.map.rows(), grain_for(from.map.rows(), from.n, 16384), [&](int64_t begin, int64_t end) {
+        for (int64_t r = begin; r < end; r++) {
+          float* place = to.place(r, nullptr);
+          const float* row = from.fetch(r, place);
+          if (row != place) {
+            std::memcpy(place, row, sizeof(float) * static_cast<size_t>(from.n));
+          }
+        }
+      });
+    });
+  }
+};
+
+mx::array claim(const mx::array& a, mx::Stream stream) {
+  return mx::array(a.shape(), a.dtype(), std::make_shared<Claim>(stream), {a});
+}
+
+} // namespace
+
+// Inputs x, keys, values; outputs the same, keys and values in the inputs' buffers. The inputs keys and values are claimed.
+class DecoderLayerOp : public CpuPrimitive {
+ public:
+  DecoderLayerOp(mx::Stream stream, std::shared_ptr<const DecoderLayer::Held> held, int offset)
+      : CpuPrimitive(stream), held_(std::move(held)), offset_(offset) {}
+
+  const char* name() const override {
+    return "EdgeR1DecoderLayer";
+  }
+  std::vector<mx::Shape> output_shapes(const std::vector<mx::array>& inputs) override {
+    return {inputs[0].shape(), inputs[1].shape(), inputs[2].shape()};
+  }
+
+  void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
+    const auto& x = inputs[0];
+    allocate(outputs[0]);
+    outputs[1].copy_shared_buffer(inputs[1]);
+    outputs[2].copy_shared_buffer(inputs[2]);
+    DecoderCall call;
+    call.batch = x.shape(0);
+    call.length = x.shape(1);
+    call.x = x.data<float>();
+    call.x_stride = x.shape(0) == 1 ? x.strides(1) : x.strides(0) / x.shape(1);
+    call.out = outputs[0].data<float>();
+    call.keys = outputs[1].data<float>();
+    call.values = outputs[2].data<float>();
+    call.capacity = inputs[1].shape(2);
+    call.offset = offset_;
+    bool rows_apart = x.strides(2) == 1 &&
+        (x.shape(0) == 1 || x.shape(1) == 1 || x.strides(0) == x.strides(1) * x.shape(1));
+    if (x.shape(1) == 1) {
+      call.x_stride = x.strides(0);
+    }
+    auto held = held_;
+    if (rows_apart) {
+      launch(stream(), [held, call] { run_decoder_layer(held->plan, call); });
+      return;
+    }
+    Rows rows(x);
+    launch(stream(), [held, call, rows]() mutable {
+      for (int64_t r = 0; r < rows.map.rows(); r++) {
+        float* to = call.out + r * rows.n;
+        const float* from = rows.fetch(r, to);
+        if (from != to) {
+          std::memcpy(to, from, sizeof(float) * static_cast<size_t>(rows.n));
+        }
+      }
+      call.x = call.out;
+      call.x_stride = rows.n;
+      run_decoder_layer(held->plan, call);
+    });
+  }
+
+ private:
+  std::shared_ptr<const DecoderLayer::Held> held_;
+  int offset_;
+};
+
+DecoderLayer::DecoderLayer(const DecoderSettings& settings) : held_(std::make_shared<Held>()) {
+  auto& plan = held_->plan;
+  plan.heads = settings.heads;
+  plan.kv_heads = settings.kv_heads;
+  plan.head_dim = settings.head_dim;
+  plan.attention_scale = settings.attention_scale;
+  plan.residual_scale = settings.residual_scale;
+  if (plan.heads < 1 || plan.kv_heads < 1 || plan.head_dim < 1 || plan.heads % plan.kv_heads != 0) {
+    refuse(plan.heads, " heads over ", plan.kv_heads, " key heads of ", plan.head_dim, "; expected a multiple");
+  }
+  if (settings.precision != "exact" && settings.precision != "fast") {
+    refuse("precision is \"", settings.precision, "\"; expected \"exact\" or \"fast\"");
+  }
+  plan.fast = settings.precision == "fast";
+  if (settings.activation == "swiglu") {
+    plan.activation = Gate::swiglu;
+  } else if (settings.activation == "geglu") {
+    plan.activation = Gate::geglu;
+  } else if (settings.activation == "geglu_approx") {
+    plan.activation = Gate::geglu_tanh;
+  } else {
+    refuse("activation is \"", settings.activation, "\"; expected \"swiglu\", \"geglu\" or \"geglu_approx\"");
+  }
+}
+
+mx::array DecoderLayer::keep(const mx::array& a) {
+  mx::array kept = a;
+  kept.eval();
+  if (!kept.flags().row_contiguous) {
+    kept = mx::contiguous(kept, false, mx::Device::cpu);
+    kept.eval();
+  }
+  held_->arrays.push_back(kept);
+  return kept;
+}
+
+const float* DecoderLayer::keep_floats(const mx::array& a, int n, const std::string& what) {
+  if (!is_float(a.dtype()) || a.ndim() != 1 || (n != 0 && a.shape(0) != n)) {
+    refuse(what, " has ", a.ndim(), " axes, ", a.size(), " elements and dtype ", a.dtype(), "; expected ", n, " floats");
+  }
+  return keep(mx::astype(a, mx::float32, mx::Device::cpu)).data<float>();
+}
+
+Projection& DecoderLayer::projection(const std::string& name) {
+  auto& plan = held_->plan;
+  std::pair<const char*, Projection*> all[] = {{"q", &plan.q},       {"k", &plan.k},   {"v", &plan.v},      {"o", &plan.o},
+                                               {"gate", &plan.gate}, {"up", &plan.up}, {"down", &plan.down}};
+  for (auto& [known, found] : all) {
+    if (name == known) {
+      return *found;
+    }
+  }
+  refuse("no projection is called \"", name, "\"");
+}
+
+void DecoderLayer::project(const std::string& name, const mx::array& w_in, const std::optional<mx::array>& scales_in,
+                           const std::optional<mx::array>& biases_in, const std::optional<mx::array>& bias, int group_size,
+                           int bits, const std::string& mode) {
+  Projection& p = projection(name);
+  if (w_in.ndim() != 2 || w_in.size() == 0) {
+    refuse(name, " has ", w_in.ndim(), " axes; expected a matrix");
+  }
+  p.n = w_in.shape(0);
+  p.quantized = scales_in.has_value();
+  if (p.quantized) {
+    bool fp4 = mode == "mxfp4";
+    bool known = fp4 ? bits == 4 && group_size == 32
+                     : mode == "affine" && ((bits >= 2 && bits <= 6) || bits == 8) &&
+                           (group_size == 32 || group_size == 64 || group_size == 128);
+    int64_t code_bits = int64_t{w_in.shape(1)} * 32;
+    if (!known || w_in.dtype() != mx::uint32 || code_bits % (int64_t{bits} * group_size) != 0) {
+      refuse(name, ": quantization ", mode, ", ", bits, " bits in groups of ", group_size, ", is not one of the kernels'");
+    }
+    p.k = static_cast<int>(code_bits / bits);
+    mx::Shape expected{p.n, p.k / group_size};
+    bool scales_fit = scales_in->shape() == expected && (fp4 ? scales_in->dtype() == mx::uint8 : is_float(scales_in->dtype()));
+    bool biases_fit = fp4 ? !biases_in
+                          : biases_in && biases_in->shape() == expected && biases_in->dtype() == scales_in->dtype();
+    if (!scales_fit || !biases_fit) {
+      refuse(name, ": scales or biases do not fit codes for [", p.n, ", ", p.k, "] in groups of ", group_size);
+    }
+    mx::array w = keep(w_in), scales = keep(*scales_in);
+    p.w.codes = w.data<uint8_t>();
+    p.w.row_bytes = int64_t{w.shape(1)} * 4;
+    p.w.scales = scales.data<void>();
+    p.w.scale_stride = static_cast<int64_t>(scales.itemsize()) * expected[1];
+    p.w.type = fp4 ? ScaleType::e8m0 : scale_type(scales.dtype());
+    if (!fp4) {
+      p.w.biases = keep(*biases_in).data<void>();
+      p.w.bias_stride = p.w.scale_stride;
+    }
+    p.w.n = p.n;
+    p.w.k = p.k;
+    p.w.group = group_size;
+    p.w.bits = bits;
+    p.w.fp4 = fp4;
+  } else {
+    if (!is_float(w_in.dtype())) {
+      refuse(name, " has dtype ", w_in.dtype(), "; expected float32, float16 or bfloat16");
+    }
+    mx::array w = keep(w_in);
+    p.k = w.shape(1);
+    p.plain = w.data<void>();
+    p.plain_type = float_of(w.dtype());
+    p.plain_stride = p.k;
+  }
+  if (bias) {
+    p.bias = keep_floats(*bias, p.n, name + "'s bias");
+  }
+}
+
+void DecoderLayer::norm(const std::string& name, const mx::array& weight, float eps) {
+  auto& plan = held_->plan;
+  std::pair<const char*, NormPlan*> all[] = {{"attention", &plan.attention_norm}, {"q", &plan.q_norm},
+                                             {"k", &plan.k_norm},                 {"attention_post", &plan.attention_post_norm},
+                                             {"mlp", &plan.mlp_norm},             {"mlp_post", &plan.mlp_post_norm}};
+  for (auto& [known, found] : all) {
+    if (name == known) {
+      int expected = name == "q" || name == "k" ? plan.head_dim : 0;
+      *found = {keep_floats(weight, expected, name + "'s norm"), eps};
+      if (expected == 0) {
+        plan.hidden = plan.hidden == 0 ? weight.shape(0) : plan.hidden;
+        if (plan.hidden != weight.shape(0)) {
+          refuse(name, "'s norm has ", weight.shape(0), " elements, another one ", plan.hidden);
+        }
+      }
+      return;
+    }
+  }
+  refuse("no norm is called \"", name, "\"");
+}
+
+void DecoderLayer::rope(int dims, bool interleaved, std::optional<float> base, const std::optional<mx::array>& freqs,
+                        float scale, float multiplier) {
+  auto& plan = held_->plan;
+  int half = dims / 2;
+  if (dims < 2 || dims % 2 != 0 || dims > plan.head_dim || base.has_value() == freqs.has_value()) {
+    refuse("a rotation of ", dims, " of ", plan.head_dim, " elements by ", base ? "a base" : "no base", " and ",
+           freqs ? "frequencies" : "no frequencies", "; expected an even number of them and one of the two");
+  }
+  plan.rope_dims = dims;
+  plan.rope_interleaved = interleaved;
+  plan.rope_scale = scale;
+  plan.rope_multiplier = multiplier;
+  const float* given = freqs ? keep_floats(*freqs, half, "rope's frequencies") : nullptr;
+  plan.inverse_freqs.clear();
+  for (int i = 0; i < half; i++) {
+    plan.inverse_freqs.push_back(given ? 1.0f / given[i] : inverse_frequency(*base, i, half));
+  }
+}
+
+void DecoderLayer::finish() {
+  auto& plan = held_->plan;
+  plan.inner = plan.gate.n;
+  int q = plan.heads * plan.head_dim, kv = plan.kv_heads * plan.head_dim;
+  struct Fit {
+    const char* name;
+    const Projection& p;
+    int n, k;
+  } fits[] = {{"q", plan.q, q, plan.hidden},           {"k", plan.k, kv, plan.hidden},
+              {"v", plan.v, kv, plan.hidden},          {"o", plan.o, plan.hidden, q},
+              {"gate", plan.gate, plan.inner, plan.hidden}, {"up", plan.up, plan.inner, plan.hidden},
+              {"down", plan.down, plan.hidden, plan.inner}};
+  for (const Fit& fit : fits) {
+    if (fit.n < 1 || fit.k < 1 || fit.p.n != fit.n || fit.p.k != fit.k) {
+      refuse(fit.name, " is [", fit.p.n, ", ", fit.p.k, "]; expected [", fit.n, ", ", fit.k, "]");
+    }
+  }
+  if (!plan.attention_norm.weight || !plan.mlp_norm.weight || plan.inverse_freqs.empty()) {
+    refuse("a norm before attention, one before the MLP and a rotation are needed");
+  }
+  finish_plan(plan);
+  finished_ = true;
+}
+
+std::optional<std::tuple<mx::array, mx::array, mx::array>> DecoderLayer::operator()(const mx::array& x,
+                                                                                    const mx::array& keys,
+                                                                                    const mx::array& values,
+                                                                                    int offset) const {
+  const auto& plan = held_->plan;
+  mx::Stream stream = mx::default_stream(mx::default_device());
+  if (!finished_ || x.ndim() != 3 || x.dtype() != mx::float32 || x.size() == 0 || x.shape(2) != plan.hidden ||
+      int64_t{x.shape(0)} * x.shape(1) > kMaxRows || stream.device != mx::Device(mx::Device::cpu) || x.is_tracer() ||
+      keys.is_tracer() || values.is_tracer() || keys.dtype() != mx::float32 || values.dtype() != mx::float32 ||
+      keys.ndim() != 4 || offset < 0) {
+    return std::nullopt;
+  }
+  mx::Shape expected{x.shape(0), plan.kv_heads, keys.shape(2), plan.head_dim};
+  if (keys.shape() != expected || values.shape() != expected || keys.shape(2) < offset + x.shape(1)) {
+    return std::nullopt;
+  }
+  refuse_if_forked();
+  auto outputs = mx::array::make_arrays({x.shape(), expected, expected}, {mx::float32, mx::float32, mx::float32},
+                                        std::make_shared<DecoderLayerOp>(stream, held_, offset),
+                                        {x, claim(keys, stream), claim(values, stream)});
+  return std::tuple(outputs[0], outputs[1], outputs[2]);
+}
+
+} // namespace edger1

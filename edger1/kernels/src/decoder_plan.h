@@ -1,0 +1,72 @@
+// One dense decoder layer of a language model as plain pointers and numbers; knows nothing of MLX's graph.
+//
+//   h = x + r * post(o(attention(rope(norm(q(n))), rope(norm(k(n))), v(n)))),   n = norm(x)
+//   y = h + r * post(down(act(gate(m)) * up(m))),                               m = norm(h)
+//
+// Norms of heads and the two post-norms are optional, as are biases. Everything is float32 but the weights.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "ops_table.h"
+#include "qmm_kernels.h"
+
+namespace edger1 {
+
+// A matrix [n, k] that rows are multiplied with: quantized, or plain floats.
+struct Projection {
+  bool quantized = false;
+  QuantMatrix w;
+  const void* plain = nullptr;
+  Float plain_type = Float::f32;
+  int64_t plain_stride = 0;          // in elements
+  const float* bias = nullptr;       // [n] or null
+  int n = 0;
+  int k = 0;
+  int form = 0;                      // which of its input's prepared forms it reads; set by finish_plan
+
+  int64_t row_bytes() const;
+};
+
+struct NormPlan {
+  const float* weight = nullptr;     // null: no norm here
+  float eps = 0;
+};
+
+struct DecoderPlan {
+  bool fast = false;
+  int hidden = 0, heads = 0, kv_heads = 0, head_dim = 0, inner = 0;
+  Projection q, k, v, o, gate, up, down;
+  NormPlan attention_norm, q_norm, k_norm, attention_post_norm, mlp_norm, mlp_post_norm;
+  int rope_dims = 0;
+  bool rope_interleaved = false;
+  float rope_scale = 1;              // of positions
+  float rope_multiplier = 1;         // of the rotated elements, before they are rotated
+  std::vector<float> inverse_freqs;  // [rope_dims / 2]
+  float attention_scale = 1;
+  float residual_scale = 1;
+  Gate activation = Gate::swiglu;
+
+  // Representatives of the different forms in which rows are prepared for q, k, v; o; gate, up; down.
+  std::vector<Projection> forms[4];
+};
+
+// Decides which projections of a stage can share prepared rows.
+void finish_plan(DecoderPlan& plan);
+
+// What one evaluation works on: batch * length <= kMaxRows rows.
+struct DecoderCall {
+  int batch = 1, length = 1;
+  const float* x = nullptr;          // [batch * length, hidden], rows x_stride apart
+  int64_t x_stride = 0;
+  float* out = nullptr;              // [batch * length, hidden]; may be x
+  float* keys = nullptr;             // [batch, kv_heads, capacity, head_dim], written at offset .. offset + length - 1
+  float* values = nullptr;
+  int capacity = 0;
+  int offset = 0;                    // positions in the cache before this call
+};
+
+void run_decoder_layer(const DecoderPlan& plan, const DecoderCall& call);
+
+} // namespace edger1

@@ -1,0 +1,345 @@
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <memory>
+
+#include "cpu_features.h"
+#include "decoder_plan.h"
+#include "pool.h"
+#include "qmm_tables.h"
+#include "rope.h"
+
+namespace edger1 {
+namespace {
+
+constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
+constexpr int kBlockKeys = 256;              // as in attention alone, so that both give the same bits
+constexpr int64_t kChunkBytes = 8 << 10;     // weights that one claim takes: at least, and
+constexpr int64_t kMostChunkBytes = 48 << 10;
+constexpr int64_t kSerialPrepare = 1 << 13;  // elements below which preparing rows is not worth a job
+
+const QmmKernels& quantized() {
+  static const QmmKernels& chosen = table_for_isa(qmm_portable, qmm_avx2, qmm_avx512vnni, qmm_neon);
+  return chosen;
+}
+
+int64_t scale_bytes(ScaleType type) {
+  return type == ScaleType::f32 ? 4 : type == ScaleType::e8m0 ? 1 : 2;
+}
+
+bool same_form(const Projection& a, const Projection& b) {
+  return a.quantized == b.quantized && a.k == b.k &&
+      (!a.quantized || (a.w.bits == b.w.bits && a.w.group == b.w.group && a.w.fp4 == b.w.fp4));
+}
+
+int64_t form_bytes(const Projection& form, bool fast) {
+  return form.quantized ? prepared_layout(form.k, fast).bytes : int64_t{form.k} * 4;
+}
+
+// Columns [n0, n1) of the results of rows in one prepared form.
+void product(const Projection& p, bool fast, const char* prepared, int64_t stride, int m, int n0, int n1,
+             float* const* out) {
+  if (p.quantized) {
+    const void* x[kMaxRows];
+    for (int i = 0; i < m; i++) {
+      x[i] = prepared + i * stride;
+    }
+    (fast ? quantized().rows_fast : quantized().rows_exact)(p.w, x, m, n0, n1, out);
+  } else {
+    int64_t out_stride = m > 1 ? out[1] - out[0] : 0;
+    ops().dot_rows(out[0] - n0, out_stride, reinterpret_cast<const float*>(prepared), stride / 4, m, p.plain,
+                   p.plain_type, p.plain_stride, p.k, n0, n1);
+  }
+  for (int i = 0; i < m && p.bias; i++) {
+    ops().blend_row(out[i], 1, p.bias + n0, 1, n1 - n0);
+  }
+}
+
+class Run {
+ public:
+  Run(const DecoderPlan& plan, const DecoderCall& call)
+      : plan_(plan), call_(call), rows_(call.batch * call.length), keys_(call.offset + call.length) {
+    group_ = plan.heads / plan.kv_heads;
+    pairs_ = call.batch * plan.kv_heads;
+    blocks_ = (keys_ + kBlockKeys - 1) / kBlockKeys;
+    part_floats_ = int64_t{group_} * call.length * (plan.head_dim + 2);
+    int64_t q = int64_t{rows_} * plan.heads * plan.head_dim, kv = int64_t{rows_} * plan.kv_heads * plan.head_dim;
+    int64_t prepared = 0;
+    for (const auto& forms : plan.forms) {
+      int64_t bytes = 0;
+      for (const auto& form : forms) {
+        bytes += padded(rows_ * form_bytes(form, plan.fast), 64);
+      }
+      prepared = std::max(prepared, bytes);
+    }
+    int64_t floats[] = {int64_t{rows_} * plan.hidden, q, kv, kv, q, q, pairs_ * blocks_ * part_floats_,
+                        int64_t{rows_} * plan.inner};
+    int64_t total = prepared;
+    for (int64_t& n : floats) {
+      n = padded(n, 16) + 16;
+      total += n * 4;
+    }
+    prepared_ = static_cast<char*>(thread_scratch(1, static_cast<size_t>(total)));
+    float** areas[] = {&normed_, &q_, &k_, &v_, &queries_, &attended_, &parts_, &gated_};
+    auto* at = reinterpret_cast<float*>(prepared_ + prepared);
+    for (int i = 0; i < 8; i++) {
+      *areas[i] = at;
+      at += floats[i];
+    }
+  }
+
+  void operator()() {
+    int q = plan_.q.n, kv = plan_.k.n;
+    normalize(plan_.attention_norm, call_.x, call_.x_stride);
+    prepare(0, normed_, plan_.hidden);
+    sweep(plan_.q.n + plan_.k.n + plan_.v.n, plan_.q.row_bytes(), [&](int n0, int n1) {
+      part(plan_.q, 0, n0, n1, 0, q_);
+      part(plan_.k, 0, n0, n1, q, k_);
+      part(plan_.v, 0, n0, n1, q + kv, v_);
+    });
+    rotate();
+    attend();
+    prepare(1, attended_, q);
+    if (call_.out != call_.x) {
+      for (int i = 0; i < rows_; i++) {
+        std::memcpy(call_.out + int64_t{i} * plan_.hidden, call_.x + i * call_.x_stride, size_t(plan_.hidden) * 4);
+      }
+    }
+    add_product(plan_.o, 1, plan_.attention_post_norm);
+    normalize(plan_.mlp_norm, call_.out, plan_.hidden);
+    prepare(2, normed_, plan_.hidden);
+    sweep(plan_.inner, plan_.gate.row_bytes() + plan_.up.row_bytes(), [&](int n0, int n1) { gate(n0, n1); });
+    prepare(3, gated_, plan_.inner);
+    add_product(plan_.down, 3, plan_.mlp_post_norm);
+  }
+
+ private:
+  // Calls body(n0, n1) for ranges that cover [0, n).
+  template <class Body>
+  void sweep(int n, int64_t row_bytes, Body&& body) {
+    int64_t share = n / (8 * int64_t{pool_threads()});
+    int64_t grain = std::max<int64_t>({kChunkBytes / row_bytes, std::min(share, kMostChunkBytes / row_bytes), 1});
+    parallel_ranges(n, grain, [&](int64_t begin, int64_t end) { body(static_cast<int>(begin), static_cast<int>(end)); });
+  }
+
+  template <class Body>
+  void each_row(int64_t elements, Body&& body) {
+    if (rows_ == 1 || rows_ * elements < kSerialPrepare) {
+      for (int i = 0; i < rows_; i++) {
+        body(i);
+      }
+    } else {
+      parallel_for(rows_, [&](int64_t i) { body(static_cast<int>(i)); });
+    }
+  }
+
+  void normalize(const NormPlan& norm, const float* x, int64_t stride) {
+    each_row(plan_.hidden, [&](int i) {
+      ops().rms_norm(normed_ + int64_t{i} * plan_.hidden, x + i * stride, norm.weight, plan_.hidden, norm.eps);
+    });
+  }
+
+  // All forms of a stage's input, one after the other.
+  void prepare(int stage, const float* x, int64_t stride) {
+    char* to = prepared_;
+    for (const Projection& form : plan_.forms[stage]) {
+      int64_t bytes = form_bytes(form, plan_.fast);
+      each_row(form.k, [&](int i) {
+        const float* from = x + i * stride;
+        if (form.quantized) {
+          (plan_.fast ? quantized().prepare_fast : quantized().prepare_exact)(form.w, from, to + i * bytes);
+        } else {
+          std::memcpy(to + i * bytes, from, static_cast<size_t>(form.k) * 4);
+        }
+      });
+      to += padded(rows_ * bytes, 64);
+    }
+  }
+
+  void multiply(const Projection& p, int stage, int n0, int n1, float* const* out) const {
+    const char* at = prepared_;
+    for (int i = 0; i < p.form; i++) {
+      at += padded(rows_ * form_bytes(plan_.forms[stage][i], plan_.fast), 64);
+    }
+    product(p, plan_.fast, at, form_bytes(plan_.forms[stage][p.form], plan_.fast), rows_, n0, n1, out);
+  }
+
+  // What of the range [n0, n1) over several matrices side by side falls to the one that begins at `first`.
+  void part(const Projection& p, int stage, int n0, int n1, int first, float* rows) const {
+    n0 = std::max(n0 - first, 0);
+    n1 = std::min(n1 - first, p.n);
+    if (n0 < n1) {
+      float* out[kMaxRows];
+      for (int i = 0; i < rows_; i++) {
+        out[i] = rows + int64_t{i} * p.n + n0;
+      }
+      multiply(p, stage, n0, n1, out);
+    }
+  }
+
+  void gate(int n0, int n1) const {
+    int n = n1 - n0;
+    auto* scratch = static_cast<float*>(thread_scratch(0, size_t(rows_) * 2 * size_t(n) * 4));
+    float *gates[kMaxRows], *ups[kMaxRows];
+    for (int i = 0; i < rows_; i++) {
+      gates[i] = scratch + int64_t{i} * n;
+      ups[i] = scratch + int64_t{rows_ + i} * n;
+    }
+    multiply(plan_.gate, 2, n0, n1, gates);
+    multiply(plan_.up, 2, n0, n1, ups);
+    for (int i = 0; i < rows_; i++) {
+      ops().gate(plan_.activation, gated_ + int64_t{i} * plan_.inner + n0, gates[i], ups[i], n, 0, 0);
+    }
+  }
+
+  // Adds a projection to the residual stream, which `out` holds.
+  void add_product(const Projection& p, int stage, const NormPlan& post) {
+    auto add = [&](int i, int n0, int n) {
+      float* result = normed_ + int64_t{i} * plan_.hidden + n0;
+      ops().blend_row(call_.out + int64_t{i} * plan_.hidden + n0, 1, result, plan_.residual_scale, n);
+    };
+    sweep(p.n, p.row_bytes(), [&](int n0, int n1) {
+      part(p, stage, n0, n1, 0, normed_);
+      for (int i = 0; i < rows_ && !post.weight; i++) {
+        add(i, n0, n1 - n0);
+      }
+    });
+    for (int i = 0; i < rows_ && post.weight; i++) {
+      float* result = normed_ + int64_t{i} * plan_.hidden;
+      ops().rms_norm(result, result, post.weight, plan_.hidden, post.eps);
+      add(i, 0, plan_.hidden);
+    }
+  }
+
+  float* cached(float* cache, int b, int head, int position) const {
+    return cache + ((int64_t{b} * plan_.kv_heads + head) * call_.capacity + position) * plan_.head_dim;
+  }
+
+  // One head of one row: norm, then rotation.
+  void rotate_head(float* to, float* from, const NormPlan& norm, const Angles& angles, int l) const {
+    int dim = plan_.head_dim;
+    if (norm.weight) {
+      ops().rms_norm(from, from, norm.weight, dim, norm.eps);
+    }
+    if (plan_.rope_multiplier != 1) {
+      ops().scale_row(from, plan_.rope_multiplier, plan_.rope_dims);
+    }
+    ops().rope(to, from, angles.cosines(l), angles.sines(l), plan_.rope_dims / 2, plan_.rope_interleaved, false);
+    std::copy(from + plan_.rope_dims, from + dim, to + plan_.rope_dims);
+  }
+
+  // Queries go, scaled, to where attention reads them; keys and values into the cache.
+  void rotate() {
+    auto angles = angles_for(call_.offset, call_.length, plan_.rope_scale, plan_.inverse_freqs);
+    int dim = plan_.head_dim;
+    each_row(plan_.q.n * 2, [&](int i) {
+      int b = i / call_.length, l = i % call_.length;
+      for (int h = 0; h < plan_.heads; h++) {
+        int64_t place = (int64_t{b} * plan_.heads + h) * call_.length + l;
+        float* to = queries_ + place * dim;
+        rotate_head(to, q_ + (int64_t{i} * plan_.heads + h) * dim, plan_.q_norm, *angles, l);
+        ops().scale_row(to, plan_.attention_scale, dim);
+      }
+      for (int h = 0; h < plan_.kv_heads; h++) {
+        int64_t from = (int64_t{i} * plan_.kv_heads + h) * dim;
+        rotate_head(cached(call_.keys, b, h, call_.offset + l), k_ + from, plan_.k_norm, *angles, l);
+        std::memcpy(cached(call_.values, b, h, call_.offset + l), v_ + from, static_cast<size_t>(dim) * 4);
+      }
+    });
+  }
+
+  // For each key head and block of keys all queries of all its heads at once; partial results are then merged in the
+  // order of the blocks.
+  void attend() {
+    int dim = plan_.head_dim, rows = group_ * call_.length;
+    double cost = static_cast<double>(rows) * std::min(keys_, kBlockKeys) * dim / 4;
+    int64_t tasks = int64_t{pairs_} * blocks_;
+    parallel_ranges(tasks, grain_for(tasks, cost, 10000), [&](int64_t begin, int64_t end) {
+      size_t scores_bytes = size_t(rows) * (kBlockKeys + 16) * 4;
+      auto* scores = static_cast<float*>(thread_scratch(0, scores_bytes + size_t(rows) * sizeof(int)));
+      auto* visible = reinterpret_cast<int*>(reinterpret_cast<char*>(scores) + scores_bytes);
+      for (int64_t task = begin; task < end; task++) {
+        int64_t pair = task / blocks_;
+        int b = static_cast<int>(pair / plan_.kv_heads), head = static_cast<int>(pair % plan_.kv_heads);
+        int key = static_cast<int>(task % blocks_) * kBlockKeys, n = std::min(kBlockKeys, keys_ - key);
+        for (int r = 0; r < rows; r++) {
+          visible[r] = std::clamp(call_.offset + r % call_.length + 1 - key, 0, n);
+        }
+        KeyBlock block{cached(call_.keys, b, head, key), cached(call_.values, b, head, key), Float::f32, dim, dim, n, dim,
+                       dim};
+        float* to = parts_ + task * part_floats_;
+        ops().attention_rows(to, to + rows, to + 2 * rows, queries_ + pair * rows * dim, rows, block, visible, nullptr,
+                             scores);
+      }
+    });
+    double merge_cost = static_cast<double>(blocks_) * dim;
+    int64_t all = int64_t{pairs_} * rows;
+    parallel_ranges(all, grain_for(all, merge_cost, 20000), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; i++) {
+        merge(static_cast<int>(i / rows), static_cast<int>(i % rows));
+      }
+    });
+  }
+
+  void merge(int pair, int r) const {
+    int dim = plan_.head_dim, rows = group_ * call_.length;
+    int b = pair / plan_.kv_heads, head = pair % plan_.kv_heads * group_ + r / call_.length, l = r % call_.length;
+    float* to = attended_ + ((int64_t{b} * call_.length + l) * plan_.heads + head) * dim;
+    std::fill(to, to + dim, 0.0f);
+    float top = kMinusInfinity, sum = 0;
+    for (int i = 0; i < blocks_; i++) {
+      const float* from = parts_ + (int64_t{pair} * blocks_ + i) * part_floats_;
+      float part_top = from[r], part_sum = from[rows + r];
+      if (part_top == kMinusInfinity) {
+        continue;
+      }
+      float best = std::max(top, part_top);
+      float before = top == kMinusInfinity ? 0.0f : std::exp(top - best), after = std::exp(part_top - best);
+      ops().blend_row(to, before, from + 2 * rows + int64_t{r} * dim, after, dim);
+      sum = sum * before + part_sum * after;
+      top = best;
+    }
+    ops().scale_row(to, 1.0f / sum, dim);
+  }
+
+  const DecoderPlan& plan_;
+  const DecoderCall& call_;
+  int rows_, keys_, group_ = 0, pairs_ = 0, blocks_ = 0;
+  int64_t part_floats_ = 0;
+  char* prepared_ = nullptr;
+  float *normed_, *q_, *k_, *v_, *queries_, *attended_, *parts_, *gated_;
+};
+
+} // namespace
+
+int64_t Projection::row_bytes() const {
+  if (!quantized) {
+    return int64_t{k} * bytes_of(plain_type);
+  }
+  return int64_t{k} * w.bits / 8 + (w.fp4 ? 1 : 2) * int64_t{k / w.group} * scale_bytes(w.type);
+}
+
+void finish_plan(DecoderPlan& plan) {
+  Projection* stages[4][3] = {{&plan.q, &plan.k, &plan.v}, {&plan.o}, {&plan.gate, &plan.up}, {&plan.down}};
+  for (int stage = 0; stage < 4; stage++) {
+    auto& forms = plan.forms[stage];
+    for (Projection* p : stages[stage]) {
+      if (!p) {
+        continue;
+      }
+      auto found = std::find_if(forms.begin(), forms.end(), [&](const Projection& f) { return same_form(f, *p); });
+      p->form = static_cast<int>(found - forms.begin());
+      if (found == forms.end()) {
+        forms.push_back(*p);
+      }
+    }
+  }
+}
+
+void run_decoder_layer(const DecoderPlan& plan, const DecoderCall& call) {
+  Run run(plan, call);
+  run();
+}
+
+} // namespace edger1
