@@ -4,10 +4,9 @@
 #include <limits>
 #include <memory>
 
-#include "cpu_features.h"
 #include "decoder_plan.h"
 #include "pool.h"
-#include "qmm_tables.h"
+#include "qmm_driver.h"
 #include "rope.h"
 
 namespace edger1 {
@@ -18,11 +17,6 @@ constexpr int kBlockKeys = 256;              // as in attention alone, so that b
 constexpr int64_t kChunkBytes = 8 << 10;     // weights that one claim takes: at least, and
 constexpr int64_t kMostChunkBytes = 48 << 10;
 constexpr int64_t kSerialPrepare = 1 << 13;  // elements below which preparing rows is not worth a job
-
-const QmmKernels& quantized() {
-  static const QmmKernels& chosen = table_for_isa(qmm_portable, qmm_avx2, qmm_avx512vnni, qmm_neon);
-  return chosen;
-}
 
 int64_t scale_bytes(ScaleType type) {
   return type == ScaleType::f32 ? 4 : type == ScaleType::e8m0 ? 1 : 2;
@@ -45,7 +39,7 @@ void product(const Projection& p, bool fast, const char* prepared, int64_t strid
     for (int i = 0; i < m; i++) {
       x[i] = prepared + i * stride;
     }
-    (fast ? quantized().rows_fast : quantized().rows_exact)(p.w, x, m, n0, n1, out);
+    (fast ? qmm_kernels().rows_fast : qmm_kernels().rows_exact)(p.w, x, m, n0, n1, out);
   } else {
     int64_t out_stride = m > 1 ? out[1] - out[0] : 0;
     ops().dot_rows(out[0] - n0, out_stride, reinterpret_cast<const float*>(prepared), stride / 4, m, p.plain,
@@ -148,7 +142,7 @@ class Run {
       each_row(form.k, [&](int i) {
         const float* from = x + i * stride;
         if (form.quantized) {
-          (plan_.fast ? quantized().prepare_fast : quantized().prepare_exact)(form.w, from, to + i * bytes);
+          (plan_.fast ? qmm_kernels().prepare_fast : qmm_kernels().prepare_exact)(form.w, from, to + i * bytes);
         } else {
           std::memcpy(to + i * bytes, from, static_cast<size_t>(form.k) * 4);
         }

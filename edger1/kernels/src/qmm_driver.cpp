@@ -8,14 +8,8 @@
 #include "qmm_tables.h"
 
 namespace edger1 {
-namespace {
 
-constexpr int64_t kSmallChunkBytes = 8 << 10;  // weights below which splitting further costs more than it gains
-constexpr int64_t kLargeChunkBytes = 48 << 10; // weights that one claim takes in a large matrix
-constexpr int64_t kPanelRows = 768;            // rows of x that share one unpacking of a panel
-constexpr int64_t kSerialPrepare = 1 << 15;    // elements of x below which preparing them is not worth a job
-
-const QmmKernels& kernels() {
+const QmmKernels& qmm_kernels() {
   static const QmmKernels chosen = [] {
     const QmmKernels& table = table_for_isa(qmm_portable, qmm_avx2, qmm_avx512vnni, qmm_neon);
     if (active_isa_has_amx()) {
@@ -25,6 +19,17 @@ const QmmKernels& kernels() {
   }();
   return chosen;
 }
+
+namespace {
+
+const QmmKernels& kernels() {
+  return qmm_kernels();
+}
+
+constexpr int64_t kSmallChunkBytes = 8 << 10;  // weights below which splitting further costs more than it gains
+constexpr int64_t kLargeChunkBytes = 48 << 10; // weights that one claim takes in a large matrix
+constexpr int64_t kPanelRows = 768;            // rows of x that share one unpacking of a panel
+constexpr int64_t kSerialPrepare = 1 << 15;    // elements of x below which preparing them is not worth a job
 
 int64_t size_of(ScaleType type) {
   return type == ScaleType::f32 ? 4 : type == ScaleType::e8m0 ? 1 : 2;

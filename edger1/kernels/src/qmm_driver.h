@@ -37,4 +37,7 @@ struct QmmJob {
 
 void run_qmm(const QmmJob& job);
 
+// The inner loops in use.
+const QmmKernels& qmm_kernels();
+
 } // namespace edger1
