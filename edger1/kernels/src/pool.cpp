@@ -132,6 +132,7 @@ class Pool {
     finished_.store(0, std::memory_order_relaxed);
     uint64_t generation = (ticket_.load(std::memory_order_relaxed) >> 32) + 1;
     ticket_.store(generation << 32 | static_cast<uint64_t>(n), std::memory_order_seq_cst);
+    keep_apart();
     if (sleepers_.load(std::memory_order_seq_cst) > 0) {
       wake_.fetch_add(1, std::memory_order_seq_cst);
       wake_.notify_all();
@@ -221,10 +222,34 @@ class Pool {
     }
   }
 
+  // Sends the workers to other processors than the caller's. Left alone, the system may queue a woken worker behind the
+  // very thread that it should help and leave it there for milliseconds. One system call a worker, when the caller has
+  // moved since the last job.
+  void keep_apart() {
+    int here = sched_getcpu();
+    if (here == avoided_) {
+      return;
+    }
+    avoided_ = here;
+    cpu_set_t others = allowed_;
+    if (here >= 0 && here < CPU_SETSIZE) {
+      CPU_CLR(here, &others);
+    }
+    // Without a processor for each thread the system knows better.
+    if (CPU_COUNT(&others) + 1 >= threads()) {
+      for (auto& worker : workers_) {
+        pthread_setaffinity_np(worker.native_handle(), sizeof others, &others);
+      }
+    }
+  }
+
   void start_workers() {
     if (!workers_.empty()) {
       return;
     }
+    avoided_ = -1;
+    CPU_ZERO(&allowed_);
+    sched_getaffinity(0, sizeof allowed_, &allowed_);
     for (int i = 1; i < threads(); i++) {
       workers_.emplace_back([this, i] {
         std::string name = "edger1-" + std::to_string(i);
@@ -258,6 +283,8 @@ class Pool {
   std::atomic<int> threads_;
   std::vector<std::thread> workers_;
   bool ended_ = false;
+  cpu_set_t allowed_{};
+  int avoided_ = -1;
 
   alignas(64) std::atomic<uint64_t> ticket_{0};
   std::atomic<detail::ChunkFunction> function_{nullptr};
