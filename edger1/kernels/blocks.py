@@ -140,9 +140,7 @@ def _make_room(cache: KVCache, x: mx.array) -> bool:
     return True
 
 
-def _operation(
-    layer: nn.Module, precision: str, extension: ModuleType, activations: list[str]
-) -> tuple[Any, str]:
+def _operation(layer: nn.Module, precision: str, extension: ModuleType, activations: list[str]) -> tuple[Any, str]:
     """Return the operation that computes what `layer` does, and its activation."""
     probe = _Probe(layer)
     tried: list[tuple[float, str, Any]] = []

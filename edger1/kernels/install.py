@@ -127,6 +127,10 @@ def _quantized_linear(precision: Precision) -> type:
 @cache
 def _quantized_embedding(precision: Precision) -> type:
     class KernelQuantizedEmbedding(nn.QuantizedEmbedding):
+        def __call__(self, x: mx.array) -> mx.array:
+            # Scales may be of 16 bits; the layers after it compute in f32.
+            return super().__call__(x).astype(mx.float32)
+
         def as_linear(self, x: mx.array) -> mx.array:
             return quantized.quantized_matmul(
                 x,
