@@ -11,7 +11,6 @@ import gc
 import json
 from collections.abc import Generator
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -182,6 +181,7 @@ def load(
     from mlx.utils import tree_flatten, tree_unflatten
     from mlx_lm.utils import load_tokenizer
 
+    from edger1.kernels.install import install
     from edger1.kernels.pages import use_huge_pages
 
     total, done = plan.resident_bytes, 0
@@ -222,7 +222,7 @@ def load(
         vocabulary=min(len(tokenizer), model(mx.zeros((1, 1), dtype=mx.int32)).shape[-1]),
         kv=KVStore(plan.kv_bytes, kv.nbytes),
         # Last, since what it replaces for the process is given back by close() alone.
-        installed=_install_kernels(model, precision),
+        installed=install(model, precision),
     )
 
 
@@ -232,32 +232,6 @@ def _is_widened(value: Any) -> bool:
 
     narrow = value.dtype in (mx.float16, mx.bfloat16)
     return narrow and not on_gpu() and (value.ndim == 1 or not kernels.state().available)
-
-
-def _install_kernels(model: Any, precision: str) -> Installed:
-    """Put the CPU kernels under the model; activations are f32 from the embedding on, whatever the weights are."""
-    import mlx.nn as nn
-
-    from edger1.kernels.install import install
-
-    done = install(model, precision)
-    if not on_gpu():
-        for layer in model.modules():
-            if isinstance(layer, nn.Embedding | nn.QuantizedEmbedding):
-                layer.__class__ = _giving_f32(type(layer))
-    return done
-
-
-@cache
-def _giving_f32(kind: type) -> type:
-    """Return an embedding class whose vectors are f32."""
-
-    def call(self: Any, ids: Any) -> Any:
-        import mlx.core as mx
-
-        return kind.__call__(self, ids).astype(mx.float32)
-
-    return type(kind.__name__, (kind,), {"__call__": call})
 
 
 def thinking_markers(path: Path, tokenizer: Any) -> Markers | None:
