@@ -201,9 +201,9 @@ class Scheduler:
         for id_, model, _ in list(self._jobs):
             if model == request.model:
                 self._cancel(id_)
-        model = self._models.pop(request.model, None)
-        if model is not None:
-            model.close()
+        closing = self._models.pop(request.model, None)
+        if closing is not None:
+            closing.close()
         self.emit(Unloaded(request.id, request.model))
 
     def _fail(self, id_: str, error: Exception) -> None:

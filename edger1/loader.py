@@ -222,7 +222,7 @@ def load(
         vocabulary=min(len(tokenizer), model(mx.zeros((1, 1), dtype=mx.int32)).shape[-1]),
         kv=KVStore(plan.kv_bytes, kv.nbytes),
         # Last, since what it replaces for the process is given back by close() alone.
-        installed=install(model, precision),
+        installed=install(model, "exact" if precision == "exact" else "fast"),
     )
 
 

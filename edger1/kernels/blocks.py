@@ -2,9 +2,9 @@
 
 A token of a small model crosses a dozen operations a layer, and passing them from thread to thread takes longer than
 reading the weights. `install` looks at the layers of a loaded mlx-lm model: those that are made of the usual
-parts (attention over q, k, v, o projections, a gated MLP, RMS norms, a rotary embedding) get a class of their own that gives up
-to 16 rows with a plain KV cache and a causal mask to one operation (`src/decoder.h`), and everything else to the layer
-as it was.
+parts (attention over q, k, v, o projections, a gated MLP, RMS norms, a rotary embedding) get a class of their own that
+gives up to 16 rows with a plain KV cache and a causal mask to one operation (`src/decoder.h`), and everything else to
+the layer as it was.
 
 Names only suggest what a part is. Whether a layer really computes what the operation computes is found by running both
 on random input; a layer that differs is left alone, and the report says so. The operation writes into the arrays of
@@ -101,7 +101,8 @@ def install(model: nn.Module, precision: str, extension: ModuleType) -> Blocks:
         layers[type(layer).__name__] += 1
         blocks._classes.append((layer, type(layer)))
         object.__setattr__(layer, "_block", _Held(call))
-        layer.__class__ = _fused(type(layer))
+        kind: Any = type(layer)
+        layer.__class__ = _fused(kind)
     blocks.layers, blocks.others = dict(layers), dict(others)
     return blocks
 
@@ -190,7 +191,7 @@ class _Probe:
                 return float("inf")
             out, keys, values = done
             error = mx.abs(self._added(x, out) - expected).max() / mx.maximum(mx.abs(expected).max(), 1e-30)
-            worst = max(worst, error.item())
+            worst = max(worst, abs(error.item()))
             offset += x.shape[1]
         return worst
 
