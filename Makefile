@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt scripts/setup.sh $(wildcard edger1/kernels/src/*)
 
-.PHONY: chat test lint parity bench sanitize screenshots clean
+.PHONY: chat test lint families parity bench sanitize screenshots clean
 .DEFAULT_GOAL := help
 
 help: ## Show this help
@@ -24,13 +24,18 @@ lint: $(VENV)/.installed-dev ## Run the linters, and the type checker on the ins
 		--config-settings wheel.cmake=false .
 	cd build/typed && MYPYPATH=. $(CURDIR)/$(BIN)/python -m mypy --config-file $(CURDIR)/pyproject.toml -p edger1
 
+families: $(VENV)/.installed-dev ## Hold the kernels against MLX on every model family of mlx-lm
+	$(BIN)/python -m pytest -q -m parity tests/parity/test_kernel_families.py
+
 parity: $(VENV)/.installed-parity ## Compare with other people's code (needs torch)
 	@$(BIN)/edger1 pull smollm2-135m
 	$(BIN)/python -m pytest -q -m parity tests/parity
 
-bench: $(VENV)/.installed-dev ## Run the benchmarks, EdgeR1 beside its peers
-	@$(BIN)/edger1 pull smollm2-135m
+bench: $(VENV)/.installed-dev ## Run the benchmarks, EdgeR1 beside its peers (over an hour; builds llama.cpp once)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m benchmarks.peers
 	$(BIN)/python -m benchmarks.startup
+	$(BIN)/python -m benchmarks.speed
+	$(BIN)/python -m benchmarks.kernels
 
 sanitize: $(VENV)/.installed-dev ## Run the kernels' tests with address, undefined and thread sanitizers
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python scripts/sanitize.py
