@@ -62,12 +62,23 @@ def to_numpy(a: mx.array) -> np.ndarray:
     return np.array(a.astype(mx.float32), dtype=np.float64)
 
 
-def int8_activations(x: np.ndarray) -> np.ndarray:
-    """Round each 32 elements to int8 with one scale, max |x| / 127, in the float32 arithmetic of the kernels."""
-    blocks = x.astype(np.float32).reshape(*x.shape[:-1], x.shape[-1] // 32, 32)
+def int8_activations(x: np.ndarray, size: int) -> np.ndarray:
+    """Round each `size` elements to int8 with one scale, max |x| / 127, in the float32 arithmetic of the kernels."""
+    blocks = x.astype(np.float32).reshape(*x.shape[:-1], x.shape[-1] // size, size)
     largest = np.abs(blocks).max(-1, keepdims=True)
     inverse = np.where(largest > 0, np.float32(127) / np.where(largest > 0, largest, 1), np.float32(0))
     return (np.rint(blocks * inverse) * (largest / np.float32(127)).astype(np.float64)).reshape(x.shape)
+
+
+def without_outliers(x: np.ndarray) -> np.ndarray:
+    """Round to int8 by 32, but for the 16 channels that are largest over all rows."""
+    largest = np.abs(x.reshape(-1, x.shape[-1])).max(0)
+    kept = np.argsort(-largest, kind="stable")[:16]
+    rest = x.copy()
+    rest[..., kept] = 0
+    seen = int8_activations(rest, 32)
+    seen[..., kept] = x[..., kept]
+    return seen
 
 
 def bf16(a: np.ndarray) -> np.ndarray:
@@ -90,7 +101,7 @@ def as_seen_by(
         return x, w
     if on_tiles(precision, transpose, rows):
         return bf16(x), bf16(w)
-    return int8_activations(x), w
+    return (int8_activations(x, 8) if rows <= 16 else without_outliers(x)), w
 
 
 def error(got: mx.array, expected: np.ndarray) -> float:
@@ -342,7 +353,7 @@ def test_fast_is_close_to_exact(form, rows):
     x = mx.random.normal((rows, 768))
     exact = to_numpy(x) @ w.dense.T
     off = to_numpy(quantized_matmul(x, *w.arguments(), precision="fast", **w.options())) - exact
-    assert np.sqrt((off**2).mean() / (exact**2).mean()) < 0.008
+    assert np.sqrt((off**2).mean() / (exact**2).mean()) < 0.007
 
 
 def test_arguments_that_do_not_fit_are_refused():

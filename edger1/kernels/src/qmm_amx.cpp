@@ -23,7 +23,7 @@ inline __m512i to_bf16(__m512 first, __m512 second) {
 }
 
 // [32 columns of W][32 rows][32 bf16]
-void pack_x_tiles(const QuantMatrix& w, const float* const* x, int count, void* packed) {
+void pack_x_tiles(const QuantMatrix& w, const float* const* x, int count, const int*, void* packed) {
   auto* to = static_cast<uint16_t*>(packed);
   for (int i = 0; i < kTileRows; i++) {
     for (int k = 0; k < w.k; k += 32) {
@@ -164,7 +164,7 @@ inline void tile_bf16(const uint16_t* pairs, const uint16_t* x, int steps, int r
 }
 
 void panel_tiles(const QuantMatrix& w, const void* packed_x, int m, int n0, int n1, float* out, int64_t stride,
-                 void* scratch) {
+                 const int*, void* scratch) {
   auto* scales = static_cast<float*>(scratch);
   float* biases = scales + w.k / w.group * 32;
   auto* pairs = reinterpret_cast<uint16_t*>(biases + w.k / w.group * 32);

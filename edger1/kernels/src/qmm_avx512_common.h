@@ -136,20 +136,18 @@ inline float quantize_block(const float* x, __m256i& q, int& sum) {
   return amax < __builtin_inff() ? amax / 127.0f : __builtin_nanf("");
 }
 
-// Quantizes a row: int8 in order, a scale for each block, and scale * sum added up for each group.
-inline void quantize_row(const float* x, int k, int group, int8_t* q, float* scales, float* sums) {
-  int blocks = group / kBlock;
-  for (int g = 0; g < k / group; g++) {
-    float total = 0.0f;
-    for (int b = g * blocks; b < (g + 1) * blocks; b++) {
-      __m256i codes;
-      int sum;
-      scales[b] = quantize_block(x + b * kBlock, codes, sum);
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(q + b * kBlock), codes);
-      total += scales[b] * static_cast<float>(sum);
-    }
-    sums[g] = total;
-  }
+// The same for each 8 of 16 floats: 16 int8, the two scales over 8 lanes each.
+inline __m128i quantize_eights(__m512 x, __m512& scale) {
+  __m512i bits = _mm512_castps_si512(_mm512_abs_ps(x));
+  bits = _mm512_max_epi32(bits, _mm512_shuffle_i32x4(bits, bits, 0xb1));
+  bits = _mm512_max_epi32(bits, _mm512_shuffle_epi32(bits, _MM_PERM_BADC));
+  bits = _mm512_max_epi32(bits, _mm512_shuffle_epi32(bits, _MM_PERM_CDAB));
+  __m512 largest = _mm512_castsi512_ps(bits);
+  __m512 inverse = _mm512_maskz_div_ps(_mm512_test_epi32_mask(bits, bits), _mm512_set1_ps(127.0f), largest);
+  scale = _mm512_mul_ps(largest, _mm512_set1_ps(1.0f / 127.0f));
+  scale = _mm512_mask_mov_ps(scale, _mm512_cmpge_epi32_mask(bits, _mm512_set1_epi32(0x7f800000)),
+                             _mm512_set1_ps(__builtin_nanf("")));
+  return _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(x, inverse)));
 }
 
 inline float sum_group(const float* x, int group) {

@@ -87,11 +87,12 @@ inline void unpack_scales(const QuantMatrix& w, int n0, int n1, float* scales, f
 }
 
 struct PackedFast {
-  int64_t scales, sums, bytes;
+  int64_t scales, sums, outliers, bytes;
   explicit PackedFast(const QuantMatrix& w) {
     scales = static_cast<int64_t>(w.k) * kTileFast;
     sums = scales + static_cast<int64_t>(w.k) / kBlock * kTileFast * 4;
-    bytes = padded(sums + static_cast<int64_t>(w.k) / w.group * kTileFast * 4, 64);
+    outliers = sums + static_cast<int64_t>(w.k) / w.group * kTileFast * 4;
+    bytes = padded(outliers + kOutliers * kTileFast * 4, 64);
   }
 };
 
@@ -103,8 +104,31 @@ int64_t packed_f32_bytes(int n) {
   return static_cast<int64_t>(n) * kTileExact * 4;
 }
 
-void pack_x_fast(const QuantMatrix& w, const float* const* x, int count, void* packed) {
+// 32 elements of x from k on, the outliers among them zero; `next` is the first outlier not yet met, and they rise.
+inline const float* without_outliers(const float* x, int k, const int*& next, const int* end, float* buffer) {
+  if (next == end || *next >= k + kBlock) {
+    return x + k;
+  }
+  _mm512_storeu_ps(buffer, _mm512_loadu_ps(x + k));
+  _mm512_storeu_ps(buffer + 16, _mm512_loadu_ps(x + k + 16));
+  for (; next != end && *next < k + kBlock; next++) {
+    buffer[*next - k] = 0.0f;
+  }
+  return buffer;
+}
+
+void pack_x_fast(const QuantMatrix& w, const float* const* x, int count, const int* outliers, void* packed) {
   PackedFast at(w);
+  auto* kept = reinterpret_cast<float*>(static_cast<char*>(packed) + at.outliers);
+  for (int j = 0; j < kOutliers; j++) {
+    for (int i = 0; i < kTileFast; i++) {
+      kept[j * kTileFast + i] = i < count ? x[i][outliers[j]] : 0.0f;
+    }
+  }
+  const int* next[kTileFast];
+  for (auto& one : next) {
+    one = outliers;
+  }
   auto* words = static_cast<int32_t*>(packed);
   auto* scales = reinterpret_cast<float*>(static_cast<char*>(packed) + at.scales);
   auto* sums = reinterpret_cast<float*>(static_cast<char*>(packed) + at.sums);
@@ -114,7 +138,11 @@ void pack_x_fast(const QuantMatrix& w, const float* const* x, int count, void* p
     for (int i = 0; i < kTileFast; i++) {
       __m256i codes = _mm256_setzero_si256();
       int sum = 0;
-      float scale = i < count ? quantize_block(x[i] + static_cast<int64_t>(b) * kBlock, codes, sum) : 0.0f;
+      float scale = 0.0f;
+      if (i < count) {
+        float buffer[kBlock];
+        scale = quantize_block(without_outliers(x[i], b * kBlock, next[i], outliers + kOutliers, buffer), codes, sum);
+      }
       _mm256_store_si256(reinterpret_cast<__m256i*>(q[i]), codes);
       scales[b * kTileFast + i] = scale;
       float& total = sums[b / per * kTileFast + i];
@@ -152,9 +180,26 @@ void pack_x_exact(const QuantMatrix& w, const float* const* x, int count, void* 
   pack_x_f32(w.k, x, count, packed);
 }
 
+// The weights of the outliers as [outlier][32 columns], from an unpacked panel.
+inline void outlier_weights(const uint8_t* panel, const float* scales, const float* biases, int group,
+                            const int* outliers, float* weights) {
+  for (int j = 0; j < kOutliers; j++) {
+    int c = outliers[j];
+    __m512i shift = _mm512_set1_epi32(8 * (c % 4));
+    for (int i = 0; i < 32; i += 16) {
+      __m512i code = _mm512_and_si512(_mm512_srlv_epi32(_mm512_load_si512(panel + c / 4 * 128 + 4 * i), shift),
+                                      _mm512_set1_epi32(255));
+      _mm512_store_ps(weights + j * 32 + i,
+                      _mm512_fmadd_ps(_mm512_load_ps(scales + c / group * 32 + i), _mm512_cvtepi32_ps(code),
+                                      _mm512_load_ps(biases + c / group * 32 + i)));
+    }
+  }
+}
+
 // One tile: 6 rows of x, 32 columns, all of K. Sums of a block's products are exact in int32.
-inline void tile_fast(const uint8_t* panel, const float* scales, const float* biases, const void* packed, int k,
-                      int group, const PackedFast& at, int rows, int columns, float* out, int64_t stride) {
+inline void tile_fast(const uint8_t* panel, const float* scales, const float* biases, const float* weights,
+                      const void* packed, int k, int group, const PackedFast& at, int rows, int columns, float* out,
+                      int64_t stride) {
   const auto* words = static_cast<const int32_t*>(packed);
   const auto* x_scales = reinterpret_cast<const float*>(static_cast<const char*>(packed) + at.scales);
   const auto* x_sums = reinterpret_cast<const float*>(static_cast<const char*>(packed) + at.sums);
@@ -162,6 +207,16 @@ inline void tile_fast(const uint8_t* panel, const float* scales, const float* bi
 #pragma GCC unroll 6
   for (int m = 0; m < kTileFast; m++) {
     total[m][0] = total[m][1] = _mm512_setzero_ps();
+  }
+  const auto* x_kept = reinterpret_cast<const float*>(static_cast<const char*>(packed) + at.outliers);
+  for (int j = 0; j < kOutliers; j++) {
+    __m512 w0 = _mm512_load_ps(weights + j * 32), w1 = _mm512_load_ps(weights + j * 32 + 16);
+#pragma GCC unroll 6
+    for (int m = 0; m < kTileFast; m++) {
+      __m512 x = _mm512_set1_ps(x_kept[j * kTileFast + m]);
+      total[m][0] = _mm512_fmadd_ps(w0, x, total[m][0]);
+      total[m][1] = _mm512_fmadd_ps(w1, x, total[m][1]);
+    }
   }
   for (int g = 0; g < k / group; g++) {
     for (int b = 0; b < group / kBlock; b++) {
@@ -241,20 +296,22 @@ inline void tile_f32(const float* panel, const float* x, int steps, bool add, in
 
 int64_t panel_scratch_bytes(const QuantMatrix& w, bool fast) {
   int64_t scales = 2 * static_cast<int64_t>(w.k / w.group) * 32 * 4;
-  return scales + (fast ? static_cast<int64_t>(w.k) * 32 : int64_t{kExactColumns} * 32 * 5);
+  return scales + (fast ? static_cast<int64_t>(w.k) * 32 + kOutliers * 32 * 4 : int64_t{kExactColumns} * 32 * 5);
 }
 
 void panel_fast(const QuantMatrix& w, const void* packed_x, int m, int n0, int n1, float* out, int64_t stride,
-                void* scratch) {
+                const int* outliers, void* scratch) {
   auto* scales = static_cast<float*>(scratch);
   float* biases = scales + w.k / w.group * 32;
-  auto* panel = reinterpret_cast<uint8_t*>(biases + w.k / w.group * 32);
+  float* weights = biases + w.k / w.group * 32;
+  auto* panel = reinterpret_cast<uint8_t*>(weights + kOutliers * 32);
   unpack_scales(w, n0, n1, scales, biases);
   for_format(w, [&](auto format) { unpack_codes<decltype(format)>(w, n0, n1, 0, w.k, panel); });
+  outlier_weights(panel, scales, biases, w.group, outliers, weights);
   PackedFast at(w);
   for (int i = 0; i < m; i += kTileFast) {
-    tile_fast(panel, scales, biases, static_cast<const char*>(packed_x) + i / kTileFast * at.bytes, w.k, w.group, at,
-              m - i < kTileFast ? m - i : kTileFast, n1 - n0, out + i * stride, stride);
+    tile_fast(panel, scales, biases, weights, static_cast<const char*>(packed_x) + i / kTileFast * at.bytes, w.k,
+              w.group, at, m - i < kTileFast ? m - i : kTileFast, n1 - n0, out + i * stride, stride);
   }
 }
 

@@ -5,7 +5,8 @@
 //
 // Four bits: 64 bytes hold 128 codes. `fast` splits them into even and odd codes, and prepared rows have their even and
 // odd elements apart. `exact` takes code i of the eight in each of the 16 words as an index into a table of 16 floats,
-// and prepared rows are transposed to match. Four words hold 32 codes either way, so four lanes share a block's scale.
+// and prepared rows are transposed to match. Four words hold 32 codes either way, so four lanes share a block's
+// scale. In `fast` a lane adds up eight codes in a row, which share one scale of x.
 #pragma once
 
 #include "qmm_avx512_common.h"
@@ -19,6 +20,8 @@ constexpr bool kNibbles = F::bits == 4;
 // Codes that one 512-bit step covers, and bytes of them.
 template <class F>
 constexpr int kStepCodes = kNibbles<F> ? 128 : 64;
+template <class F>
+constexpr int kLaneCodes = kStepCodes<F> / 16;
 template <class F>
 constexpr int kStepBytes = kStepCodes<F> * F::bits / 8;
 
@@ -95,10 +98,6 @@ void rows_fast_block(const QuantMatrix& w, const void* const* prepared, int n0, 
       __m512 scale = load_scales(scales, w.type, b >> shift, first16((here + per - 1) >> shift));
       scale = _mm512_permutexvar_ps(spread_groups, scale);
       ahead(scales, b >> shift, w.type);
-      __m512 factor[M];
-      for (int m = 0; m < M; m++) {
-        factor[m] = _mm512_mul_ps(scale, _mm512_loadu_ps(part(prepared[m], layout.scales) + b));
-      }
       const uint8_t* p = codes + static_cast<int64_t>(b) * 4 * F::bits;
       int64_t at = static_cast<int64_t>(b) * kBlock;
       auto one = [&](int j, __mmask64 bytes) {
@@ -106,10 +105,13 @@ void rows_fast_block(const QuantMatrix& w, const void* const* prepared, int n0, 
         _mm_prefetch(reinterpret_cast<const char*>(p + j * kStepBytes<F> + kPrefetchBytes), _MM_HINT_T0);
         step.load(p + j * kStepBytes<F>, bytes, first, second);
         __m512i lanes = _mm512_add_epi32(spread_blocks, _mm512_set1_epi32(j * kStepCodes<F> / kBlock));
+        __m512 weight_scale = _mm512_permutexvar_ps(lanes, scale);
+        int64_t column = at + j * kStepCodes<F>;
         for (int m = 0; m < M; m++) {
-          const int8_t* x = static_cast<const int8_t*>(prepared[m]) + at + j * kStepCodes<F>;
+          const int8_t* x = static_cast<const int8_t*>(prepared[m]) + column;
+          __m512 x_scale = _mm512_loadu_ps(part(prepared[m], layout.scales) + column / kLaneCodes<F>);
           total[m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(step.dot(first, second, x)),
-                                     _mm512_permutexvar_ps(lanes, factor[m]), total[m]);
+                                     _mm512_mul_ps(weight_scale, x_scale), total[m]);
         }
       };
       if (here == 16) {
@@ -246,11 +248,23 @@ void prepare_fast(const QuantMatrix& w, const float* x, void* prepared) {
   for (int64_t at = layout.sums; at < layout.bytes; at += 4) {
     *reinterpret_cast<float*>(static_cast<char*>(prepared) + at) = 0.0f;
   }
-  quantize_row(x, w.k, w.group, q, scales, sums);
   int64_t columns = padded(w.k, kSuperBlock);
-  for (int64_t i = w.k; i < columns; i += kBlock) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(q + i), _mm256_setzero_si256());
-    scales[i / kBlock] = 0.0f;
+  const int lane = w.bits == 4 ? 8 : 4; // codes of one lane of the kernel, which reads as many scales
+  const __m512i pick = _mm512_slli_epi32(iota(), lane == 8 ? 3 : 2);
+  for (int g = 0; g < w.k / w.group; g++) {
+    __m512 total = _mm512_setzero_ps();
+    for (int i = g * w.group; i < (g + 1) * w.group; i += 16) {
+      __m512 scale;
+      __m128i codes = quantize_eights(_mm512_loadu_ps(x + i), scale);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(q + i), codes);
+      total = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes)), scale, total);
+      _mm512_mask_storeu_ps(scales + i / lane, first16(16 / lane), _mm512_permutexvar_ps(pick, scale));
+    }
+    sums[g] = _mm512_reduce_add_ps(total);
+  }
+  for (int64_t i = w.k; i < columns; i += 16) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(q + i), _mm_setzero_si128());
+    _mm512_mask_storeu_ps(scales + i / lane, first16(16 / lane), _mm512_setzero_ps());
   }
   if (w.bits == 4) {
     alignas(64) uint8_t even[64], odd[64];

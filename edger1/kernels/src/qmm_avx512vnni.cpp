@@ -37,9 +37,17 @@ void from_f32(const float* from, ScaleType type, int64_t count, void* to) {
   }
 }
 
+void raise_to(const float* x, int64_t count, float* largest) {
+  for (int64_t i = 0; i < count; i += 16) {
+    __mmask16 mask = first16(count - i);
+    __m512 value = _mm512_abs_ps(_mm512_maskz_loadu_ps(mask, x + i));
+    _mm512_mask_storeu_ps(largest + i, mask, _mm512_max_ps(value, _mm512_maskz_loadu_ps(mask, largest + i)));
+  }
+}
+
 const QmmKernels table{kTileFast,      kTileExact,     prepare_fast,  prepare_exact,       rows_fast,  rows_exact,
                        packed_x_bytes, pack_x_fast,    pack_x_exact,  panel_scratch_bytes, panel_fast, panel_exact,
-                       packed_f32_bytes, pack_x_f32,   back_scratch_bytes, panel_back,     to_f32,     from_f32};
+                       packed_f32_bytes, pack_x_f32,   back_scratch_bytes, panel_back,     raise_to,   to_f32,     from_f32};
 
 } // namespace
 

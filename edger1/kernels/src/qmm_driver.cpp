@@ -1,6 +1,7 @@
 #include "qmm_driver.h"
 
 #include <algorithm>
+#include <numeric>
 #include <utility>
 
 #include "cpu_features.h"
@@ -169,6 +170,9 @@ class Run {
     if (packed_total_ == 0) {
       return;
     }
+    if (job_.fast && job_.transpose && !active_isa_has_amx()) {
+      find_outliers();
+    }
     std::vector<std::pair<int, int64_t>> tiles;
     for (int g = 0; g < static_cast<int>(job_.groups.size()); g++) {
       const Group& group = job_.groups[g];
@@ -182,6 +186,30 @@ class Run {
     });
   }
 
+  // The channels with the largest |x| over all rows of the job; of equals the first.
+  void find_outliers() {
+    auto rows = static_cast<int64_t>(job_.x.offsets.size());
+    constexpr int64_t step = 64;
+    int64_t parts = (rows + step - 1) / step;
+    std::vector<float> largest(static_cast<size_t>(parts * depth_), 0.0f);
+    parallel_for(parts, [&](int64_t part) {
+      auto* buffer = static_cast<float*>(thread_scratch(0, static_cast<size_t>(depth_) * 4));
+      for (int64_t row = part * step; row < std::min(rows, (part + 1) * step); row++) {
+        kernels().raise_to(row_as_f32(job_.x, row, depth_, buffer), depth_, &largest[part * depth_]);
+      }
+    });
+    for (int64_t part = 1; part < parts; part++) {
+      kernels().raise_to(&largest[part * depth_], depth_, largest.data());
+    }
+    std::vector<int> order(static_cast<size_t>(depth_));
+    std::iota(order.begin(), order.end(), 0);
+    std::nth_element(order.begin(), order.begin() + kOutliers, order.end(), [&](int a, int b) {
+      return largest[a] != largest[b] ? largest[a] > largest[b] : a < b;
+    });
+    std::copy(order.begin(), order.begin() + kOutliers, outliers_);
+    std::sort(outliers_, outliers_ + kOutliers);
+  }
+
   void pack_tile(const Group& group, int64_t row, void* to) {
     int count = static_cast<int>(std::min<int64_t>(tile_, group.end - row));
     auto* buffer = static_cast<float*>(thread_scratch(0, static_cast<size_t>(depth_) * 4 * count));
@@ -192,7 +220,7 @@ class Run {
     if (!job_.transpose) {
       kernels().pack_x_f32(first_.n, x, count, to);
     } else {
-      (job_.fast ? kernels().pack_x_fast : kernels().pack_x_exact)(first_, x, count, to);
+      job_.fast ? kernels().pack_x_fast(first_, x, count, outliers_, to) : kernels().pack_x_exact(first_, x, count, to);
     }
   }
 
@@ -234,8 +262,12 @@ class Run {
                        : reinterpret_cast<float*>(scratch + scratch_bytes);
     int64_t stride = direct ? columns_ : kPanel;
     const char* x = packed_ + at_[piece.group] + (piece.begin - group.begin) / tile_ * packed_bytes_;
-    auto run = !job_.transpose ? kernels().panel_back : job_.fast ? kernels().panel_fast : kernels().panel_exact;
-    run(group.w, x, rows, piece.column0, piece.column1, out, stride, scratch);
+    if (job_.transpose && job_.fast) {
+      kernels().panel_fast(group.w, x, rows, piece.column0, piece.column1, out, stride, outliers_, scratch);
+    } else {
+      auto run = job_.transpose ? kernels().panel_exact : kernels().panel_back;
+      run(group.w, x, rows, piece.column0, piece.column1, out, stride, scratch);
+    }
     for (int i = 0; i < rows && !direct; i++) {
       kernels().from_f32(out + i * stride, job_.out_type, columns, out_at(piece.begin + i, piece.column0));
     }
@@ -254,6 +286,7 @@ class Run {
   std::vector<Piece> pieces_;
   char* prepared_ = nullptr;
   char* packed_ = nullptr;
+  int outliers_[kOutliers] = {};
 };
 
 } // namespace

@@ -2,7 +2,7 @@
 //
 // A source includes this after it has defined, in edger1's anonymous namespace and with the types of qmm_vector.h:
 //   b32 decode32<F>(const uint8_t*)                       32 codes in order (mxfp4 as T[code])
-//   i8 dot32<F>(b32 codes, const int8_t* x)               products of 32, added up in any way into 8 integers
+//   i8 dot32<F>(b32 codes, const int8_t* x)               products of 32, each four in a row added up
 //   block_dot<F>(const uint8_t* panel, const int8_t* x, i8 (*sum)[2])    see fast tile below
 //   f8 fma8(f8 a, f8 b, f8 c), f8 expand8(const uint8_t*), void convert(from, type, count, float* to)
 // Everything is in the anonymous namespace, so that no copy of it can stand in for another instruction set's.
@@ -71,9 +71,9 @@ void rows_block(const QuantMatrix& w, const void* const* prepared, int n0, int n
           int64_t at = static_cast<int64_t>(b) * kBlock;
           if constexpr (Fast) {
             for (int m = 0; m < M; m++) {
-              float factor = scales[g] * part(prepared[m], layout.scales)[b];
               f8 sum = to_f8(dot32<F>(block, static_cast<const int8_t*>(prepared[m]) + at));
-              total[m] = fma8(sum, set8(factor), total[m]);
+              f8 factor = set8(scales[g]) * load8(part(prepared[m], layout.scales) + b * 8);
+              total[m] = fma8(sum, factor, total[m]);
             }
           } else {
             f8 scale = set8(scales[g]);
@@ -117,17 +117,18 @@ void rows(const QuantMatrix& w, const void* const* prepared, int m, int n0, int 
   });
 }
 
-// q = round(x / scale) with scale = max |x| / 127; what is not finite makes the scale NaN, so that it shows.
-inline float quantize_block(const float* x, int8_t* q, int& sum) {
+// q = round(x / scale), ties to even, with scale = max |x| / 127; what is not finite makes the scale NaN, so that it shows.
+template <int Count>
+inline float quantize(const float* x, int8_t* q, int& sum) {
   float amax = 0.0f;
   bool finite = true;
-  for (int i = 0; i < kBlock; i++) {
+  for (int i = 0; i < Count; i++) {
     float a = __builtin_fabsf(x[i]);
     finite &= a < __builtin_inff();
     amax = a > amax ? a : amax;
   }
   if (!finite) {
-    for (int i = 0; i < kBlock; i++) {
+    for (int i = 0; i < Count; i++) {
       q[i] = 0;
     }
     sum = 0;
@@ -135,10 +136,8 @@ inline float quantize_block(const float* x, int8_t* q, int& sum) {
   }
   float inverse = amax > 0 ? 127.0f / amax : 0.0f;
   sum = 0;
-  for (int i = 0; i < kBlock; i++) {
-    // Adding and taking away 1.5 * 2^23 rounds to the nearest integer, ties to even.
-    volatile float shifted = x[i] * inverse + 12582912.0f;
-    int value = static_cast<int>(shifted - 12582912.0f);
+  for (int i = 0; i < Count; i++) {
+    int value = __builtin_irintf(x[i] * inverse);
     q[i] = static_cast<int8_t>(value);
     sum += value;
   }
@@ -150,11 +149,11 @@ void prepare_fast(const QuantMatrix& w, const float* x, void* prepared) {
   __builtin_memset(prepared, 0, static_cast<size_t>(layout.bytes));
   auto* scales = const_cast<float*>(part(prepared, layout.scales));
   auto* sums = const_cast<float*>(part(prepared, layout.sums));
-  int per = w.group / kBlock;
-  for (int b = 0; b < w.k / kBlock; b++) {
+  for (int i = 0; i < w.k; i += kScaled) {
     int sum;
-    scales[b] = quantize_block(x + int64_t{b} * kBlock, static_cast<int8_t*>(prepared) + int64_t{b} * kBlock, sum);
-    sums[b / per] += scales[b] * static_cast<float>(sum);
+    float scale = quantize<kScaled>(x + i, static_cast<int8_t*>(prepared) + i, sum);
+    scales[i / 4] = scales[i / 4 + 1] = scale; // a lane of dot32 adds up four elements
+    sums[i / w.group] += scale * static_cast<float>(sum);
   }
 }
 
@@ -178,11 +177,12 @@ constexpr int kTileExact = 6;
 constexpr int kExactColumns = 256;
 
 struct PackedFast {
-  int64_t scales, sums, bytes;
+  int64_t scales, sums, outliers, bytes;
   explicit PackedFast(const QuantMatrix& w) {
     scales = static_cast<int64_t>(w.k) * kTileFast;
     sums = scales + static_cast<int64_t>(w.k) / kBlock * kTileFast * 4;
-    bytes = padded(sums + static_cast<int64_t>(w.k) / w.group * kTileFast * 4, 64);
+    outliers = sums + static_cast<int64_t>(w.k) / w.group * kTileFast * 4;
+    bytes = padded(outliers + kOutliers * kTileFast * 4, 64);
   }
 };
 
@@ -194,8 +194,15 @@ int64_t packed_f32_bytes(int n) {
   return static_cast<int64_t>(n) * kTileExact * 4;
 }
 
-void pack_x_fast(const QuantMatrix& w, const float* const* x, int count, void* packed) {
+void pack_x_fast(const QuantMatrix& w, const float* const* x, int count, const int* outliers, void* packed) {
   PackedFast at(w);
+  auto* kept = const_cast<float*>(part(packed, at.outliers));
+  for (int j = 0; j < kOutliers; j++) {
+    for (int i = 0; i < kTileFast; i++) {
+      kept[j * kTileFast + i] = i < count ? x[i][outliers[j]] : 0.0f;
+    }
+  }
+  int next = 0; // the first outlier that lies in this block or behind it
   auto* bytes = static_cast<int8_t*>(packed);
   auto* scales = const_cast<float*>(part(packed, at.scales));
   auto* sums = const_cast<float*>(part(packed, at.sums));
@@ -204,13 +211,24 @@ void pack_x_fast(const QuantMatrix& w, const float* const* x, int count, void* p
     for (int i = 0; i < kTileFast; i++) {
       alignas(32) int8_t q[kBlock] = {};
       int sum = 0;
-      float scale = i < count ? quantize_block(x[i] + int64_t{b} * kBlock, q, sum) : 0.0f;
+      float scale = 0.0f;
+      if (i < count) {
+        float values[kBlock];
+        __builtin_memcpy(values, x[i] + int64_t{b} * kBlock, sizeof values);
+        for (int j = next; j < kOutliers && outliers[j] < (b + 1) * kBlock; j++) {
+          values[outliers[j] - b * kBlock] = 0.0f;
+        }
+        scale = quantize<kBlock>(values, q, sum);
+      }
       scales[b * kTileFast + i] = scale;
       float& total = sums[b / per * kTileFast + i];
       total = (b % per == 0 ? 0.0f : total) + scale * static_cast<float>(sum);
       for (int j = 0; j < 8; j++) {
         __builtin_memcpy(bytes + ((int64_t{b} * 8 + j) * kTileFast + i) * 4, q + 4 * j, 4);
       }
+    }
+    while (next < kOutliers && outliers[next] < (b + 1) * kBlock) {
+      next++;
     }
   }
 }
@@ -260,7 +278,7 @@ void unpack_scales(const QuantMatrix& w, int n0, int n1, float* scales, float* b
 int64_t panel_scratch_bytes(const QuantMatrix& w, bool fast) {
   int64_t groups = w.k / w.group;
   return 2 * groups * 32 * 4 + 2 * padded(groups, 8) * 4 +
-      (fast ? static_cast<int64_t>(w.k) * 32 : int64_t{kExactColumns} * 32 * 5) + 64;
+      (fast ? static_cast<int64_t>(w.k) * 32 + kOutliers * 32 * 4 : int64_t{kExactColumns} * 32 * 5) + 64;
 }
 
 inline void store_part(f8 value, int columns, float* out) {
@@ -285,12 +303,20 @@ inline f8 load_part(int columns, const float* from) {
 }
 
 template <class F>
-void tile_fast(const uint8_t* panel, const float* scales, const float* biases, const void* packed,
-               const QuantMatrix& w, const PackedFast& at, int rows, int columns, float* out, int64_t stride) {
+void tile_fast(const uint8_t* panel, const float* scales, const float* biases, const float* weights,
+               const void* packed, const QuantMatrix& w, const PackedFast& at, int rows, int columns, float* out, int64_t stride) {
   const auto* x = static_cast<const int8_t*>(packed);
   const float* x_scales = part(packed, at.scales);
   const float* x_sums = part(packed, at.sums);
+  const float* x_kept = part(packed, at.outliers);
   f8 total[kTileFast][2] = {};
+  for (int j = 0; j < kOutliers; j++) {
+    for (int m = 0; m < kTileFast; m++) {
+      f8 value = set8(x_kept[j * kTileFast + m]);
+      total[m][0] = fma8(load8(weights + j * 32), value, total[m][0]);
+      total[m][1] = fma8(load8(weights + j * 32 + 8), value, total[m][1]);
+    }
+  }
   for (int g = 0; g < w.k / w.group; g++) {
     f8 s[2] = {load8(scales + g * 32), load8(scales + g * 32 + 8)};
     f8 b[2] = {load8(biases + g * 32), load8(biases + g * 32 + 8)};
@@ -343,19 +369,26 @@ inline void tile_f32(const float* panel, const float* x, int steps, bool add, in
 }
 
 void panel_fast(const QuantMatrix& w, const void* packed_x, int m, int n0, int n1, float* out, int64_t stride,
-                void* scratch) {
+                const int* outliers, void* scratch) {
   int64_t groups = w.k / w.group;
   auto* panel = static_cast<uint8_t*>(scratch);
-  auto* scales = reinterpret_cast<float*>(panel + int64_t{w.k} * 32);
+  auto* weights = reinterpret_cast<float*>(panel + int64_t{w.k} * 32);
+  float* scales = weights + kOutliers * 32;
   float* biases = scales + groups * 32;
   unpack_scales(w, n0, n1, scales, biases, biases + groups * 32);
   PackedFast at(w);
   for_format(w, [&](auto format) {
     using F = decltype(format);
     unpack_codes<F>(w, n0, n1, 0, w.k, panel);
+    for (int j = 0; j < kOutliers; j++) {
+      int c = outliers[j], g = c / w.group * 32;
+      for (int i = 0; i < 32; i++) {
+        weights[j * 32 + i] = scales[g + i] * static_cast<float>(panel[c / 4 * 128 + 4 * i + c % 4]) + biases[g + i];
+      }
+    }
     for (int i = 0; i < m; i += kTileFast) {
       for (int c = 0; c < n1 - n0; c += 16) {
-        tile_fast<F>(panel + 4 * c, scales + c, biases + c,
+        tile_fast<F>(panel + 4 * c, scales + c, biases + c, weights + c,
                      static_cast<const char*>(packed_x) + i / kTileFast * at.bytes, w, at,
                      m - i < kTileFast ? m - i : kTileFast, n1 - n0 - c, out + i * stride + c, stride);
       }
@@ -426,13 +459,21 @@ void panel_back(const QuantMatrix& w, const void* packed_x, int m, int k0, int k
   }
 }
 
+void raise_to(const float* x, int64_t count, float* largest) {
+  for (int64_t i = 0; i < count; i++) {
+    float value = __builtin_fabsf(x[i]);
+    largest[i] = value > largest[i] ? value : largest[i];
+  }
+}
+
 void to_f32(const void* from, ScaleType type, int64_t count, float* to) {
   convert(from, type, count, to);
 }
 
 const QmmKernels table{kTileFast,        kTileExact,  prepare_fast,       prepare_exact,       rows<true>, rows<false>,
                        packed_x_bytes,   pack_x_fast, pack_x_exact,       panel_scratch_bytes, panel_fast, panel_exact,
-                       packed_f32_bytes, pack_x_f32,  back_scratch_bytes, panel_back,          to_f32,     convert_back};
+                       packed_f32_bytes, pack_x_f32,  back_scratch_bytes, panel_back,          raise_to,   to_f32,
+                       convert_back};
 
 } // namespace
 } // namespace edger1

@@ -31,9 +31,9 @@ inline i8 dot32(b32 codes, const int8_t* x) {
   alignas(32) uint8_t code[32];
   store32(code, codes);
   i8 sum{};
-  for (int i = 0; i < 4; i++) {
-    for (int j = 0; j < 8; j++) {
-      sum[j] += static_cast<int32_t>(code[8 * i + j]) * x[8 * i + j];
+  for (int j = 0; j < 8; j++) {
+    for (int i = 0; i < 4; i++) {
+      sum[j] += static_cast<int32_t>(code[4 * j + i]) * x[4 * j + i];
     }
   }
   return sum;
