@@ -1,10 +1,10 @@
 """Whole decoder layers as one operation each, where a model's layers have the common shape.
 
 A token of a small model crosses a dozen operations a layer, and passing them from thread to thread takes longer than
-reading the weights. `install` looks at the layers of a loaded mlx-lm model: those that are made of the usual
-parts (attention over q, k, v, o projections, a gated MLP, RMS norms, a rotary embedding) get a class of their own that
-gives up to 16 rows with a plain KV cache and a causal mask to one operation (`src/decoder.h`), and everything else to
-the layer as it was.
+reading the weights. `install` looks at the layers of a loaded mlx-lm model: those that are made of the usual parts
+(attention over q, k, v, o projections, a gated MLP, RMS norms, a rotary embedding) get a class of their own that gives
+up to 16 rows with a plain KV cache and a causal mask to one operation (`src/decoder.h`), and everything else to the
+layer as it was.
 
 Names only suggest what a part is. Whether a layer really computes what the operation computes is found by running both
 on random input; a layer that differs is left alone, and the report says so. The operation writes into the arrays of
@@ -108,7 +108,7 @@ def install(model: nn.Module, precision: str, extension: ModuleType) -> Blocks:
 
 
 @cache
-def _fused(original: type) -> type:
+def _fused(original: Any) -> type:
     call_original = original.__call__
 
     def call(self: Any, x: mx.array, mask: Any = None, cache: Any = None, *args: Any, **kwargs: Any) -> Any:

@@ -14,8 +14,8 @@ namespace {
 
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 constexpr int kBlockKeys = 256;              // as in attention alone, so that both give the same bits
-constexpr int64_t kChunkBytes = 8 << 10;     // weights that one claim takes: at least, and
-constexpr int64_t kMostChunkBytes = 48 << 10;
+constexpr int64_t kRangeBytes = 8 << 10;     // weights below which splitting further costs more than it gains
+constexpr int kMostRanges = 512;
 constexpr int64_t kSerialPrepare = 1 << 13;  // elements below which preparing rows is not worth a job
 
 int64_t scale_bytes(ScaleType type) {
@@ -109,12 +109,20 @@ class Run {
   }
 
  private:
-  // Calls body(n0, n1) for ranges that cover [0, n).
+  // Calls body(n0, n1) for ranges that cover [0, n): long ones first, since each begins with a wait for memory, and then
+  // ever shorter ones, so that all threads end together.
   template <class Body>
   void sweep(int n, int64_t row_bytes, Body&& body) {
-    int64_t share = n / (8 * int64_t{pool_threads()});
-    int64_t grain = std::max<int64_t>({kChunkBytes / row_bytes, std::min(share, kMostChunkBytes / row_bytes), 1});
-    parallel_ranges(n, grain, [&](int64_t begin, int64_t end) { body(static_cast<int>(begin), static_cast<int>(end)); });
+    int bounds[kMostRanges + 1];
+    int ranges = 0, least = static_cast<int>(std::max<int64_t>(kRangeBytes / row_bytes, 1)), threads = pool_threads();
+    bounds[0] = 0;
+    while (bounds[ranges] < n) {
+      int left = n - bounds[ranges];
+      int size = ranges + 1 == kMostRanges ? left : std::clamp(left * 2 / (3 * threads), std::min(least, left), left);
+      bounds[ranges + 1] = bounds[ranges] + size;
+      ranges++;
+    }
+    parallel_for(ranges, [&](int64_t i) { body(bounds[i], bounds[i + 1]); });
   }
 
   template <class Body>
