@@ -17,6 +17,7 @@ from edger1 import kernels, mlx_runtime
 
 mlx_runtime.prepare()
 
+from mlx.utils import tree_map  # noqa: E402
 from mlx_lm.models import activations, llama  # noqa: E402
 from mlx_lm.models.cache import make_prompt_cache  # noqa: E402
 from mlx_lm.tuner.utils import linear_to_lora_layers  # noqa: E402
@@ -180,13 +181,32 @@ def test_lora_over_quantized_layers_trains_alike() -> None:
         assert difference(np.array(ours[name]), np.array(value)) <= 1e-4, name
 
 
-def test_an_unquantized_moe_in_bf16_runs() -> None:
+@pytest.mark.parametrize("wide", [True, False], ids=["f32 activations", "bf16 activations"])
+def test_an_unquantized_moe_in_bf16_runs(wide: bool) -> None:
     model = build("deepseek_v2", False)
     model.set_dtype(mx.bfloat16)
+    reference = build("deepseek_v2", False)
+    reference.update(tree_map(lambda x: x.astype(mx.float32), model.parameters()))
+    plain = logits(reference)
+    installed = install(model, "exact", float32_activations=wide)
+    try:
+        found = model(mx.array([PROMPT]), cache=make_prompt_cache(model))
+        assert found.dtype == (mx.float32 if wide else mx.bfloat16)
+        assert difference(np.array(found[0].astype(mx.float32)), plain[: len(PROMPT)]) <= (LIMIT if wide else 0.1)
+    finally:
+        installed.uninstall()
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+def test_scales_may_stay_in_16_bits(dtype: mx.Dtype) -> None:
+    model, wide = build("llama", True), build("llama", True)
+    model.set_dtype(dtype)
+    wide.update(tree_map(lambda x: x if x.dtype == mx.uint32 else x.astype(mx.float32), model.parameters()))
+    plain = logits(wide)
     installed = install(model, "exact")
     try:
-        cache = make_prompt_cache(model)
-        assert mx.isfinite(model(mx.array([PROMPT]), cache=cache).astype(mx.float32)).all()
+        assert difference(logits(model), plain) <= LIMIT
+        assert model.layers[0].self_attn.q_proj.scales.dtype == dtype
     finally:
         installed.uninstall()
 

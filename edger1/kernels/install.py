@@ -55,10 +55,14 @@ class Installed:
         self._classes, self._attributes, self.functions, self.layers = [], [], (), {}
 
 
-def install(model: nn.Module, precision: Precision = "fast", *, fuse: bool = True) -> Installed:
+def install(
+    model: nn.Module, precision: Precision = "fast", *, fuse: bool = True, float32_activations: bool = True
+) -> Installed:
     """Let a model run on the CPU kernels.
 
     `precision` is "exact" (f32 activations) or "fast" (int8 activations per 32) and concerns quantized layers only.
+    Weights and scales may stay in f16 or bf16: with `float32_activations` the embedding gives f32, and all that follows
+    is computed in it.
     Where the kernels are not built, switched off, or MLX's default device is a GPU, the model is left alone and
     `reason` says so. `fuse` runs whole decoder layers as one operation where they have the common shape (`blocks.py`).
     Layers added later (a LoRA adapter fused, say) are reached by uninstalling and installing again.
@@ -77,21 +81,28 @@ def install(model: nn.Module, precision: Precision = "fast", *, fuse: bool = Tru
         return installed
     installed.functions = functions.acquire(extension)
     for layer in model.modules():
-        _swap_class(layer, precision, installed)
+        _swap_class(layer, precision, float32_activations, installed)
         _swap_held_functions(layer, installed)
     if fuse:
         installed.blocks = blocks.install(model, precision, extension)
     return installed
 
 
-def _swap_class(layer: nn.Module, precision: Precision, installed: Installed) -> None:
+def _swap_class(layer: nn.Module, precision: Precision, float32: bool, installed: Installed) -> None:
+    # Only the very classes: a subclass may compute something else.
     original = type(layer)
-    make = _VARIANTS.get(original)
-    # Only the very class: a subclass may compute something else.
-    if make is None:
-        return
+    if original in _VARIANTS:
+        _set_class(layer, _VARIANTS[original](precision), installed)
+    elif original is nn.QuantizedEmbedding:
+        _set_class(layer, _quantized_embedding(precision, float32), installed)
+    elif original is nn.Embedding and float32 and layer.weight.dtype != mx.float32:
+        _set_class(layer, _Float32Embedding, installed)
+
+
+def _set_class(layer: nn.Module, replacement: type, installed: Installed) -> None:
+    original = type(layer)
     installed._classes.append((layer, original))
-    layer.__class__ = make(precision)
+    layer.__class__ = replacement
     installed.layers[original.__name__] = installed.layers.get(original.__name__, 0) + 1
 
 
@@ -102,6 +113,11 @@ def _swap_held_functions(layer: nn.Module, installed: Installed) -> None:
         if ours is not None:
             installed._attributes.append((layer, name, value))
             setattr(layer, name, ours)
+
+
+class _Float32Embedding(nn.Embedding):
+    def __call__(self, x: mx.array) -> mx.array:
+        return super().__call__(x).astype(mx.float32)
 
 
 @cache
@@ -125,11 +141,15 @@ def _quantized_linear(precision: Precision) -> type:
 
 
 @cache
-def _quantized_embedding(precision: Precision) -> type:
+def _quantized_embedding(precision: Precision, float32: bool) -> type:
     class KernelQuantizedEmbedding(nn.QuantizedEmbedding):
         def __call__(self, x: mx.array) -> mx.array:
-            # Scales may be of 16 bits; the layers after it compute in f32.
-            return super().__call__(x).astype(mx.float32)
+            if not float32 or self.mode != "affine":
+                found = super().__call__(x)
+                return found.astype(mx.float32) if float32 else found
+            # Scales are widened first: scale * code + bias in 16 bits would round the embedding.
+            scales, biases = (self[name][x].astype(mx.float32) for name in ("scales", "biases"))
+            return mx.dequantize(self["weight"][x], scales, biases, self.group_size, self.bits)
 
         def as_linear(self, x: mx.array) -> mx.array:
             return quantized.quantized_matmul(
@@ -192,7 +212,6 @@ def _quantized_switch_linear(precision: Precision) -> type:
 
 _VARIANTS: dict[type, Callable[[Precision], type]] = {
     nn.QuantizedLinear: _quantized_linear,
-    nn.QuantizedEmbedding: _quantized_embedding,
     QuantizedMultiLinear: _quantized_multi_linear,
     QuantizedSwitchLinear: _quantized_switch_linear,
 }
