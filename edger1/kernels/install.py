@@ -80,11 +80,16 @@ def install(
         installed.reason = "MLX computes on a GPU, with its own kernels"
         return installed
     installed.functions = functions.acquire(extension)
-    for layer in model.modules():
-        _swap_class(layer, precision, float32_activations, installed)
-        _swap_held_functions(layer, installed)
-    if fuse:
-        installed.blocks = blocks.install(model, precision, extension)
+    try:
+        for layer in model.modules():
+            _swap_class(layer, precision, float32_activations, installed)
+            _swap_held_functions(layer, installed)
+        if fuse:
+            installed.blocks = blocks.install(model, precision, extension)
+    except BaseException:
+        # The functions are the whole process's: nobody else would give them back.
+        installed.uninstall()
+        raise
     return installed
 
 
