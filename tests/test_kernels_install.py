@@ -235,6 +235,18 @@ def test_a_wrong_precision_is_named() -> None:
         install(build("llama", False), "half")  # type: ignore[arg-type]
 
 
+def test_what_fails_half_way_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("half way")
+
+    original, model = mx.fast.rms_norm, build("llama", True)
+    monkeypatch.setattr("edger1.kernels.install._swap_held_functions", fail)
+    with pytest.raises(RuntimeError, match="half way"):
+        install(model, "exact")
+    assert mx.fast.rms_norm is original
+    assert all(not type(layer).__name__.startswith("Kernel") for layer in model.modules())
+
+
 def test_the_self_test_refuses_while_functions_are_replaced() -> None:
     installed = install(build("llama", False), "exact")
     try:

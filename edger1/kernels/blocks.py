@@ -252,8 +252,8 @@ def _norms(layer: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
 
 def _part(owner: nn.Module, name: str) -> Any:
     part = owner.get(name)
-    if part is None:
-        raise _UnfitError(f"it has no {name}")
+    if not isinstance(part, nn.Module):
+        raise _UnfitError(f"it has no {name}" if part is None else f"its {name} is not one layer")
     return part
 
 

@@ -56,7 +56,7 @@ class Installed:
 
 
 def install(
-    model: nn.Module, precision: Precision = "fast", *, float32_activations: bool = True, fuse: bool = True
+    model: nn.Module, precision: Precision = "fast", *, fuse: bool = True, float32_activations: bool = True
 ) -> Installed:
     """Let a model run on the CPU kernels.
 
@@ -80,11 +80,16 @@ def install(
         installed.reason = "MLX computes on a GPU, with its own kernels"
         return installed
     installed.functions = functions.acquire(extension)
-    for layer in model.modules():
-        _swap_class(layer, precision, float32_activations, installed)
-        _swap_held_functions(layer, installed)
-    if fuse:
-        installed.blocks = blocks.install(model, precision, extension)
+    try:
+        for layer in model.modules():
+            _swap_class(layer, precision, float32_activations, installed)
+            _swap_held_functions(layer, installed)
+        if fuse:
+            installed.blocks = blocks.install(model, precision, extension)
+    except BaseException:
+        # The functions are the whole process's: nobody else would give them back.
+        installed.uninstall()
+        raise
     return installed
 
 
