@@ -4,10 +4,10 @@ Both functions take MLX's arguments and compute what `mx.quantized_matmul` and `
 gradient for `x`. The kernels cover affine quantization with 2, 3, 4, 5, 6 and 8 bits in groups of 32, 64 or 128, and
 mxfp4, with x in float32, bfloat16 or float16, on CPU streams. Everything else goes to MLX.
 
-`precision` says what becomes of x in `x @ w.T`: "exact" keeps it in float32; "fast" rounds it to int8. Up to 16 rows:
-each 8 elements have one scale, max |x| / 127. More rows: each 32, but for the 16 channels that are largest over all of
-them, which stay in float32 (on processors with matrix tiles, AMX, x and w go to bf16 instead). `x @ w`, which gradients
-use, is exact either way.
+`precision` says what becomes of x in `x @ w.T`: "exact" keeps it in float32, "fast" rounds it to int8. Up to 16 rows,
+each 8 elements share one scale, max |x| / 127. In more rows each 32 do, but for the 16 channels that are largest over
+all rows, which stay in float32. (On processors with matrix tiles, AMX, more than 16 rows and w go to bf16 instead.)
+`x @ w`, which gradients use, is exact either way.
 
 A row of x among up to 16 gives the same bits as that row alone, in both precisions, whatever the number of threads.
 """
