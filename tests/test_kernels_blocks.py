@@ -344,6 +344,15 @@ def test_what_differs_from_its_parts_is_left_alone_and_reported() -> None:
         assert greedy(model, 5)[0] == expected
 
 
+def test_a_layer_whose_answer_is_no_number_is_left_alone() -> None:
+    model = build()
+    norm = model.model.layers[2].post_attention_layernorm
+    norm.weight = norm.weight * float("nan")
+    with installed(model) as state:
+        assert state.blocks.count == 2
+        assert "3" in state.blocks.describe()
+
+
 def test_uninstall_gives_everything_back() -> None:
     model = build()
     classes = [type(layer) for layer in model.layers]
