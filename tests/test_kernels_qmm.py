@@ -104,11 +104,11 @@ def as_seen_by(
     return (int8_activations(x, 8) if rows <= 16 else without_outliers(x)), w
 
 
-def error(got: mx.array, expected: np.ndarray) -> float:
+def error(got: mx.array, expected: np.ndarray, size: float = 0.0) -> float:
     assert got.shape == expected.shape
     if expected.size == 0:
         return 0.0
-    return float(np.abs(to_numpy(got) - expected).max() / max(np.abs(expected).max(), 1e-30))
+    return float(np.abs(to_numpy(got) - expected).max() / max(np.abs(expected).max(), size, 1e-30))
 
 
 def bits_of(a: mx.array) -> bytes:
@@ -136,7 +136,10 @@ def test_product_of_any_format_and_shape(problem, precision, transpose):
     got = quantized_matmul(x, *w.arguments(), transpose, precision=precision, **w.options())
     assert got.dtype == dtype
     limit = max(ROUNDING[dtype], TILE_ROUNDING if on_tiles(precision, transpose, rows) else 0)
-    assert error(got, seen @ (dense.T if transpose else dense)) < limit
+    factor = dense.T if transpose else dense
+    # Terms may cancel to nearly nothing; rounding is measured against what they would add up to at random.
+    size = float(np.sqrt(seen**2 @ factor**2).max()) if seen.size and factor.size else 0.0
+    assert error(got, seen @ factor, size) < limit
 
 
 @pytest.mark.parametrize("form", FORMATS, ids=str)
@@ -308,8 +311,10 @@ def test_gathered_product(form, experts, tokens, top, precision, transpose, dtyp
 
 def test_gathered_rows_are_those_rows_alone():
     w = make_weights((6, 64, 256), ("affine", 4, 64), 21)
+    mx.random.seed(21)
     x = mx.random.normal((16, 1, 1, 256))
-    indices = mx.random.randint(0, 6, (16, 3))
+    # Eight rows for each expert: with more than 16 one expert's rows would go the way of many rows.
+    indices = (mx.arange(48) * 5 % 6).reshape(16, 3)
     for precision in ("exact", "fast"):
         options = w.options(precision=precision)
         together = gather_qmm(x, *w.arguments(), rhs_indices=indices, **options)
