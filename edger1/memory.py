@@ -23,6 +23,8 @@ PROCESS_BYTES = 112 * 2**20
 _TOKENIZER_ENTRY_BYTES = 2048
 # MLX keeps freed buffers for reuse up to this much; mlx_runtime.py sets it.
 ALLOCATOR_BYTES = 128 * 2**20
+SCORE_ROWS = 32
+"""Rows of logits that scoring holds at once: at a vocabulary of 150,000 tokens 19 MB, a few times over."""
 # mlx-lm's KV caches grow by this many tokens at a time.
 _KV_STEP = 256
 
@@ -112,7 +114,7 @@ class KVLayout:
 
 
 def activation_bytes(config: Mapping[str, Any], prefill_step: int, attended: int) -> int:
-    """Bytes that one prefill step may hold at once, in f32: a few widest rows a token, and one row of logits.
+    """Bytes that one prefill step may hold at once, in f32: a few widest rows a token, and rows of logits.
 
     `attended` is the number of tokens whose attention scores are held for every row and head: the context where MLX
     does it in the open, 0 where a fused kernel holds none.
@@ -123,7 +125,7 @@ def activation_bytes(config: Mapping[str, Any], prefill_step: int, attended: int
     vocabulary = _vocabulary(config)
     # The scores, and what the softmax makes of them.
     scores = 2 * attended * _number(config, "num_attention_heads", "n_head", "n_heads", default=1)
-    return 4 * (prefill_step * (8 * hidden + 4 * widest + scores) + 8 * vocabulary) + ALLOCATOR_BYTES
+    return 4 * (prefill_step * (8 * hidden + 4 * widest + scores) + 3 * SCORE_ROWS * vocabulary) + ALLOCATOR_BYTES
 
 
 def _vocabulary(config: Mapping[str, Any]) -> int:

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
+import sys
 from collections.abc import Iterator
 from functools import cache
+
+# From glibc's malloc.h; 128 KiB is the value that it begins with.
+_M_MMAP_THRESHOLD = -3
 
 
 @cache
@@ -14,6 +19,7 @@ def prepare() -> None:
     # transformers warns on import that no torch was found; nothing here needs it.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    _fix_mmap_threshold()
     with _open_files_kept():
         import mlx_lm.utils  # noqa: F401
 
@@ -25,6 +31,19 @@ def prepare() -> None:
         # On a CPU mx.compile calls g++ at run time, 0.8 s a kernel, and gains nothing over our kernels.
         mx.disable_compile()
         mx.set_cache_limit(ALLOCATOR_BYTES)
+
+
+def _fix_mmap_threshold() -> None:
+    """Let glibc give large blocks back to the system when they are freed.
+
+    It raises the size from which it does so with every such block that is freed, up to 32 MB. KV caches, which grow by
+    being copied, then leave holes: 100 MB of them beside 480 MB in use were measured.
+    """
+    if not sys.platform.startswith("linux") or "MALLOC_MMAP_THRESHOLD_" in os.environ:
+        return
+    # Other C libraries have no mallopt, and no threshold that moves.
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 128 * 1024)
 
 
 @contextlib.contextmanager

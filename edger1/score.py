@@ -7,10 +7,8 @@ from typing import Any, cast
 
 from edger1.errors import ContextError, UsageError
 from edger1.loader import LiveModel
+from edger1.memory import SCORE_ROWS
 from edger1.messages import Event, Score, Scores
-
-# Logits of a whole prefill step at a 150k vocabulary would take a gigabyte.
-_ROWS = 64
 
 
 class Scoring:
@@ -45,7 +43,7 @@ class Scoring:
         self._caches = self._caches or make_prompt_cache(self._model.model)
         ids = self._request.token_ids
         # The last token is only a target.
-        count = min(self._model.prefill_step, _ROWS, len(ids) - 1 - self._done)
+        count = min(self._model.prefill_step, SCORE_ROWS, len(ids) - 1 - self._done)
         chunk = ids[self._done : self._done + count]
         targets = mx.array(ids[self._done + 1 : self._done + count + 1])
         logits = self._model.model(mx.array([chunk]), cache=self._caches)[0].astype(mx.float32)
