@@ -16,7 +16,9 @@ import resource
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from edger1 import sampling
@@ -71,8 +73,18 @@ def peak_memory_bytes() -> int:
     """Peak memory of this process: resident size, or what MLX has allocated where that is more (GPU memory)."""
     import mlx.core as mx
 
+    return max(_peak_resident_bytes(), int(mx.get_peak_memory()))
+
+
+def _peak_resident_bytes() -> int:
+    if sys.platform == "linux":
+        # getrusage gives a process the peak of the one that started it, where that was larger.
+        with suppress(OSError), Path("/proc/self/status").open(encoding="utf-8", errors="replace") as status:
+            for line in status:
+                if line.startswith("VmHWM:"):
+                    return int(line.split()[1]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024
-    return max(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, int(mx.get_peak_memory()))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 @dataclass

@@ -154,6 +154,17 @@ def test_a_vocabulary_smaller_than_the_tokenizers_is_kept_to(tmp_path: Path) -> 
         assert model.generate("a", raw=True, top_k=259, temperature=1.0, max_tokens=2).usage.completion_tokens == 2
 
 
+def test_peak_memory_is_this_processs_own() -> None:
+    parent = """
+import subprocess, sys
+ballast = b"x" * 400_000_000
+child = "from edger1.generate import peak_memory_bytes; print(peak_memory_bytes())"
+subprocess.run([sys.executable, "-c", child], check=True)
+"""
+    done = subprocess.run([sys.executable, "-c", parent], capture_output=True, text=True, timeout=60, check=True)
+    assert 10_000_000 < int(done.stdout) < 300_000_000
+
+
 def test_a_prompt_that_was_cached_has_no_prefill_rate(model: edger1.Model) -> None:
     model.generate("What is new?", max_tokens=2)
     again = model.generate("What is new?", max_tokens=2)
