@@ -11,6 +11,9 @@ from typing import Any
 
 from edger1.memory import KVLayout, LayerCache
 
+COMPUTE_ON_THE_WAY = ("dbrx",)
+"""Model types whose forward pass looks at values: for them `kv_layout` reads the weights and computes."""
+
 # Two prompts whose caches differ by one step in which mlx-lm's caches grow.
 _SHORT, _LONG = 2, 258
 

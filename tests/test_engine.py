@@ -20,6 +20,7 @@ from tiny import write_tiny_model
 import edger1
 from edger1.client import ChildConnection, ThreadConnection, events, next_id
 from edger1.messages import Cancel, Done, Failed, Generate, Load, Loaded, Progress, Sampling, Text, decode, encode
+from edger1.units import format_bytes
 
 
 @pytest.fixture(scope="module")
@@ -214,8 +215,12 @@ def test_an_engines_models_share_its_ceiling(tiny_folder: Path) -> None:
 
 def test_a_ceiling_that_is_too_small_is_refused_with_the_one_that_would_do(tiny_folder: Path) -> None:
     plan = edger1.plan(tiny_folder, memory="100MB")
-    with pytest.raises(edger1.MemoryCeilingError, match="--memory"):
-        edger1.load(tiny_folder, memory="100MB")
+    # The second one would not even hold the weights.
+    for memory in ("100MB", "50kB"):
+        with pytest.raises(
+            edger1.MemoryCeilingError, match=f"needs {format_bytes(plan.smallest_ceiling_bytes)}.*--mem"
+        ):
+            edger1.load(tiny_folder, memory=memory)
     with edger1.load(tiny_folder, memory=plan.smallest_ceiling_bytes) as model:
         assert model.plan.ceiling_bytes == plan.smallest_ceiling_bytes
 
