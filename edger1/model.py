@@ -305,22 +305,25 @@ class Chat:
         raise EngineError("The engine ended the answer without saying why.")
 
     def stream(self, text: str, **options: Unpack[GenerateOptions]) -> Iterator[Event]:
-        """As `send`, event by event. What was said before an early end is kept; a failed turn leaves no trace."""
+        """As `send`, event by event. What was said before an early end is kept.
+
+        A turn that failed, or was left before a word of the answer came, leaves no trace.
+        """
         if not isinstance(text, str):
             raise UsageError(f"The message is {text!r:.200}; expected a string.")
         turn: Message = {"role": "user", "content": text}
         collector = _Collector()
-        failed = True
+        kept = False
         try:
             for event in self._model.stream(self._prompt(turn), **options):
                 collector.add(event)
                 yield event
-            failed = False
-        except GeneratorExit:
-            failed = False
+            kept = True
+        except (GeneratorExit, KeyboardInterrupt):
+            kept = bool(collector.text)
             raise
         finally:
-            if not failed:
+            if kept:
                 # Reasoning is left out of the turns that follow, as the templates of reasoning models do.
                 self.messages += [turn, {"role": "assistant", "content": "".join(collector.text)}]
 

@@ -14,7 +14,7 @@ from tiny import write_tiny_model
 
 import edger1
 from edger1.client import ChildConnection, ThreadConnection, events, next_id
-from edger1.messages import Cancel, Done, Failed, Generate, Load, Loaded, Progress, encode
+from edger1.messages import Cancel, Done, Failed, Generate, Load, Loaded, Progress, Text, encode
 
 
 @pytest.fixture(scope="module")
@@ -239,6 +239,25 @@ def test_what_fails_on_the_engines_thread_does_not_end_it(capsys: pytest.Capture
         worker.call(lambda: 1 / 0)
     name = worker.call(lambda: threading.current_thread().name)
     assert name == "edger1-engine"
+
+
+def test_a_chat_keeps_what_was_said_before_it_was_left(model: edger1.Model) -> None:
+    chat = model.chat()
+    for event in chat.stream("Hello", max_tokens=100, temperature=0):
+        if isinstance(event, Progress):
+            break
+    assert chat.messages == []
+    said = ""
+    for event in chat.stream("Hello", max_tokens=100, temperature=0):
+        if isinstance(event, Text):
+            said += event.text
+        if len(said) > 4:
+            break
+    assert [message["content"] for message in chat.messages] == ["Hello", said]
+    assert chat.send("And?", max_tokens=2).usage.cached_tokens > len("Hello")
+    with pytest.raises(edger1.ContextError):
+        chat.send("x" * 1000)
+    assert len(chat.messages) == 4
 
 
 def test_saving_a_chat_fails_without_a_trace(model: edger1.Model, tmp_path: Path) -> None:
