@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -72,7 +73,8 @@ class ChildBackend:
         """Stop the engine. May be called more than once."""
         connection, self._connection, self._model = self._connection, None, None
         if connection is not None:
-            connection.close()
+            # The step that is running is finished first, which must not stop the screen.
+            await asyncio.to_thread(connection.close)
 
     def _forget(self, failed: Failed) -> None:
         """After an EngineError the next load starts from a fresh process."""
