@@ -1,9 +1,9 @@
 // The large path of `fast` on processors with matrix tiles for bf16 (AMX, Sapphire Rapids and later).
 //
-// Here x and the dequantized weights are rounded to bf16 and added up in f32 tiles over all of K. That is a third of the
-// error of int8 activations for each 32 columns. Those would gain little from int8 tiles, which would have to leave for
-// memory after every 32 columns, to be scaled. Blocks of 32 rows of x by 32 columns of the result keep four tiles of
-// sums and share their operands.
+// Here x and the dequantized weights are rounded to bf16 and added up in f32 tiles over all of K. That is a third of
+// the error of int8 activations for each 32 columns. Those would gain little from int8 tiles, which would have to leave
+// for memory after every 32 columns, to be scaled. Blocks of 32 rows of x by 32 columns of the result keep four tiles
+// of sums and share their operands.
 //
 // The tile unit takes 64 cycles for 32 columns of W, and two things keep it waiting. Operands from L2 take longer than
 // that, so a panel goes through in chunks of W that stay in L1, with the sums put down in between. And a tile's store
