@@ -192,6 +192,14 @@ inline void multiply(const uint16_t* x, const uint16_t* pairs, int steps, bool f
 }
 #undef EDGER1_NEXT_BLOCK
 
+// A new result is in no cache, and the tile unit would wait for each of its lines.
+inline void prefetch_block(Block block) {
+  for (int i = 0; i < kTileRows; i++) {
+    _mm_prefetch(block.at + i * block.stride, _MM_HINT_ET0);
+    _mm_prefetch(block.at + i * block.stride + 16, _MM_HINT_ET0);
+  }
+}
+
 // Up to kSlabRows rows against a whole panel. Blocks that the result has not room for end in `sums` and are copied.
 void multiply_slab(const uint16_t* x, const uint16_t* pairs, int k, int rows, int columns, float* out, int64_t stride,
                    float* sums) {
@@ -202,6 +210,9 @@ void multiply_slab(const uint16_t* x, const uint16_t* pairs, int k, int rows, in
     bool last = step + chunk >= steps;
     for (int i = 0; i < rows; i += kTileRows) {
       Block block{sums + i * kPanel, kPanel};
+      if (last && i < direct) {
+        prefetch_block(Block{out + i * stride, stride});
+      }
       multiply(x + static_cast<int64_t>(i) * k + int64_t{step} * 1024, pairs + int64_t{step} * 1024,
                last ? steps - step : chunk, step == 0, block, before);
       before = last && i < direct ? Block{out + i * stride, stride} : block;
