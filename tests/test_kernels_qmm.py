@@ -361,6 +361,18 @@ def test_fast_is_close_to_exact(form, rows):
     assert np.sqrt((off**2).mean() / (exact**2).mean()) < 0.007
 
 
+@pytest.mark.parametrize("outputs", [31, 64, 100])
+@pytest.mark.parametrize("columns", [288, 320, 1216])
+@pytest.mark.parametrize("rows", [496, 513, 560, 801])
+def test_many_rows(rows, columns, outputs):
+    """Sizes about those at which the large path goes on to other rows, columns of W, and columns of the result."""
+    w = make_weights((outputs, columns), ("affine", 4, 32), 28)
+    x = mx.random.normal((rows, columns), key=mx.random.key(29))
+    seen, dense = as_seen_by("fast", True, rows, to_numpy(x), w.dense)
+    got = quantized_matmul(x, *w.arguments(), precision="fast", **w.options())
+    assert error(got, seen @ dense.T) < (TILE_ROUNDING if on_tiles("fast", True, rows) else ROUNDING[mx.float32])
+
+
 def test_arguments_that_do_not_fit_are_refused():
     w = make_weights((24, 128), ("affine", 4, 64), 25)
     x = mx.zeros((2, 128))

@@ -1,8 +1,13 @@
 // The large path of `fast` on processors with matrix tiles for bf16 (AMX, Sapphire Rapids and later).
 //
-// Here x and the dequantized weights are rounded to bf16 and added up in f32 tiles over all of K. That is a third of the
-// error of int8 activations and several times as fast: int8 tiles would have to leave for memory after every 32 columns,
-// to be scaled. Tiles of 32 rows of x by 32 columns of the result keep four tiles of sums and share their operands.
+// Here x and the dequantized weights are rounded to bf16 and added up in f32 tiles over all of K. That is a third of
+// the error of int8 activations for each 32 columns. Those would gain little from int8 tiles, which would have to leave
+// for memory after every 32 columns, to be scaled. Blocks of 32 rows of x by 32 columns of the result keep four tiles
+// of sums and share their operands.
+//
+// The tile unit takes 64 cycles for 32 columns of W, and two things keep it waiting. Operands from L2 take longer than
+// that, so a panel goes through in chunks of W that stay in L1, with the sums put down in between. And a tile's store
+// holds up the products behind it until the tile is complete, so each tile is stored when the next block claims it.
 #include "qmm_tables.h"
 
 #if defined(__AMX_BF16__) && defined(__AVX512BF16__)
@@ -12,6 +17,8 @@ namespace edger1 {
 namespace {
 
 constexpr int kTileRows = 32;
+constexpr int kSlabRows = 512;      // rows of x whose sums scratch holds
+constexpr int kChunkSteps = 9;      // steps of 32 columns of W, 2 KiB each, that pass before the next rows of x
 constexpr int kUnpackColumns = 512; // columns of W that pass through bytes at a time
 
 int64_t packed_bytes(const QuantMatrix& w, bool fast) {
@@ -39,7 +46,7 @@ int64_t tile_scratch_bytes(const QuantMatrix& w, bool fast) {
     return panel_scratch_bytes(w, false);
   }
   return 2 * static_cast<int64_t>(w.k / w.group) * 32 * 4 + int64_t{w.k} * 32 * 2 + int64_t{kUnpackColumns} * 32 +
-      4 * 1024;
+      int64_t{kSlabRows} * kPanel * 4;
 }
 
 // Two columns of W for 16 rows as the pairs of bf16 that a tile product takes.
@@ -60,7 +67,12 @@ struct Pairing {
   }
 };
 
-// Any format, by way of bytes: all of K as [k / 2][32 rows][2] bf16.
+// Where columns k, k + 1 of rows 16 * half .. of a panel lie: [k / 32][2 halves][16 pairs of columns][16 rows][2] bf16.
+inline uint16_t* pairs_at(uint16_t* pairs, int k, int half) {
+  return pairs + (k / 32 * 2 + half) * 512 + k % 32 / 2 * 32;
+}
+
+// Any format, by way of bytes.
 template <class F>
 void unpack_pairs(const QuantMatrix& w, int n0, int n1, const float* scales, const float* biases, uint16_t* pairs,
                   uint8_t* codes) {
@@ -80,8 +92,8 @@ void unpack_pairs(const QuantMatrix& w, int n0, int n1, const float* scales, con
           __m512i code = _mm512_and_si512(_mm512_srli_epi32(four, static_cast<unsigned>(8 * i)), low);
           v[i] = _mm512_fmadd_ps(scale, _mm512_cvtepi32_ps(code), bias);
         }
-        _mm512_store_si512(pairs + k * 32 + 32 * half, pairing(v[0], v[1]));
-        _mm512_store_si512(pairs + k * 32 + 64 + 32 * half, pairing(v[2], v[3]));
+        _mm512_store_si512(pairs_at(pairs, k, half), pairing(v[0], v[1]));
+        _mm512_store_si512(pairs_at(pairs, k + 2, half), pairing(v[2], v[3]));
       }
     }
   }
@@ -108,12 +120,13 @@ void unpack_pairs_nibbles(const QuantMatrix& w, int n0, int n1, const float* sca
         int g = (k + 8 * j) / w.group;
         __m512 scale = _mm512_load_ps(scales + g * 32 + 16 * half), bias = _mm512_load_ps(biases + g * 32 + 16 * half);
         __m512i word = words[j];
-        uint16_t* to = pairs + (k + 8 * j) * 32 + 32 * half;
+        uint16_t* to = pairs_at(pairs, k + 8 * j, half);
 #pragma GCC unroll 4
         for (int i = 0; i < 4; i++) {
           __m512 even = _mm512_permutexvar_ps(_mm512_srli_epi32(word, static_cast<unsigned>(8 * i)), table);
           __m512 odd = _mm512_permutexvar_ps(_mm512_srli_epi32(word, static_cast<unsigned>(8 * i + 4)), table);
-          _mm512_store_si512(to + 64 * i, pairing(_mm512_fmadd_ps(scale, even, bias), _mm512_fmadd_ps(scale, odd, bias)));
+          _mm512_store_si512(to + 32 * i,
+                             pairing(_mm512_fmadd_ps(scale, even, bias), _mm512_fmadd_ps(scale, odd, bias)));
         }
       }
     }
@@ -125,42 +138,95 @@ struct alignas(64) TileShapes {
   uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
+// Not local: GCC 12 thinks that _tile_loadconfig reads eight bytes of it and may drop stores to the rest as dead.
+const TileShapes kTileShapes;
 
-inline void store_tile(const float* tile, int rows, int columns, float* out, int64_t stride) {
-  __mmask16 mask = first16(columns > 0 ? columns : 0);
-  for (int i = 0; i < rows; i++) {
-    _mm512_mask_storeu_ps(out + i * stride, mask, _mm512_load_ps(tile + 16 * i));
+// 32 rows of the result; `stride` in floats.
+struct Block {
+  float* at = nullptr;
+  int64_t stride = 0;
+
+  float* tile(int i) const {
+    return at + i / 2 * 16 * stride + i % 2 * 16;
   }
-}
+};
 
-// 32 rows by 32 columns over `steps` times 32 columns of W.
-inline void tile_bf16(const uint16_t* pairs, const uint16_t* x, int steps, int rows, int columns, float* out,
-                      int64_t stride, float* sums) {
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
-  for (int i = 0; i < steps; i++) {
+// Tile I of the block before goes to its place and begins the next block. A macro: tile numbers are assembly text.
+#define EDGER1_NEXT_BLOCK(I)                                    \
+  if (before.at) {                                              \
+    _tile_stored(I, before.tile(I), before.stride * 4);         \
+  }                                                             \
+  if (first) {                                                  \
+    _tile_zero(I);                                              \
+  } else {                                                      \
+    _tile_loadd(I, sums.tile(I), sums.stride * 4);              \
+  }
+
+// Tiles 0..3 become the products of 32 rows of x and `steps` times 32 columns of W, plus `sums` unless these are the
+// `first`; what they held goes to `before`, if anywhere.
+inline void multiply(const uint16_t* x, const uint16_t* pairs, int steps, bool first, Block sums, Block before) {
+  _tile_loadd(4, x, 64);
+  _tile_loadd(6, pairs, 64);
+  EDGER1_NEXT_BLOCK(0)
+  _tile_dpbf16ps(0, 4, 6);
+  _tile_loadd(7, pairs + 512, 64);
+  EDGER1_NEXT_BLOCK(1)
+  _tile_dpbf16ps(1, 4, 7);
+  _tile_loadd(5, x + 512, 64);
+  EDGER1_NEXT_BLOCK(2)
+  _tile_dpbf16ps(2, 5, 6);
+  EDGER1_NEXT_BLOCK(3)
+  _tile_dpbf16ps(3, 5, 7);
+  for (int i = 1; i < steps; i++) {
+    x += 1024;
+    pairs += 1024;
     _tile_loadd(4, x, 64);
-    _tile_loadd(6, pairs, 128);
+    _tile_loadd(6, pairs, 64);
     _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(7, pairs + 32, 128);
+    _tile_loadd(7, pairs + 512, 64);
     _tile_dpbf16ps(1, 4, 7);
     _tile_loadd(5, x + 512, 64);
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
-    x += 32 * kTileRows;
-    pairs += 16 * 64;
   }
-  _tile_stored(0, sums, 64);
-  _tile_stored(1, sums + 256, 64);
-  _tile_stored(2, sums + 512, 64);
-  _tile_stored(3, sums + 768, 64);
-  int upper = rows < 16 ? rows : 16;
-  store_tile(sums, upper, columns, out, stride);
-  store_tile(sums + 256, upper, columns - 16, out + 16, stride);
-  store_tile(sums + 512, rows - upper, columns, out + 16 * stride, stride);
-  store_tile(sums + 768, rows - upper, columns - 16, out + 16 * stride + 16, stride);
+}
+#undef EDGER1_NEXT_BLOCK
+
+// A new result is in no cache, and the tile unit would wait for each of its lines.
+inline void prefetch_block(Block block) {
+  for (int i = 0; i < kTileRows; i++) {
+    _mm_prefetch(block.at + i * block.stride, _MM_HINT_ET0);
+    _mm_prefetch(block.at + i * block.stride + 16, _MM_HINT_ET0);
+  }
+}
+
+// Up to kSlabRows rows against a whole panel. Blocks that the result has not room for end in `sums` and are copied.
+void multiply_slab(const uint16_t* x, const uint16_t* pairs, int k, int rows, int columns, float* out, int64_t stride,
+                   float* sums) {
+  const int steps = k / 32, chunks = (steps + kChunkSteps - 1) / kChunkSteps, chunk = (steps + chunks - 1) / chunks;
+  const int direct = columns == kPanel ? rows / kTileRows * kTileRows : 0;
+  Block before;
+  for (int step = 0; step < steps; step += chunk) {
+    bool last = step + chunk >= steps;
+    for (int i = 0; i < rows; i += kTileRows) {
+      Block block{sums + i * kPanel, kPanel};
+      if (last && i < direct) {
+        prefetch_block(Block{out + i * stride, stride});
+      }
+      multiply(x + static_cast<int64_t>(i) * k + int64_t{step} * 1024, pairs + int64_t{step} * 1024,
+               last ? steps - step : chunk, step == 0, block, before);
+      before = last && i < direct ? Block{out + i * stride, stride} : block;
+    }
+  }
+  _tile_stored(0, before.tile(0), before.stride * 4);
+  _tile_stored(1, before.tile(1), before.stride * 4);
+  _tile_stored(2, before.tile(2), before.stride * 4);
+  _tile_stored(3, before.tile(3), before.stride * 4);
+  __mmask16 low = first16(columns), high = first16(columns > 16 ? columns - 16 : 0);
+  for (int i = direct; i < rows; i++) {
+    _mm512_mask_storeu_ps(out + i * stride, low, _mm512_load_ps(sums + i * kPanel));
+    _mm512_mask_storeu_ps(out + i * stride + 16, high, _mm512_load_ps(sums + i * kPanel + 16));
+  }
 }
 
 void panel_tiles(const QuantMatrix& w, const void* packed_x, int m, int n0, int n1, float* out, int64_t stride,
@@ -179,11 +245,12 @@ void panel_tiles(const QuantMatrix& w, const void* packed_x, int m, int n0, int 
       unpack_pairs<F>(w, n0, n1, scales, biases, pairs, codes);
     }
   });
-  TileShapes shapes;
-  _tile_loadconfig(&shapes);
-  for (int i = 0; i < m; i += kTileRows) {
-    const auto* x = static_cast<const uint16_t*>(packed_x) + static_cast<int64_t>(i) * w.k;
-    tile_bf16(pairs, x, w.k / 32, m - i < kTileRows ? m - i : kTileRows, n1 - n0, out + i * stride, stride, sums);
+  // Nor does GCC 12 know that _tile_loadd reads memory: what was unpacked shall be there.
+  __asm__ volatile("" ::: "memory");
+  _tile_loadconfig(&kTileShapes);
+  for (int i = 0; i < m; i += kSlabRows) {
+    multiply_slab(static_cast<const uint16_t*>(packed_x) + static_cast<int64_t>(i) * w.k, pairs, w.k,
+                  m - i < kSlabRows ? m - i : kSlabRows, n1 - n0, out + i * stride, stride, sums);
   }
   _tile_release();
 }
