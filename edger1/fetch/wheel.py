@@ -117,13 +117,17 @@ def _run(command: list[str], environment: dict[str, str], scratch: Path, on_byte
 
 
 def _largest(folder: Path) -> int:
+    """Return the bytes of the largest file below `folder`, which pip adds to and clears meanwhile.
+
+    Not Path.rglob: Python 3.11's raises for a folder that is removed before it is listed, os.walk passes over it.
+    """
     sizes = [0]
-    for path in folder.rglob("*"):
-        try:
-            sizes.append(path.stat().st_size)
-        except OSError:
-            # pip moves and removes its files meanwhile.
-            continue
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            try:
+                sizes.append(Path(parent, name).stat().st_size)
+            except OSError:
+                continue
     return max(sizes)
 
 
