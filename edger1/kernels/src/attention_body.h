@@ -54,9 +54,25 @@ EDGER1_INLINE vf key_scores(const float* query, const T* const* keys, int dim) {
   return lane_sums<kWidth>(acc);
 }
 
+// Calls body(j, row) for keys [lead, n) of a block, `values` being where the first one's row begins.
+template <class T, class Body>
+EDGER1_INLINE void each_key(const KeyBlock& block, const T* values, int n, Body&& body) {
+  const T* row = values;
+  int turn = block.turn < n ? block.turn : n;
+  for (int j = block.lead; j < turn; j++, row += block.value_stride) {
+    body(j, row);
+  }
+  if (turn < n) {
+    row += block.jump * block.value_stride;
+    for (int j = turn; j < n; j++, row += block.value_stride) {
+      body(j, row);
+    }
+  }
+}
+
 template <int ROWS, int VECTORS, class T>
 EDGER1_INLINE void weighted_values(float* out, int64_t out_stride, const float* p, int64_t p_stride, int n,
-                                   const T* values, int64_t value_stride) {
+                                   const T* values, const KeyBlock& block) {
   vf acc[ROWS][VECTORS];
 #pragma GCC unroll 4
   for (int r = 0; r < ROWS; r++) {
@@ -65,8 +81,7 @@ EDGER1_INLINE void weighted_values(float* out, int64_t out_stride, const float* 
       acc[r][v] = vf{};
     }
   }
-  for (int j = 0; j < n; j++) {
-    const T* row = values + j * value_stride;
+  each_key(block, values, n, [&](int j, const T* row) __attribute__((always_inline)) {
 #pragma GCC unroll 4
     for (int v = 0; v < VECTORS; v++) {
       vf y = load(row + v * kWidth);
@@ -75,7 +90,7 @@ EDGER1_INLINE void weighted_values(float* out, int64_t out_stride, const float* 
         acc[r][v] = mad(splat(p[r * p_stride + j]), y, acc[r][v]);
       }
     }
-  }
+  });
 #pragma GCC unroll 4
   for (int r = 0; r < ROWS; r++) {
 #pragma GCC unroll 4
@@ -94,11 +109,12 @@ static void attention_rows_of(float* maxima, float* sums, float* accumulated, co
   for (int r = 0; r < rows; r++) {
     most = visible[r] > most ? visible[r] : most;
   }
-  for (int j = 0; j < most; j += kWidth) {
+  int lead = block.lead;
+  for (int j = lead / kWidth * kWidth; j < most; j += kWidth) {
     const T* at[kWidth];
     for (int i = 0; i < kWidth; i++) {
-      int key = j + i < most ? j + i : most - 1;
-      at[i] = keys + key * block.key_stride;
+      int key = j + i < lead ? lead : j + i < most ? j + i : most - 1;
+      at[i] = keys + (key - lead + (key < block.turn ? 0 : block.jump)) * block.key_stride;
     }
     for (int r = 0; r < rows; r++) {
       store(scores + r * stride + j, key_scores(queries + static_cast<int64_t>(r) * block.head_dim, at, block.head_dim));
@@ -107,6 +123,12 @@ static void attention_rows_of(float* maxima, float* sums, float* accumulated, co
   for (int r = 0; r < rows; r++) {
     float* row = scores + r * stride;
     int n = visible[r];
+    if (block.soft_cap != 0) {
+      vf cap = splat(block.soft_cap), inverse = splat(1.0f / block.soft_cap);
+      for (int j = lead / kWidth * kWidth; j < n; j += kWidth) {
+        store(row + j, cap * vtanh(load(row + j) * inverse));
+      }
+    }
     if (masks && masks[r].keep) {
       for (int j = 0; j < n; j++) {
         row[j] = masks[r].keep[j * masks[r].key_stride] ? row[j] : -3.4028234663852886e38f;
@@ -116,12 +138,16 @@ static void attention_rows_of(float* maxima, float* sums, float* accumulated, co
         row[j] += masks[r].add[j * masks[r].key_stride];
       }
     }
+    // A lane of the sum is a place in the block, whatever the block begins with.
+    for (int j = 0; j < lead; j++) {
+      row[j] = -__builtin_inff();
+    }
     float top = -__builtin_inff(), sum = 0;
-    if (n > 0) {
+    if (n > lead) {
       online_softmax(row, n, &top, &sum);
     }
     // Keys that other rows of this call see but this one does not: weight 0 leaves its sums as they are.
-    for (int j = n; j < most; j++) {
+    for (int j = n > lead ? n : lead; j < most; j++) {
       row[j] = 0;
     }
     maxima[r] = top;
@@ -134,24 +160,24 @@ static void attention_rows_of(float* maxima, float* sums, float* accumulated, co
     if (d + 4 * kWidth <= dim) {
       int r = 0;
       for (; r + 4 <= rows; r += 4) {
-        weighted_values<4, 4>(out + r * dim, dim, scores + r * stride, stride, most, from, block.value_stride);
+        weighted_values<4, 4>(out + r * dim, dim, scores + r * stride, stride, most, from, block);
       }
       for (; r < rows; r++) {
-        weighted_values<1, 4>(out + r * dim, dim, scores + r * stride, stride, most, from, block.value_stride);
+        weighted_values<1, 4>(out + r * dim, dim, scores + r * stride, stride, most, from, block);
       }
       d += 4 * kWidth;
     } else if (d + kWidth <= dim) {
       for (int r = 0; r < rows; r++) {
-        weighted_values<1, 1>(out + r * dim, dim, scores + r * stride, stride, most, from, block.value_stride);
+        weighted_values<1, 1>(out + r * dim, dim, scores + r * stride, stride, most, from, block);
       }
       d += kWidth;
     } else {
       int left = dim - d;
       for (int r = 0; r < rows; r++) {
         vf acc{};
-        for (int j = 0; j < most; j++) {
-          acc = mad(splat(scores[r * stride + j]), load_n(from + j * block.value_stride, left), acc);
-        }
+        each_key(block, from, most, [&](int j, const T* row) {
+          acc = mad(splat(scores[r * stride + j]), load_n(row, left), acc);
+        });
         store_n(out + r * dim, acc, left);
       }
       d = dim;

@@ -36,14 +36,22 @@ class WatchedLayer {
 
   // None where the layer does not apply; see DecoderLayer.
   nb::object call(nb::handle module, const mx::array& x, nb::handle mask, const std::optional<mx::array>& keys,
-                  const std::optional<mx::array>& values, int offset) const {
+                  const std::optional<mx::array>& values, int offset, int first_slot, std::optional<int> count) const {
     bool causal = mask.is_none() ? x.ndim() == 3 && x.shape(1) == 1
                                  : PyUnicode_Check(mask.ptr()) && PyUnicode_CompareWithASCIIString(mask.ptr(), "causal") == 0;
-    if (!keys || !values || !causal || !unchanged(module)) {
+    std::optional<mx::array> rows_see;
+    if (!causal && nb::isinstance<mx::array>(mask)) {
+      rows_see = nb::cast<mx::array>(mask);
+    }
+    if (!keys || !values || (!causal && !rows_see) || !unchanged(module)) {
       return nb::none();
     }
-    auto done = layer(x, *keys, *values, offset);
-    return done ? nb::cast(*done) : nb::none();
+    auto done = layer(x, *keys, *values, {offset, first_slot, count}, rows_see);
+    if (!done) {
+      return nb::none();
+    }
+    return done->normed ? nb::cast(std::tuple(done->out, done->keys, done->values, *done->normed))
+                        : nb::cast(std::tuple(done->out, done->keys, done->values));
   }
 
   DecoderLayer layer;
@@ -58,23 +66,27 @@ class WatchedLayer {
 } // namespace
 
 void bind_decoder(nb::module_& m) {
-  nb::class_<WatchedLayer>(m, "DecoderLayer", "A dense decoder layer as one operation over up to 16 rows.")
+  nb::class_<WatchedLayer>(m, "DecoderLayer", "A decoder layer, or its attention, as one operation over up to 16 rows.")
       .def("__init__",
            [](WatchedLayer* self, int heads, int kv_heads, int head_dim, float attention_scale, float residual_scale,
-              const std::string& activation, const std::string& precision) {
-             new (self) WatchedLayer({heads, kv_heads, head_dim, attention_scale, residual_scale, activation, precision});
+              float soft_cap, const std::string& activation, const std::string& precision, bool parallel, bool residual,
+              bool norms_after_rope) {
+             new (self) WatchedLayer({heads, kv_heads, head_dim, attention_scale, residual_scale, soft_cap, activation,
+                                      precision, parallel, residual, norms_after_rope});
            },
            nb::kw_only(), "heads"_a, "kv_heads"_a, "head_dim"_a, "attention_scale"_a, "residual_scale"_a = 1.0f,
-           "activation"_a = "swiglu", "precision"_a = "exact")
+           "soft_cap"_a = 0.0f, "activation"_a = "swiglu", "precision"_a = "exact", "parallel"_a = false,
+           "residual"_a = true, "norms_after_rope"_a = false)
       .def("project",
            [](WatchedLayer& self, const std::string& name, const mx::array& w, const std::optional<mx::array>& scales,
               const std::optional<mx::array>& biases, const std::optional<mx::array>& bias, int group_size, int bits,
               const std::string& mode) { self.layer.project(name, w, scales, biases, bias, group_size, bits, mode); },
            "name"_a, "w"_a, "scales"_a = nb::none(), "biases"_a = nb::none(), "bias"_a = nb::none(), "group_size"_a = 64,
            "bits"_a = 4, "mode"_a = "affine")
-      .def("norm", [](WatchedLayer& self, const std::string& name, const mx::array& weight,
-                      float eps) { self.layer.norm(name, weight, eps); },
-           "name"_a, "weight"_a, "eps"_a)
+      .def("norm", [](WatchedLayer& self, const std::string& name, const mx::array& weight, float eps, bool centered,
+                      const std::optional<mx::array>& bias) { self.layer.norm(name, weight, eps, centered, bias); },
+           "name"_a, "weight"_a, "eps"_a, "centered"_a = false, "bias"_a = nb::none())
+      .def("sinks", [](WatchedLayer& self, const mx::array& sinks) { self.layer.sinks(sinks); }, "sinks"_a)
       .def("rope",
            [](WatchedLayer& self, int dims, bool interleaved, std::optional<float> base,
               const std::optional<mx::array>& freqs, float scale,
@@ -85,7 +97,9 @@ void bind_decoder(nb::module_& m) {
       .def("watch", &WatchedLayer::watch, "owner"_a.none(), "key"_a, "value"_a,
            "Apply only while owner[key] is value; without an owner, the called module's.")
       .def("__call__", &WatchedLayer::call, "module"_a, "x"_a, "mask"_a.none(), "keys"_a.none(), "values"_a.none(),
-           "offset"_a, "The layer's result, keys and values; None where the operation does not apply.");
+           "offset"_a, "first_slot"_a = 0, "count"_a = nb::none(),
+           "The layer's result, keys and values, and the MLP's input where the layer ends before it; None where the "
+           "operation does not apply. See decoder.h for first_slot and count.");
 }
 
 } // namespace edger1

@@ -1,6 +1,8 @@
 #include "decoder.h"
 
 #include <cstring>
+#include <limits>
+#include <span>
 #include <sstream>
 
 #include "mlx/transforms.h"
@@ -65,17 +67,22 @@ mx::array claim(const mx::array& a, mx::Stream stream) {
 
 } // namespace
 
-// Inputs x, keys, values; outputs the same, keys and values in the inputs' buffers. The inputs keys and values are claimed.
+// Inputs x, keys, values and perhaps a mask; outputs out, keys and values in the inputs' buffers, and perhaps the MLP's input.
+// The inputs keys and values are claimed.
 class DecoderLayerOp : public CpuPrimitive {
  public:
-  DecoderLayerOp(mx::Stream stream, std::shared_ptr<const DecoderLayer::Held> held, int offset)
-      : CpuPrimitive(stream), held_(std::move(held)), offset_(offset) {}
+  DecoderLayerOp(mx::Stream stream, std::shared_ptr<const DecoderLayer::Held> held, int offset, CacheOrder order)
+      : CpuPrimitive(stream), held_(std::move(held)), offset_(offset), order_(order) {}
 
   const char* name() const override {
     return "EdgeR1DecoderLayer";
   }
   std::vector<mx::Shape> output_shapes(const std::vector<mx::array>& inputs) override {
-    return {inputs[0].shape(), inputs[1].shape(), inputs[2].shape()};
+    std::vector<mx::Shape> shapes{inputs[0].shape(), inputs[1].shape(), inputs[2].shape()};
+    if (held_->gives_normed()) {
+      shapes.push_back(inputs[0].shape());
+    }
+    return shapes;
   }
 
   void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
@@ -89,10 +96,22 @@ class DecoderLayerOp : public CpuPrimitive {
     call.x = x.data<float>();
     call.x_stride = x.shape(0) == 1 ? x.strides(1) : x.strides(0) / x.shape(1);
     call.out = outputs[0].data<float>();
+    if (outputs.size() > 3) {
+      allocate(outputs[3]);
+      call.normed = outputs[3].data<float>();
+    }
     call.keys = outputs[1].data<float>();
     call.values = outputs[2].data<float>();
-    call.capacity = inputs[1].shape(2);
+    call.order = order_;
     call.offset = offset_;
+    if (inputs.size() > 3) {
+      const auto& mask = inputs[3];
+      call.mask.keep = mask.dtype() == mx::bool_ ? mask.data<bool>() : nullptr;
+      call.mask.add = mask.dtype() == mx::bool_ ? nullptr : mask.data<float>();
+      for (int i = 0; i < 4; i++) {
+        call.mask.strides[i] = mask.strides(i);
+      }
+    }
     bool rows_apart = x.strides(2) == 1 &&
         (x.shape(0) == 1 || x.shape(1) == 1 || x.strides(0) == x.strides(1) * x.shape(1));
     if (x.shape(1) == 1) {
@@ -121,6 +140,7 @@ class DecoderLayerOp : public CpuPrimitive {
  private:
   std::shared_ptr<const DecoderLayer::Held> held_;
   int offset_;
+  CacheOrder order_;
 };
 
 DecoderLayer::DecoderLayer(const DecoderSettings& settings) : held_(std::make_shared<Held>()) {
@@ -130,6 +150,10 @@ DecoderLayer::DecoderLayer(const DecoderSettings& settings) : held_(std::make_sh
   plan.head_dim = settings.head_dim;
   plan.attention_scale = settings.attention_scale;
   plan.residual_scale = settings.residual_scale;
+  plan.soft_cap = settings.soft_cap;
+  plan.parallel = settings.parallel;
+  plan.residual = settings.residual;
+  plan.norms_after_rope = settings.norms_after_rope;
   if (plan.heads < 1 || plan.kv_heads < 1 || plan.head_dim < 1 || plan.heads % plan.kv_heads != 0) {
     refuse(plan.heads, " heads over ", plan.kv_heads, " key heads of ", plan.head_dim, "; expected a multiple");
   }
@@ -234,25 +258,39 @@ void DecoderLayer::project(const std::string& name, const mx::array& w_in, const
   }
 }
 
-void DecoderLayer::norm(const std::string& name, const mx::array& weight, float eps) {
+void DecoderLayer::norm(const std::string& name, const mx::array& weight, float eps, bool centered,
+                        const std::optional<mx::array>& bias) {
   auto& plan = held_->plan;
   std::pair<const char*, NormPlan*> all[] = {{"attention", &plan.attention_norm}, {"q", &plan.q_norm},
                                              {"k", &plan.k_norm},                 {"attention_post", &plan.attention_post_norm},
                                              {"mlp", &plan.mlp_norm},             {"mlp_post", &plan.mlp_post_norm}};
   for (auto& [known, found] : all) {
     if (name == known) {
-      int expected = name == "q" || name == "k" ? plan.head_dim : 0;
-      *found = {keep_floats(weight, expected, name + "'s norm"), eps};
-      if (expected == 0) {
-        plan.hidden = plan.hidden == 0 ? weight.shape(0) : plan.hidden;
-        if (plan.hidden != weight.shape(0)) {
-          refuse(name, "'s norm has ", weight.shape(0), " elements, another one ", plan.hidden);
+      const float* kept = keep_floats(weight, 0, name + "'s norm");
+      int n = weight.shape(0);
+      *found = {kept, eps, centered, bias ? keep_floats(*bias, n, name + "'s norm's bias") : nullptr};
+      if (bias && !centered) {
+        refuse(name, "'s norm has a bias; expected one of a layer norm only");
+      }
+      if (name == "q" || name == "k") {
+        int heads = name == "q" ? plan.heads : plan.kv_heads;
+        bool whole = n == heads * plan.head_dim && heads > 1;
+        bool other = name == "q" ? plan.k_norm.weight != nullptr : plan.q_norm.weight != nullptr;
+        if ((!whole && n != plan.head_dim) || (other && heads > 1 && whole != plan.whole_width_norms)) {
+          refuse(name, "'s norm has ", n, " elements; expected ", plan.head_dim, " or as many as all heads together");
         }
+        plan.whole_width_norms = plan.whole_width_norms || whole;
+      } else {
+        norm_widths_.emplace_back(name, n);
       }
       return;
     }
   }
   refuse("no norm is called \"", name, "\"");
+}
+
+void DecoderLayer::sinks(const mx::array& sinks) {
+  held_->plan.sinks = keep_floats(sinks, held_->plan.heads, "sinks");
 }
 
 void DecoderLayer::rope(int dims, bool interleaved, std::optional<float> base, const std::optional<mx::array>& freqs,
@@ -276,7 +314,9 @@ void DecoderLayer::rope(int dims, bool interleaved, std::optional<float> base, c
 
 void DecoderLayer::finish() {
   auto& plan = held_->plan;
+  plan.has_mlp = plan.gate.n != 0 || plan.up.n != 0 || plan.down.n != 0;
   plan.inner = plan.gate.n;
+  plan.hidden = plan.q.k;
   int q = plan.heads * plan.head_dim, kv = plan.kv_heads * plan.head_dim;
   struct Fit {
     const char* name;
@@ -286,39 +326,70 @@ void DecoderLayer::finish() {
               {"v", plan.v, kv, plan.hidden},          {"o", plan.o, plan.hidden, q},
               {"gate", plan.gate, plan.inner, plan.hidden}, {"up", plan.up, plan.inner, plan.hidden},
               {"down", plan.down, plan.hidden, plan.inner}};
-  for (const Fit& fit : fits) {
+  for (const Fit& fit : std::span(fits, plan.has_mlp ? 7 : 4)) {
     if (fit.n < 1 || fit.k < 1 || fit.p.n != fit.n || fit.p.k != fit.k) {
       refuse(fit.name, " is [", fit.p.n, ", ", fit.p.k, "]; expected [", fit.n, ", ", fit.k, "]");
     }
   }
-  if (!plan.attention_norm.weight || !plan.mlp_norm.weight || plan.inverse_freqs.empty()) {
-    refuse("a norm before attention, one before the MLP and a rotation are needed");
+  for (const auto& [name, n] : norm_widths_) {
+    if (n != plan.hidden) {
+      refuse(name, "'s norm has ", n, " elements; expected ", plan.hidden);
+    }
+  }
+  if (plan.has_mlp && !plan.residual) {
+    refuse("an MLP after attention without residual");
   }
   finish_plan(plan);
   finished_ = true;
 }
 
-std::optional<std::tuple<mx::array, mx::array, mx::array>> DecoderLayer::operator()(const mx::array& x,
-                                                                                    const mx::array& keys,
-                                                                                    const mx::array& values,
-                                                                                    int offset) const {
+std::optional<DecoderOutputs> DecoderLayer::operator()(const mx::array& x, const mx::array& keys, const mx::array& values,
+                                                       const CachePlace& place,
+                                                       const std::optional<mx::array>& mask_in) const {
   const auto& plan = held_->plan;
   mx::Stream stream = mx::default_stream(mx::default_device());
   if (!finished_ || x.ndim() != 3 || x.dtype() != mx::float32 || x.size() == 0 || x.shape(2) != plan.hidden ||
       int64_t{x.shape(0)} * x.shape(1) > kMaxRows || stream.device != mx::Device(mx::Device::cpu) || x.is_tracer() ||
       keys.is_tracer() || values.is_tracer() || keys.dtype() != mx::float32 || values.dtype() != mx::float32 ||
-      keys.ndim() != 4 || offset < 0) {
+      keys.ndim() != 4 || place.offset < 0) {
     return std::nullopt;
   }
-  mx::Shape expected{x.shape(0), plan.kv_heads, keys.shape(2), plan.head_dim};
-  if (keys.shape() != expected || values.shape() != expected || keys.shape(2) < offset + x.shape(1)) {
+  int length = x.shape(1), capacity = keys.shape(2);
+  int64_t end = int64_t{place.offset} + length, count = place.count ? *place.count : end;
+  mx::Shape expected{x.shape(0), plan.kv_heads, capacity, plan.head_dim};
+  if (keys.shape() != expected || values.shape() != expected || end > std::numeric_limits<int>::max() || count > end ||
+      count < length || count > capacity || place.first_slot < 0 || place.first_slot >= capacity) {
     return std::nullopt;
+  }
+  std::vector<mx::array> inputs{x, claim(keys, stream), claim(values, stream)};
+  if (mask_in) {
+    // Masks count slots, of which those in use come first.
+    int slots = place.first_slot == 0 ? static_cast<int>(count) : capacity;
+    mx::Shape shape{x.shape(0), plan.heads, length, slots};
+    bool fits = mask_in->ndim() <= 4 && (mask_in->dtype() == mx::bool_ || mask_in->dtype() == mx::float32) &&
+        !mask_in->is_tracer();
+    for (int i = 1; fits && i <= static_cast<int>(mask_in->ndim()); i++) {
+      fits = mask_in->shape(-i) == 1 || mask_in->shape(-i) == shape[4 - i];
+    }
+    if (!fits) {
+      return std::nullopt;
+    }
+    inputs.push_back(mx::broadcast_to(*mask_in, shape, stream));
   }
   refuse_if_forked();
-  auto outputs = mx::array::make_arrays({x.shape(), expected, expected}, {mx::float32, mx::float32, mx::float32},
-                                        std::make_shared<DecoderLayerOp>(stream, held_, offset),
-                                        {x, claim(keys, stream), claim(values, stream)});
-  return std::tuple(outputs[0], outputs[1], outputs[2]);
+  CacheOrder order{static_cast<int>(end - count), place.first_slot, capacity};
+  std::vector<mx::Shape> shapes{x.shape(), expected, expected};
+  if (held_->gives_normed()) {
+    shapes.push_back(x.shape());
+  }
+  auto outputs = mx::array::make_arrays(shapes, std::vector<mx::Dtype>(shapes.size(), mx::float32),
+                                        std::make_shared<DecoderLayerOp>(stream, held_, place.offset, order),
+                                        std::move(inputs));
+  DecoderOutputs done{outputs[0], outputs[1], outputs[2], std::nullopt};
+  if (outputs.size() > 3) {
+    done.normed = outputs[3];
+  }
+  return done;
 }
 
 } // namespace edger1

@@ -1,14 +1,16 @@
-// One dense decoder layer of a language model as plain pointers and numbers; knows nothing of MLX's graph.
+// One decoder layer of a language model, or its attention, as plain pointers and numbers; knows nothing of MLX's graph.
 //
 //   h = x + r * post(o(attention(rope(norm(q(n))), rope(norm(k(n))), v(n)))),   n = norm(x)
-//   y = h + r * post(down(act(gate(m)) * up(m))),                               m = norm(h)
+//   y = h + r * post(down(act(gate(m)) * up(m))),                               m = norm(h), or n where both are parallel
 //
-// Norms of heads and the two post-norms are optional, as are biases. Everything is float32 but the weights.
+// Every norm and the rotation are optional, as are biases. A layer whose second line is something else stops at h and
+// gives m too; without residual, h is what attention alone adds. Everything is float32 but the weights.
 #pragma once
 
 #include <cstdint>
 #include <vector>
 
+#include "decoder_attention.h"
 #include "ops_table.h"
 #include "qmm_kernels.h"
 
@@ -32,6 +34,8 @@ struct Projection {
 struct NormPlan {
   const float* weight = nullptr;     // null: no norm here
   float eps = 0;
+  bool centered = false;             // a layer norm, else an RMS norm
+  const float* bias = nullptr;       // of a layer norm, or null
 };
 
 struct DecoderPlan {
@@ -39,7 +43,14 @@ struct DecoderPlan {
   int hidden = 0, heads = 0, kv_heads = 0, head_dim = 0, inner = 0;
   Projection q, k, v, o, gate, up, down;
   NormPlan attention_norm, q_norm, k_norm, attention_post_norm, mlp_norm, mlp_post_norm;
-  int rope_dims = 0;
+  bool whole_width_norms = false;    // q_norm and k_norm are over all heads together
+  bool norms_after_rope = false;
+  bool residual = true;
+  bool parallel = false;
+  bool has_mlp = true;
+  const float* sinks = nullptr;      // [heads] or null
+  float soft_cap = 0;                // of attention's scores; 0 for none
+  int rope_dims = 0;                 // 0: no rotation
   bool rope_interleaved = false;
   float rope_scale = 1;              // of positions
   float rope_multiplier = 1;         // of the rotated elements, before they are rotated
@@ -61,10 +72,12 @@ struct DecoderCall {
   const float* x = nullptr;          // [batch * length, hidden], rows x_stride apart
   int64_t x_stride = 0;
   float* out = nullptr;              // [batch * length, hidden]; may be x
-  float* keys = nullptr;             // [batch, kv_heads, capacity, head_dim], written at offset .. offset + length - 1
+  float* normed = nullptr;           // the same of m; null where the plan has an MLP
+  float* keys = nullptr;             // [batch, kv_heads, capacity, head_dim], written at positions offset .. offset + length - 1
   float* values = nullptr;
-  int capacity = 0;
-  int offset = 0;                    // positions in the cache before this call
+  CacheOrder order;
+  SlotMask mask;
+  int offset = 0;                    // the first new position
 };
 
 void run_decoder_layer(const DecoderPlan& plan, const DecoderCall& call);

@@ -1,7 +1,5 @@
 #include <algorithm>
-#include <cmath>
 #include <cstring>
-#include <limits>
 #include <memory>
 
 #include "decoder_plan.h"
@@ -12,8 +10,6 @@
 namespace edger1 {
 namespace {
 
-constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
-constexpr int kBlockKeys = 256;              // as in attention alone, so that both give the same bits
 constexpr int64_t kRangeBytes = 8 << 10;     // weights below which splitting further costs more than it gains
 constexpr int kMostRanges = 512;
 constexpr int64_t kSerialPrepare = 1 << 13;  // elements below which preparing rows is not worth a job
@@ -53,11 +49,19 @@ void product(const Projection& p, bool fast, const char* prepared, int64_t strid
 class Run {
  public:
   Run(const DecoderPlan& plan, const DecoderCall& call)
-      : plan_(plan), call_(call), rows_(call.batch * call.length), keys_(call.offset + call.length) {
-    group_ = plan.heads / plan.kv_heads;
-    pairs_ = call.batch * plan.kv_heads;
-    blocks_ = (keys_ + kBlockKeys - 1) / kBlockKeys;
-    part_floats_ = int64_t{group_} * call.length * (plan.head_dim + 2);
+      : plan_(plan), call_(call), rows_(call.batch * call.length) {
+    attention_.batch = call.batch;
+    attention_.length = call.length;
+    attention_.heads = plan.heads;
+    attention_.kv_heads = plan.kv_heads;
+    attention_.dim = plan.head_dim;
+    attention_.keys = call.keys;
+    attention_.values = call.values;
+    attention_.order = call.order;
+    attention_.end = call.offset + call.length;
+    attention_.mask = call.mask;
+    attention_.sinks = plan.sinks;
+    attention_.soft_cap = plan.soft_cap;
     int64_t q = int64_t{rows_} * plan.heads * plan.head_dim, kv = int64_t{rows_} * plan.kv_heads * plan.head_dim;
     int64_t prepared = 0;
     for (const auto& forms : plan.forms) {
@@ -67,17 +71,17 @@ class Run {
       }
       prepared = std::max(prepared, bytes);
     }
-    int64_t floats[] = {int64_t{rows_} * plan.hidden, q, kv, kv, q, q, pairs_ * blocks_ * part_floats_,
-                        int64_t{rows_} * plan.inner};
+    int64_t hidden = int64_t{rows_} * plan.hidden;
+    int64_t floats[] = {hidden, hidden, q, kv, kv, q, q, attention_.scratch_floats(), int64_t{rows_} * plan.inner};
     int64_t total = prepared;
     for (int64_t& n : floats) {
       n = padded(n, 16) + 16;
       total += n * 4;
     }
     prepared_ = static_cast<char*>(thread_scratch(1, static_cast<size_t>(total)));
-    float** areas[] = {&normed_, &q_, &k_, &v_, &queries_, &attended_, &parts_, &gated_};
+    float** areas[] = {&normed_, &results_, &q_, &k_, &v_, &queries_, &attended_, &parts_, &gated_};
     auto* at = reinterpret_cast<float*>(prepared_ + prepared);
-    for (int i = 0; i < 8; i++) {
+    for (int i = 0; i < 9; i++) {
       *areas[i] = at;
       at += floats[i];
     }
@@ -85,26 +89,39 @@ class Run {
 
   void operator()() {
     int q = plan_.q.n, kv = plan_.k.n;
-    normalize(plan_.attention_norm, call_.x, call_.x_stride);
-    prepare(0, normed_, plan_.hidden);
+    RowSpan in = normalize(plan_.attention_norm, {call_.x, call_.x_stride}, normed_);
+    prepare(0, in);
     sweep(plan_.q.n + plan_.k.n + plan_.v.n, plan_.q.row_bytes(), [&](int n0, int n1) {
       part(plan_.q, 0, n0, n1, 0, q_);
       part(plan_.k, 0, n0, n1, q, k_);
       part(plan_.v, 0, n0, n1, q + kv, v_);
     });
     rotate();
-    attend();
-    prepare(1, attended_, q);
-    if (call_.out != call_.x) {
-      for (int i = 0; i < rows_; i++) {
-        std::memcpy(call_.out + int64_t{i} * plan_.hidden, call_.x + i * call_.x_stride, size_t(plan_.hidden) * 4);
-      }
+    attention_.queries = queries_;
+    attention_.out = attended_;
+    attend(attention_, parts_);
+    prepare(1, {attended_, q});
+    if (plan_.parallel && call_.normed) {
+      copy_rows(call_.normed, in);
+    }
+    if (!plan_.residual) {
+      std::fill_n(call_.out, int64_t{rows_} * plan_.hidden, 0.0f);
+    } else if (call_.out != call_.x) {
+      copy_rows(call_.out, {call_.x, call_.x_stride});
     }
     add_product(plan_.o, 1, plan_.attention_post_norm);
-    normalize(plan_.mlp_norm, call_.out, plan_.hidden);
-    prepare(2, normed_, plan_.hidden);
+    if (!plan_.parallel && (plan_.has_mlp || call_.normed)) {
+      in = normalize(plan_.mlp_norm, {call_.out, plan_.hidden}, call_.normed ? call_.normed : normed_);
+      if (call_.normed && in.rows != call_.normed) {
+        copy_rows(call_.normed, in);
+      }
+    }
+    if (!plan_.has_mlp) {
+      return;
+    }
+    prepare(2, in);
     sweep(plan_.inner, plan_.gate.row_bytes() + plan_.up.row_bytes(), [&](int n0, int n1) { gate(n0, n1); });
-    prepare(3, gated_, plan_.inner);
+    prepare(3, {gated_, plan_.inner});
     add_product(plan_.down, 3, plan_.mlp_post_norm);
   }
 
@@ -125,6 +142,17 @@ class Run {
     parallel_for(ranges, [&](int64_t i) { body(bounds[i], bounds[i + 1]); });
   }
 
+  struct RowSpan {
+    const float* rows;
+    int64_t stride;
+  };
+
+  void copy_rows(float* to, RowSpan from) const {
+    for (int i = 0; i < rows_; i++) {
+      std::memcpy(to + int64_t{i} * plan_.hidden, from.rows + i * from.stride, size_t(plan_.hidden) * 4);
+    }
+  }
+
   template <class Body>
   void each_row(int64_t elements, Body&& body) {
     if (rows_ == 1 || rows_ * elements < kSerialPrepare) {
@@ -136,19 +164,30 @@ class Run {
     }
   }
 
-  void normalize(const NormPlan& norm, const float* x, int64_t stride) {
-    each_row(plan_.hidden, [&](int i) {
-      ops().rms_norm(normed_ + int64_t{i} * plan_.hidden, x + i * stride, norm.weight, plan_.hidden, norm.eps);
-    });
+  // The rows normed, in `to`; where there is no norm the rows as they are.
+  RowSpan normalize(const NormPlan& norm, RowSpan x, float* to) {
+    if (!norm.weight) {
+      return x;
+    }
+    each_row(plan_.hidden, [&](int i) { norm_row(norm, to + int64_t{i} * plan_.hidden, x.rows + i * x.stride, plan_.hidden); });
+    return {to, plan_.hidden};
+  }
+
+  static void norm_row(const NormPlan& norm, float* to, const float* from, int n) {
+    if (norm.centered) {
+      ops().layer_norm(to, from, norm.weight, norm.bias, n, norm.eps);
+    } else {
+      ops().rms_norm(to, from, norm.weight, n, norm.eps);
+    }
   }
 
   // All forms of a stage's input, one after the other.
-  void prepare(int stage, const float* x, int64_t stride) {
+  void prepare(int stage, RowSpan x) {
     char* to = prepared_;
     for (const Projection& form : plan_.forms[stage]) {
       int64_t bytes = form_bytes(form, plan_.fast);
       each_row(form.k, [&](int i) {
-        const float* from = x + i * stride;
+        const float* from = x.rows + i * x.stride;
         if (form.quantized) {
           (plan_.fast ? qmm_kernels().prepare_fast : qmm_kernels().prepare_exact)(form.w, from, to + i * bytes);
         } else {
@@ -198,119 +237,76 @@ class Run {
   // Adds a projection to the residual stream, which `out` holds.
   void add_product(const Projection& p, int stage, const NormPlan& post) {
     auto add = [&](int i, int n0, int n) {
-      float* result = normed_ + int64_t{i} * plan_.hidden + n0;
+      float* result = results_ + int64_t{i} * plan_.hidden + n0;
       ops().blend_row(call_.out + int64_t{i} * plan_.hidden + n0, 1, result, plan_.residual_scale, n);
     };
     sweep(p.n, p.row_bytes(), [&](int n0, int n1) {
-      part(p, stage, n0, n1, 0, normed_);
+      part(p, stage, n0, n1, 0, results_);
       for (int i = 0; i < rows_ && !post.weight; i++) {
         add(i, n0, n1 - n0);
       }
     });
     for (int i = 0; i < rows_ && post.weight; i++) {
-      float* result = normed_ + int64_t{i} * plan_.hidden;
-      ops().rms_norm(result, result, post.weight, plan_.hidden, post.eps);
+      float* result = results_ + int64_t{i} * plan_.hidden;
+      norm_row(post, result, result, plan_.hidden);
       add(i, 0, plan_.hidden);
     }
   }
 
-  float* cached(float* cache, int b, int head, int position) const {
-    return cache + ((int64_t{b} * plan_.kv_heads + head) * call_.capacity + position) * plan_.head_dim;
+  float* cached(float* cache, int b, int head, int slot) const {
+    return cache + ((int64_t{b} * plan_.kv_heads + head) * call_.order.capacity + slot) * plan_.head_dim;
   }
 
-  // One head of one row: norm, then rotation.
-  void rotate_head(float* to, float* from, const NormPlan& norm, const Angles& angles, int l) const {
-    int dim = plan_.head_dim;
-    if (norm.weight) {
-      ops().rms_norm(from, from, norm.weight, dim, norm.eps);
+  // One head of one row: norm, then rotation, or the other way round.
+  void rotate_head(float* to, float* from, const NormPlan& norm, const Angles* angles, int l) const {
+    int dim = plan_.head_dim, turned = plan_.rope_dims;
+    bool per_head = norm.weight && !plan_.whole_width_norms;
+    if (per_head && !plan_.norms_after_rope) {
+      norm_row(norm, from, from, dim);
     }
     if (plan_.rope_multiplier != 1) {
-      ops().scale_row(from, plan_.rope_multiplier, plan_.rope_dims);
+      ops().scale_row(from, plan_.rope_multiplier, turned);
     }
-    ops().rope(to, from, angles.cosines(l), angles.sines(l), plan_.rope_dims / 2, plan_.rope_interleaved, false);
-    std::copy(from + plan_.rope_dims, from + dim, to + plan_.rope_dims);
+    if (angles) {
+      ops().rope(to, from, angles->cosines(l), angles->sines(l), turned / 2, plan_.rope_interleaved, false);
+    }
+    std::copy(from + turned, from + dim, to + turned);
+    if (per_head && plan_.norms_after_rope) {
+      norm_row(norm, to, to, dim);
+    }
   }
 
   // Queries go, scaled, to where attention reads them; keys and values into the cache.
   void rotate() {
-    auto angles = angles_for(call_.offset, call_.length, plan_.rope_scale, plan_.inverse_freqs);
+    auto angles = plan_.rope_dims ? angles_for(call_.offset, call_.length, plan_.rope_scale, plan_.inverse_freqs) : nullptr;
     int dim = plan_.head_dim;
     each_row(plan_.q.n * 2, [&](int i) {
-      int b = i / call_.length, l = i % call_.length;
+      int b = i / call_.length, l = i % call_.length, slot = call_.order.slot(call_.offset + l);
+      float *q = q_ + int64_t{i} * plan_.q.n, *k = k_ + int64_t{i} * plan_.k.n, *v = v_ + int64_t{i} * plan_.v.n;
+      if (plan_.whole_width_norms && plan_.q_norm.weight) {
+        norm_row(plan_.q_norm, q, q, plan_.q.n);
+      }
+      if (plan_.whole_width_norms && plan_.k_norm.weight) {
+        norm_row(plan_.k_norm, k, k, plan_.k.n);
+      }
       for (int h = 0; h < plan_.heads; h++) {
-        int64_t place = (int64_t{b} * plan_.heads + h) * call_.length + l;
-        float* to = queries_ + place * dim;
-        rotate_head(to, q_ + (int64_t{i} * plan_.heads + h) * dim, plan_.q_norm, *angles, l);
+        float* to = queries_ + ((int64_t{b} * plan_.heads + h) * call_.length + l) * dim;
+        rotate_head(to, q + h * dim, plan_.q_norm, angles.get(), l);
         ops().scale_row(to, plan_.attention_scale, dim);
       }
       for (int h = 0; h < plan_.kv_heads; h++) {
-        int64_t from = (int64_t{i} * plan_.kv_heads + h) * dim;
-        rotate_head(cached(call_.keys, b, h, call_.offset + l), k_ + from, plan_.k_norm, *angles, l);
-        std::memcpy(cached(call_.values, b, h, call_.offset + l), v_ + from, static_cast<size_t>(dim) * 4);
+        rotate_head(cached(call_.keys, b, h, slot), k + h * dim, plan_.k_norm, angles.get(), l);
+        std::memcpy(cached(call_.values, b, h, slot), v + h * dim, static_cast<size_t>(dim) * 4);
       }
     });
-  }
-
-  // For each key head and block of keys all queries of all its heads at once; partial results are then merged in the
-  // order of the blocks.
-  void attend() {
-    int dim = plan_.head_dim, rows = group_ * call_.length;
-    double cost = static_cast<double>(rows) * std::min(keys_, kBlockKeys) * dim / 4;
-    int64_t tasks = int64_t{pairs_} * blocks_;
-    parallel_ranges(tasks, grain_for(tasks, cost, 10000), [&](int64_t begin, int64_t end) {
-      size_t scores_bytes = size_t(rows) * (kBlockKeys + 16) * 4;
-      auto* scores = static_cast<float*>(thread_scratch(0, scores_bytes + size_t(rows) * sizeof(int)));
-      auto* visible = reinterpret_cast<int*>(reinterpret_cast<char*>(scores) + scores_bytes);
-      for (int64_t task = begin; task < end; task++) {
-        int64_t pair = task / blocks_;
-        int b = static_cast<int>(pair / plan_.kv_heads), head = static_cast<int>(pair % plan_.kv_heads);
-        int key = static_cast<int>(task % blocks_) * kBlockKeys, n = std::min(kBlockKeys, keys_ - key);
-        for (int r = 0; r < rows; r++) {
-          visible[r] = std::clamp(call_.offset + r % call_.length + 1 - key, 0, n);
-        }
-        KeyBlock block{cached(call_.keys, b, head, key), cached(call_.values, b, head, key), Float::f32, dim, dim, n, dim,
-                       dim};
-        float* to = parts_ + task * part_floats_;
-        ops().attention_rows(to, to + rows, to + 2 * rows, queries_ + pair * rows * dim, rows, block, visible, nullptr,
-                             scores);
-      }
-    });
-    double merge_cost = static_cast<double>(blocks_) * dim;
-    int64_t all = int64_t{pairs_} * rows;
-    parallel_ranges(all, grain_for(all, merge_cost, 20000), [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; i++) {
-        merge(static_cast<int>(i / rows), static_cast<int>(i % rows));
-      }
-    });
-  }
-
-  void merge(int pair, int r) const {
-    int dim = plan_.head_dim, rows = group_ * call_.length;
-    int b = pair / plan_.kv_heads, head = pair % plan_.kv_heads * group_ + r / call_.length, l = r % call_.length;
-    float* to = attended_ + ((int64_t{b} * call_.length + l) * plan_.heads + head) * dim;
-    std::fill(to, to + dim, 0.0f);
-    float top = kMinusInfinity, sum = 0;
-    for (int i = 0; i < blocks_; i++) {
-      const float* from = parts_ + (int64_t{pair} * blocks_ + i) * part_floats_;
-      float part_top = from[r], part_sum = from[rows + r];
-      if (part_top == kMinusInfinity) {
-        continue;
-      }
-      float best = std::max(top, part_top);
-      float before = top == kMinusInfinity ? 0.0f : std::exp(top - best), after = std::exp(part_top - best);
-      ops().blend_row(to, before, from + 2 * rows + int64_t{r} * dim, after, dim);
-      sum = sum * before + part_sum * after;
-      top = best;
-    }
-    ops().scale_row(to, 1.0f / sum, dim);
   }
 
   const DecoderPlan& plan_;
   const DecoderCall& call_;
-  int rows_, keys_, group_ = 0, pairs_ = 0, blocks_ = 0;
-  int64_t part_floats_ = 0;
+  int rows_;
+  CachedAttention attention_;
   char* prepared_ = nullptr;
-  float *normed_, *q_, *k_, *v_, *queries_, *attended_, *parts_, *gated_;
+  float *normed_, *results_, *q_, *k_, *v_, *queries_, *attended_, *parts_, *gated_;
 };
 
 } // namespace
@@ -327,7 +323,7 @@ void finish_plan(DecoderPlan& plan) {
   for (int stage = 0; stage < 4; stage++) {
     auto& forms = plan.forms[stage];
     for (Projection* p : stages[stage]) {
-      if (!p) {
+      if (!p || p->n == 0) {
         continue;
       }
       auto found = std::find_if(forms.begin(), forms.end(), [&](const Projection& f) { return same_form(f, *p); });

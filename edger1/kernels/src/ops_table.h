@@ -24,12 +24,16 @@ enum class Gate { swiglu, geglu, geglu_tanh, swiglu_oai };
 
 // What one query row needs of a block of keys; see attention_rows.
 struct KeyBlock {
-  const void* keys;
+  const void* keys;                  // of the first key that is there
   const void* values;
   Float type;
   int64_t key_stride, value_stride;
   int n_keys;
   int head_dim, value_dim;
+  int lead = 0;                      // keys [0, lead) of the block are not there
+  int turn = 1 << 30;                // from this key on, which comes after `lead`, memory goes on `jump` keys further
+  int64_t jump = 0;
+  float soft_cap = 0;                // where not 0, scores become soft_cap * tanh(score / soft_cap)
 };
 
 // Rows of a boolean (keep where true) or additive float32 mask over a block of keys; `row_stride` leads from one query row
@@ -83,8 +87,8 @@ struct OpsTable {
   void (*gate_vjp)(Gate op, float* d_gate, float* dx, const float* gate, const float* x, const float* dy, int64_t n,
                    float alpha, float limit);
 
-  // Attention of `rows` scaled query rows (row-major, head_dim each) over one block of keys. visible[r] keys of the block
-  // count for row r; those beyond are not there. Writes for each row the maximum score, the sum of exponentials and
+  // Attention of `rows` scaled query rows (row-major, head_dim each) over one block of keys. Keys lead .. visible[r] - 1 of
+  // the block count for row r; those beyond are not there. Writes for each row the maximum score, the sum of exponentials and
   // the weighted sum of values (value_dim each, unnormalised), `scores` being scratch for rows * (n_keys + 16) floats.
   // A row's result depends on nothing but its own query, keys, values, mask and visible count.
   void (*attention_rows)(float* maxima, float* sums, float* accumulated, const float* queries, int rows,

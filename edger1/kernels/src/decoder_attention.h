@@ -1,0 +1,49 @@
+// Attention of a few new positions over a KV cache that may be a ring, as plain pointers and numbers.
+#pragma once
+
+#include <cstdint>
+
+namespace edger1 {
+
+// Where positions lie in a cache [batch, kv_heads, capacity, head_dim]: the oldest one in slot `first_slot`, each next one
+// slot further, going on at slot 0 after the last.
+struct CacheOrder {
+  int first_position = 0;
+  int first_slot = 0;
+  int capacity = 0;
+
+  int slot(int position) const {
+    int at = first_slot + position - first_position;
+    return at < capacity ? at : at - capacity;
+  }
+};
+
+// What keys a row sees, as a boolean (keep where true) or additive mask over [batch, heads, rows, slots], strides in elements;
+// with neither a row sees what lies before it, and itself.
+struct SlotMask {
+  const bool* keep = nullptr;
+  const float* add = nullptr;
+  int64_t strides[4] = {0, 0, 0, 0};
+};
+
+struct CachedAttention {
+  int batch = 1, length = 1, heads = 0, kv_heads = 0, dim = 0;
+  const float* queries = nullptr;  // scaled; [batch, kv_heads, heads / kv_heads, length, dim]
+  const float* keys = nullptr;     // [batch, kv_heads, capacity, dim], the new positions among them
+  const float* values = nullptr;
+  CacheOrder order;
+  int end = 0;                     // the position after the last
+  SlotMask mask;
+  const float* sinks = nullptr;    // [heads] or null
+  float soft_cap = 0;              // of scores; 0 for none
+  float* out = nullptr;            // [batch, length, heads, dim]
+
+  // How many floats of working memory attend() needs.
+  int64_t scratch_floats() const;
+};
+
+// Positions are split into blocks that begin at multiples of a fixed size, whatever the oldest one is and wherever it lies,
+// and merged in their order: a position's result has the same bits alone, among others, and after the ring has turned.
+void attend(const CachedAttention& job, float* scratch);
+
+} // namespace edger1
