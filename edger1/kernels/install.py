@@ -17,7 +17,7 @@ import mlx.nn as nn
 from mlx_lm.models.mla import QuantizedMultiLinear
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear
 
-from edger1.kernels import _load, blocks, functions, quantized
+from edger1.kernels import _load, blocks, functions, quantized, stack
 from edger1.kernels.blocks import Blocks
 from edger1.kernels.quantized import Precision
 
@@ -37,6 +37,7 @@ class Installed:
     """Why nothing was replaced, where that is so."""
     _classes: list[tuple[nn.Module, type]] = field(default_factory=list, repr=False)
     _attributes: list[tuple[nn.Module, str, Any]] = field(default_factory=list, repr=False)
+    _stacks: list[tuple[nn.Module, type]] = field(default_factory=list, repr=False)
 
     @property
     def active(self) -> bool:
@@ -45,6 +46,7 @@ class Installed:
 
     def uninstall(self) -> None:
         """Give the layers their classes back and, if no other model needs the functions, those too."""
+        stack.uninstall(self._stacks)
         self.blocks.uninstall()
         for layer, original in self._classes:
             layer.__class__ = original
@@ -52,7 +54,7 @@ class Installed:
             setattr(layer, name, value)
         if self.functions:
             functions.release()
-        self._classes, self._attributes, self.functions, self.layers = [], [], (), {}
+        self._classes, self._attributes, self._stacks, self.functions, self.layers = [], [], [], (), {}
 
 
 def install(
@@ -86,6 +88,7 @@ def install(
             _swap_held_functions(layer, installed)
         if fuse:
             installed.blocks = blocks.install(model, precision, extension)
+            installed._stacks = stack.install(model, extension)
     except BaseException:
         # The functions are the whole process's: nobody else would give them back.
         installed.uninstall()

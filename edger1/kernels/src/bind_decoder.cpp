@@ -1,69 +1,11 @@
-#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
-#include <nanobind/stl/tuple.h>
 
-#include <vector>
-
+#include "bind_watched.h"
 #include "bindings.h"
-#include "decoder.h"
-
-namespace nb = nanobind;
-using namespace nb::literals;
 
 namespace edger1 {
-namespace {
 
-// A decoder layer together with the Python objects it was made from, which may be exchanged behind its back.
-class WatchedLayer {
- public:
-  explicit WatchedLayer(const DecoderSettings& settings) : layer(settings) {}
-
-  // The layer stands for `owner[key]` being `value`. Without an owner the module passed to call is meant: holding that one
-  // would be a cycle that is never collected.
-  void watch(nb::object owner, nb::object key, nb::object value) {
-    watched_.push_back({std::move(owner), std::move(key), std::move(value)});
-  }
-
-  bool unchanged(nb::handle module) const {
-    for (const auto& w : watched_) {
-      PyObject* owner = w.owner.is_none() ? module.ptr() : w.owner.ptr();
-      if (PyDict_GetItem(owner, w.key.ptr()) != w.value.ptr()) {
-        return false;
-      }
-    }
-    return true;
-  }
-
-  // None where the layer does not apply; see DecoderLayer.
-  nb::object call(nb::handle module, const mx::array& x, nb::handle mask, const std::optional<mx::array>& keys,
-                  const std::optional<mx::array>& values, int offset, int first_slot, std::optional<int> count) const {
-    bool causal = mask.is_none() ? x.ndim() == 3 && x.shape(1) == 1
-                                 : PyUnicode_Check(mask.ptr()) && PyUnicode_CompareWithASCIIString(mask.ptr(), "causal") == 0;
-    std::optional<mx::array> rows_see;
-    if (!causal && nb::isinstance<mx::array>(mask)) {
-      rows_see = nb::cast<mx::array>(mask);
-    }
-    if (!keys || !values || (!causal && !rows_see) || !unchanged(module)) {
-      return nb::none();
-    }
-    auto done = layer(x, *keys, *values, {offset, first_slot, count}, rows_see);
-    if (!done) {
-      return nb::none();
-    }
-    return done->normed ? nb::cast(std::tuple(done->out, done->keys, done->values, *done->normed))
-                        : nb::cast(std::tuple(done->out, done->keys, done->values));
-  }
-
-  DecoderLayer layer;
-
- private:
-  struct Watched {
-    nb::object owner, key, value;
-  };
-  std::vector<Watched> watched_;
-};
-
-} // namespace
+using namespace nb::literals;
 
 void bind_decoder(nb::module_& m) {
   nb::class_<WatchedLayer>(m, "DecoderLayer", "A decoder layer, or its attention, as one operation over up to 16 rows.")

@@ -80,6 +80,7 @@ class DecoderLayer {
   bool finished_ = false;
 
   friend class DecoderLayerOp;
+  friend class DecoderStack;
 };
 
 } // namespace edger1

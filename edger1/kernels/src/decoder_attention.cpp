@@ -21,14 +21,16 @@ int block_count(const CachedAttention& job) {
   return (job.end - 1) / kBlockKeys - first_block(job) + 1;
 }
 
-// One block of positions: [at + lead, at + n).
+// One block of positions of a sequence: [at + lead, at + n), n <= 0 if it has none there, out of all before `end`, those of
+// position 0 being in slot `first_slot` at the least.
 struct Span {
-  int at, lead, n;
+  int at, lead, n, end, first_slot;
 };
 
-Span span_of(const CachedAttention& job, int block) {
-  int at = (first_block(job) + block) * kBlockKeys;
-  return {at, std::max(job.order.first_position - at, 0), std::min(kBlockKeys, job.end - at)};
+Span span_of(const CachedAttention& job, int64_t b, int block) {
+  int at = (first_block(job) + block) * kBlockKeys, first_slot = job.first_slots ? job.first_slots[b] : 0;
+  int end = job.end - first_slot;
+  return {at, std::max(job.order.first_position - at, 0), std::min(kBlockKeys, end - at), end, first_slot};
 }
 
 class Attend {
@@ -58,7 +60,12 @@ class Attend {
   // All queries of all the heads that share a key head, over one block.
   void score(int64_t task) const {
     int64_t pair = task / blocks_, dim = job_.dim;
-    Span span = span_of(job_, static_cast<int>(task % blocks_));
+    Span span = span_of(job_, pair / job_.kv_heads, static_cast<int>(task % blocks_));
+    float* to = parts_ + task * part_floats_;
+    if (span.n <= 0) {
+      std::fill(to, to + rows_, kMinusInfinity);
+      return;
+    }
     size_t rows = static_cast<size_t>(rows_);
     bool masked = job_.mask.keep || job_.mask.add;
     size_t mask_bytes = masked ? rows * (sizeof(MaskRows) + kBlockKeys * (job_.mask.keep ? 1 : 4)) : 0;
@@ -66,20 +73,19 @@ class Attend {
         thread_scratch(0, padded_to_16(mask_bytes) + rows * ((kBlockKeys + 16) * sizeof(float) + sizeof(int))));
     auto* scores = reinterpret_cast<float*>(reinterpret_cast<char*>(masks) + padded_to_16(mask_bytes));
     auto* visible = reinterpret_cast<int*>(scores + rows * (kBlockKeys + 16));
-    float* to = parts_ + task * part_floats_;
     bool any = !masked;
     if (masked) {
       any = gather_masks(pair, span, masks, reinterpret_cast<char*>(masks + rows));
     }
     for (int r = 0; r < rows_; r++) {
-      int seen = job_.end - job_.length + r % job_.length + 1 - span.at;
+      int seen = span.end - job_.length + r % job_.length + 1 - span.at;
       visible[r] = masked ? span.n : std::clamp(seen, 0, span.n);
     }
     if (!any) {
       std::fill(to, to + rows_, kMinusInfinity);
       return;
     }
-    int begin = job_.order.slot(span.at + span.lead);
+    int begin = span.first_slot + job_.order.slot(span.at + span.lead);
     const float* keys = job_.keys + (pair * job_.order.capacity + begin) * dim;
     const float* values = job_.values + (pair * job_.order.capacity + begin) * dim;
     KeyBlock block{keys, values, Float::f32, dim, dim, span.n, job_.dim, job_.dim};

@@ -33,6 +33,9 @@ struct CachedAttention {
   const float* values = nullptr;
   CacheOrder order;
   int end = 0;                     // the position after the last
+  // [batch] or null: sequence b begins in slot first_slots[b] < end with position 0, and ends in slot end - 1. `order` is
+  // then that of a sequence that begins in slot 0.
+  const int* first_slots = nullptr;
   SlotMask mask;
   const float* sinks = nullptr;    // [heads] or null
   float soft_cap = 0;              // of scores; 0 for none

@@ -78,6 +78,7 @@ struct DecoderCall {
   CacheOrder order;
   SlotMask mask;
   int offset = 0;                    // the first new position
+  const int* first_slots = nullptr;  // [batch] or null: see CachedAttention; positions of sequence b are then that much less
 };
 
 void run_decoder_layer(const DecoderPlan& plan, const DecoderCall& call);

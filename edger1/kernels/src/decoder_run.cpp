@@ -58,6 +58,7 @@ class Run {
     attention_.keys = call.keys;
     attention_.values = call.values;
     attention_.order = call.order;
+    attention_.first_slots = call.first_slots;
     attention_.end = call.offset + call.length;
     attention_.mask = call.mask;
     attention_.sinks = plan.sinks;
@@ -278,7 +279,12 @@ class Run {
 
   // Queries go, scaled, to where attention reads them; keys and values into the cache.
   void rotate() {
-    auto angles = plan_.rope_dims ? angles_for(call_.offset, call_.length, plan_.rope_scale, plan_.inverse_freqs) : nullptr;
+    std::shared_ptr<const Angles> angles[kMaxRows];
+    for (int b = 0; b < call_.batch && plan_.rope_dims; b++) {
+      int offset = call_.offset - (call_.first_slots ? call_.first_slots[b] : 0);
+      bool same = b > 0 && angles[b - 1]->offset == offset;
+      angles[b] = same ? angles[b - 1] : angles_for(offset, call_.length, plan_.rope_scale, plan_.inverse_freqs);
+    }
     int dim = plan_.head_dim;
     each_row(plan_.q.n * 2, [&](int i) {
       int b = i / call_.length, l = i % call_.length, slot = call_.order.slot(call_.offset + l);
@@ -291,11 +297,11 @@ class Run {
       }
       for (int h = 0; h < plan_.heads; h++) {
         float* to = queries_ + ((int64_t{b} * plan_.heads + h) * call_.length + l) * dim;
-        rotate_head(to, q + h * dim, plan_.q_norm, angles.get(), l);
+        rotate_head(to, q + h * dim, plan_.q_norm, angles[b].get(), l);
         ops().scale_row(to, plan_.attention_scale, dim);
       }
       for (int h = 0; h < plan_.kv_heads; h++) {
-        rotate_head(cached(call_.keys, b, h, slot), k + h * dim, plan_.k_norm, angles.get(), l);
+        rotate_head(cached(call_.keys, b, h, slot), k + h * dim, plan_.k_norm, angles[b].get(), l);
         std::memcpy(cached(call_.values, b, h, slot), v + h * dim, static_cast<size_t>(dim) * 4);
       }
     });

@@ -1,0 +1,218 @@
+#include "decoder_stack.h"
+
+#include <algorithm>
+#include <cstring>
+#include <limits>
+#include <utility>
+
+#include "append.h"
+#include "ops_common.h"
+
+namespace edger1 {
+namespace {
+
+// Where the operation leaves the caches for those that hand them on.
+struct Written {
+  std::vector<mx::array> caches; // keys, then values, of each layer
+};
+
+mx::array no_array() {
+  return mx::array({}, mx::float32, nullptr, {});
+}
+
+// Input: the result of the stack, so that it has run. Output: one cache. (One operation a cache, since MLX would hold the
+// second output of two for a while, and what is held by others is not written in place.)
+class HandOn : public CpuPrimitive {
+ public:
+  HandOn(mx::Stream stream, std::shared_ptr<Written> written, size_t index)
+      : CpuPrimitive(stream), written_(std::move(written)), index_(index) {}
+
+  const char* name() const override {
+    return "EdgeR1HandOn";
+  }
+
+  void eval_cpu(const std::vector<mx::array>&, std::vector<mx::array>& outputs) override {
+    // The output must be its buffer's only holder when it is written next.
+    outputs[0].copy_shared_buffer(std::exchange(written_->caches[index_], no_array()));
+  }
+
+ private:
+  std::shared_ptr<Written> written_;
+  size_t index_;
+};
+
+} // namespace
+
+// Inputs: x, each layer's keys and values, starts where there are any, and what is to be evaluated before.
+class DecoderStackOp : public CpuPrimitive {
+ public:
+  DecoderStackOp(mx::Stream stream, std::shared_ptr<const DecoderStack::Held> held, std::shared_ptr<Written> written,
+                 std::vector<int> offsets, bool has_starts)
+      : CpuPrimitive(stream), held_(std::move(held)), written_(std::move(written)), offsets_(std::move(offsets)),
+        has_starts_(has_starts) {}
+
+  const char* name() const override {
+    return "EdgeR1DecoderStack";
+  }
+
+  void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
+    const auto& x = inputs[0];
+    allocate(outputs[0]);
+    Task task{held_, {}, {}, Rows(x), outputs[0].data<float>(), nullptr, 0, stream().index};
+    for (size_t layer = 0; layer < offsets_.size(); layer++) {
+      DecoderCall call;
+      call.batch = x.shape(0);
+      call.length = x.shape(1);
+      call.x = call.out = task.out;
+      call.x_stride = x.shape(2);
+      call.offset = offsets_[layer];
+      call.order.capacity = inputs[1 + 2 * layer].shape(2);
+      call.keys = claim(inputs[1 + 2 * layer]);
+      call.values = claim(inputs[2 + 2 * layer]);
+      task.calls.push_back(call);
+    }
+    if (has_starts_) {
+      const auto& starts = inputs[1 + 2 * offsets_.size()];
+      task.starts = starts.data<int32_t>();
+      task.start_stride = starts.strides(0);
+    }
+    task.caches = reading(written_->caches, stream());
+    launch(stream(), [task = std::move(task)]() mutable { task(); });
+  }
+
+ private:
+  struct Task {
+    std::shared_ptr<const DecoderStack::Held> held;
+    std::vector<DecoderCall> calls;
+    std::vector<const void*> caches;
+    Rows x;
+    float* out;
+    const int32_t* starts;
+    int64_t start_stride;
+    int stream;
+
+    void operator()() {
+      ReadingDone done{caches, stream};
+      for (int64_t r = 0; r < x.map.rows(); r++) {
+        float* to = out + r * x.n;
+        const float* from = x.fetch(r, to);
+        if (from != to) {
+          std::memcpy(to, from, sizeof(float) * static_cast<size_t>(x.n));
+        }
+      }
+      for (size_t i = 0; i < calls.size(); i++) {
+        int last = calls[i].offset + calls[i].length - 1, first_slots[kMaxRows];
+        for (int b = 0; starts && b < calls[i].batch; b++) {
+          first_slots[b] = std::clamp(starts[b * start_stride], 0, last);
+        }
+        calls[i].first_slots = starts ? first_slots : nullptr;
+        run_decoder_layer(held->layers[i]->plan, calls[i]);
+      }
+      for (int64_t r = 0; held->norm.weight && r < x.map.rows(); r++) {
+        ops().rms_norm(out + r * x.n, out + r * x.n, held->norm.weight, static_cast<int>(x.n), held->norm.eps);
+      }
+    }
+  };
+
+  // The buffer to write a cache in: its own where nobody else holds it, else a copy's.
+  float* claim(const mx::array& cache) {
+    mx::array out(cache.shape(), cache.dtype(), nullptr, {});
+    if (cache.flags().row_contiguous && cache.data_size() == cache.size() && sole_holder(cache, stream().index)) {
+      out.copy_shared_buffer(cache);
+    } else {
+      allocate(out);
+      mx::cpu::get_command_encoder(stream()).add_temporary(out);
+      Rows from(cache);
+      OutRows to(out);
+      launch(stream(), [from, to] {
+        parallel_ranges(from.map.rows(), grain_for(from.map.rows(), from.n, 16384), [&](int64_t begin, int64_t end) {
+          for (int64_t r = begin; r < end; r++) {
+            float* place = to.place(r, nullptr);
+            const float* row = from.fetch(r, place);
+            if (row != place) {
+              std::memcpy(place, row, sizeof(float) * static_cast<size_t>(from.n));
+            }
+          }
+        });
+      });
+    }
+    written_->caches.push_back(out);
+    return out.data<float>();
+  }
+
+  std::shared_ptr<const DecoderStack::Held> held_;
+  std::shared_ptr<Written> written_;
+  std::vector<int> offsets_;
+  bool has_starts_;
+};
+
+DecoderStack::DecoderStack(const std::vector<const DecoderLayer*>& layers, const std::optional<mx::array>& norm, float eps)
+    : held_(std::make_shared<Held>()) {
+  for (const DecoderLayer* layer : layers) {
+    if (!layer->finished_ || !layer->held_->plan.has_mlp || !layer->held_->plan.residual ||
+        layer->held_->plan.hidden != layers[0]->held_->plan.hidden) {
+      throw std::invalid_argument("decoder stack: its layers must be finished, whole, and of one width");
+    }
+    held_->layers.push_back(layer->held_);
+  }
+  if (layers.empty()) {
+    throw std::invalid_argument("decoder stack: it has no layers; expected one or more");
+  }
+  if (norm) {
+    mx::array weight = mx::contiguous(mx::astype(*norm, mx::float32, mx::Device::cpu), false, mx::Device::cpu);
+    if (weight.ndim() != 1 || weight.shape(0) != layers[0]->held_->plan.hidden) {
+      throw std::invalid_argument("decoder stack: the last norm is not as wide as the layers");
+    }
+    weight.eval();
+    held_->arrays.push_back(weight);
+    held_->norm.weight = weight.data<float>();
+    held_->norm.eps = eps;
+  }
+}
+
+std::optional<DecoderStack::Result> DecoderStack::operator()(const mx::array& x, const StackCaches& caches) const {
+  mx::Stream stream = mx::default_stream(mx::default_device());
+  size_t layers = held_->layers.size();
+  int hidden = held_->layers[0]->plan.hidden;
+  if (x.ndim() != 3 || x.dtype() != mx::float32 || x.size() == 0 || x.shape(2) != hidden ||
+      int64_t{x.shape(0)} * x.shape(1) > kMaxRows || stream.device != mx::Device(mx::Device::cpu) || x.is_tracer() ||
+      caches.keys.size() != layers || caches.values.size() != layers || caches.offsets.size() != layers) {
+    return std::nullopt;
+  }
+  std::vector<mx::array> inputs{x};
+  inputs.reserve(2 * layers + 2 + caches.after.size());
+  for (size_t i = 0; i < layers; i++) {
+    const auto& plan = held_->layers[i]->plan;
+    for (const auto* cache : {&caches.keys[i], &caches.values[i]}) {
+      if (cache->ndim() != 4 || cache->dtype() != mx::float32 || cache->is_tracer() ||
+          cache->shape() != mx::Shape{x.shape(0), plan.kv_heads, caches.keys[i].shape(2), plan.head_dim}) {
+        return std::nullopt;
+      }
+      inputs.push_back(*cache);
+    }
+    if (caches.offsets[i] < 0 || int64_t{caches.offsets[i]} + x.shape(1) > caches.keys[i].shape(2)) {
+      return std::nullopt;
+    }
+  }
+  if (caches.starts) {
+    if (caches.starts->shape() != mx::Shape{x.shape(0)} || caches.starts->dtype() != mx::int32) {
+      return std::nullopt;
+    }
+    inputs.push_back(*caches.starts);
+  }
+  inputs.insert(inputs.end(), caches.after.begin(), caches.after.end());
+  refuse_if_forked();
+  auto written = std::make_shared<Written>();
+  auto op = std::make_shared<DecoderStackOp>(stream, held_, written, caches.offsets, caches.starts.has_value());
+  Result result{mx::array(x.shape(), mx::float32, std::move(op), std::move(inputs)), {}, {}};
+  auto hand_on = [&](const mx::array& cache, size_t index) {
+    return mx::array(cache.shape(), cache.dtype(), std::make_shared<HandOn>(stream, written, index), {result.out});
+  };
+  for (size_t i = 0; i < layers; i++) {
+    result.keys.push_back(hand_on(caches.keys[i], 2 * i));
+    result.values.push_back(hand_on(caches.values[i], 2 * i + 1));
+  }
+  return result;
+}
+
+} // namespace edger1

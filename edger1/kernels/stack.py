@@ -1,0 +1,193 @@
+"""All layers of a model as one operation, where each of them runs as one already.
+
+A token passes thirty layers of a small model in less time than MLX takes to hand it from each to the next. `install`
+looks for modules that do nothing but embed tokens, pass them through such layers and normalise the result (the inner
+model of most of mlx-lm's families), and gives them a class of their own: up to 16 rows with mlx-lm's `KVCache` or
+`BatchKVCache` in every layer go to one operation (`src/decoder_stack.h`), and everything else runs as it did.
+
+As with layers, what a module computes is found by trying, and the operation steps back wherever what it was made from
+has been exchanged.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.cache import BatchKVCache, KVCache
+
+_MOST_ROWS = 16
+_SAME = 1e-4
+"""Largest difference of the two results, relative to the largest number in them, that rounding explains."""
+
+
+class _UnfitError(Exception):
+    """A module is not of the shape that the operation computes."""
+
+
+class _Stack:
+    """The operation of one module, and what it multiplies embeddings with. A copy of the module has none."""
+
+    def __init__(self, call: Any, scale: float) -> None:
+        self._call = call
+        self._scale = scale
+
+    def __deepcopy__(self, _: Any) -> None:
+        return None
+
+    def __reduce__(self) -> Any:
+        return type(None), ()
+
+    def run(self, module: Any, tokens: mx.array, caches: Any) -> mx.array | None:
+        """Return what `module` answers to tokens [B, L], or None where the operation does not apply."""
+        x = module.embed_tokens(tokens)
+        if self._scale != 1:
+            x = x * self._scale
+        done: mx.array | None = self._call(module, x, module.layers, caches)
+        if done is None and _make_room(caches, tokens.shape[1]):
+            done = self._call(module, x, module.layers, caches)
+        return done
+
+
+def install(model: nn.Module, extension: ModuleType) -> list[tuple[nn.Module, type]]:
+    """Let what `model` has of stacks of one-operation layers run as one operation each.
+
+    Returns the modules that got another class, and which they had.
+    """
+    changed: list[tuple[nn.Module, type]] = []
+    for module in [m for m in model.modules() if "layers" in m and "embed_tokens" in m and "norm" in m]:
+        try:
+            stack = _operation(module, extension)
+        except _UnfitError:
+            continue
+        changed.append((module, type(module)))
+        object.__setattr__(module, "_stack", stack)
+        kind: Any = type(module)
+        module.__class__ = _stacked(kind)
+    return changed
+
+
+def uninstall(changed: list[tuple[nn.Module, type]]) -> None:
+    """Give the modules their classes back."""
+    for module, original in changed:
+        module.__class__ = original
+        vars(module).pop("_stack", None)
+
+
+@cache
+def _stacked(original: Any) -> type:
+    call_original = original.__call__
+
+    def call(self: Any, inputs: mx.array, cache: Any = None, *args: Any, **kwargs: Any) -> Any:
+        stack = self._stack
+        if stack is not None and cache is not None and inputs.ndim == 2 and 0 < inputs.size <= _MOST_ROWS:
+            if all(a is None for a in (*args, *kwargs.values())):
+                done = stack.run(self, inputs, cache)
+                if done is not None:
+                    return done
+        return call_original(self, inputs, cache, *args, **kwargs)
+
+    return type(original.__name__, (original,), {"__call__": call, "__module__": original.__module__})
+
+
+def _make_room(caches: Any, length: int) -> bool:
+    """Grow the caches that `length` positions do not fit into as mlx-lm does; False if there were none."""
+    grown = False
+    for cache in caches:
+        end = getattr(cache, "_idx", getattr(cache, "offset", None))
+        if type(cache) not in (KVCache, BatchKVCache) or cache.keys is None or end + length <= cache.keys.shape[2]:
+            continue
+        more = (cache.step + length - 1) // cache.step * cache.step
+        cache.keys, cache.values = (_grown(a, end, more) for a in (cache.keys, cache.values))
+        grown = True
+    return grown
+
+
+def _grown(a: mx.array, end: int, more: int) -> mx.array:
+    return mx.concatenate([a[..., :end, :], mx.zeros((*a.shape[:2], more, a.shape[3]), a.dtype)], axis=2)
+
+
+def _operation(module: Any, extension: ModuleType) -> _Stack:
+    """Return the operation that computes what `module` does."""
+    layers, norm = module["layers"], module["norm"]
+    calls = [_call_of(layer) for layer in layers]
+    weight, eps = norm.get("weight"), getattr(norm, "eps", None)
+    if not isinstance(layers, list) or weight is None or eps is None:
+        raise _UnfitError
+    for factor in (weight, 1.0 + weight):
+        try:
+            call = extension.DecoderStack(layers, calls, factor, eps, KVCache, BatchKVCache)
+        except ValueError as error:
+            raise _UnfitError from error
+        for owner, key in ((None, "layers"), (None, "embed_tokens"), (None, "norm"), (norm, "weight")):
+            call.watch(owner, key, (module if owner is None else owner)[key])
+        stack = _Stack(call, _scale(module))
+        if _difference(module, stack) <= _SAME:
+            return stack
+    raise _UnfitError
+
+
+def _call_of(layer: Any) -> Any:
+    held = vars(layer).get("_block")
+    if held is None:
+        raise _UnfitError
+    return held.call
+
+
+class _Listener:
+    """Stands in for a layer and keeps what is passed to it."""
+
+    def __init__(self, layer: Any) -> None:
+        self._layer = layer
+        self.heard: Any = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._layer, name)
+
+    def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> Any:
+        self.heard = x
+        return self._layer(x, *args, **kwargs)
+
+
+def _tokens(module: Any) -> list[mx.array]:
+    vocabulary: int = module["embed_tokens"]["weight"].shape[0]
+    return [mx.arange(start, start + n)[None] * 7 % vocabulary for start, n in ((3, 5), (20, 3), (90, 1))]
+
+
+def _scale(module: Any) -> float:
+    """Return what the module multiplies embeddings with before its first layer."""
+    layers, tokens = module["layers"], _tokens(module)[0]
+    first, listener = layers[0], _Listener(layers[0])
+    layers[0] = listener
+    try:
+        module(tokens, [KVCache() for _ in layers])
+    except (TypeError, ValueError, AttributeError, RuntimeError, IndexError) as error:
+        raise _UnfitError from error
+    finally:
+        layers[0] = first
+    if not isinstance(listener.heard, mx.array):
+        raise _UnfitError
+    embedded, heard = module.embed_tokens(tokens), listener.heard
+    ratio = float(((heard * embedded).sum() / mx.square(embedded).sum()).item())
+    # Models state a round number, or the root of the width; the ratio is only near it.
+    usual = (1.0, float(round(ratio)), round(ratio, 3), math.sqrt(embedded.shape[-1]), ratio)
+    return next((scale for scale in usual if mx.array_equal(embedded * scale, heard).item()), ratio)
+
+
+def _difference(module: Any, stack: _Stack) -> float:
+    """Return how far the operation is from the module, relative to the largest number in its answer."""
+    ours, theirs = ([KVCache() for _ in module["layers"]] for _ in range(2))
+    worst = 0.0
+    for i, tokens in enumerate(_tokens(module)):
+        expected = module(tokens, theirs)
+        # The first tokens go into empty caches, which are the layers' own matter.
+        got = stack.run(module, tokens, ours) if i else module(tokens, ours)
+        if got is None:
+            return float("inf")
+        error = mx.abs(got - expected).max() / mx.maximum(mx.abs(expected).max(), 1e-30)
+        worst = max(worst, error.item() if mx.isfinite(error).item() else float("inf"))
+    return worst
