@@ -17,8 +17,9 @@ import mlx.nn as nn
 from mlx_lm.models.mla import QuantizedMultiLinear
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear
 
-from edger1.kernels import _load, blocks, functions, quantized, stack
+from edger1.kernels import _load, blocks, experts, functions, quantized, stack
 from edger1.kernels.blocks import Blocks
+from edger1.kernels.experts import FusedExperts
 from edger1.kernels.quantized import Precision
 
 
@@ -33,6 +34,8 @@ class Installed:
     """Names of MLX's and mlx-lm's functions that stand replaced."""
     blocks: Blocks = field(default_factory=Blocks)
     """Which decoder layers run as one operation."""
+    experts: FusedExperts = field(default_factory=FusedExperts)
+    """Which layers run their experts as one operation."""
     reason: str = ""
     """Why nothing was replaced, where that is so."""
     _classes: list[tuple[nn.Module, type]] = field(default_factory=list, repr=False)
@@ -48,6 +51,7 @@ class Installed:
         """Give the layers their classes back and, if no other model needs the functions, those too."""
         stack.uninstall(self._stacks)
         self.blocks.uninstall()
+        self.experts.uninstall()
         for layer, original in self._classes:
             layer.__class__ = original
         for layer, name, value in self._attributes:
@@ -87,6 +91,7 @@ def install(
             _swap_class(layer, precision, float32_activations, installed)
             _swap_held_functions(layer, installed)
         if fuse:
+            installed.experts = experts.install(model, precision, extension)
             installed.blocks = blocks.install(model, precision, extension)
             installed._stacks = stack.install(model, extension)
     except BaseException:

@@ -52,5 +52,6 @@ NB_MODULE(_ext, m) {
   edger1::bind_ops(m);
   edger1::bind_decoder(m);
   edger1::bind_stack(m);
+  edger1::bind_experts(m);
 #endif
 }
