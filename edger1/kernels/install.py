@@ -17,8 +17,9 @@ import mlx.nn as nn
 from mlx_lm.models.mla import QuantizedMultiLinear
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear
 
-from edger1.kernels import _load, blocks, functions, quantized
+from edger1.kernels import _load, blocks, functions, latent, quantized
 from edger1.kernels.blocks import Blocks
+from edger1.kernels.latent import Latents
 from edger1.kernels.quantized import Precision
 
 
@@ -33,6 +34,8 @@ class Installed:
     """Names of MLX's and mlx-lm's functions that stand replaced."""
     blocks: Blocks = field(default_factory=Blocks)
     """Which decoder layers run as one operation."""
+    latents: Latents = field(default_factory=Latents)
+    """Which attention layers compute on cached latents."""
     reason: str = ""
     """Why nothing was replaced, where that is so."""
     _classes: list[tuple[nn.Module, type]] = field(default_factory=list, repr=False)
@@ -46,6 +49,7 @@ class Installed:
     def uninstall(self) -> None:
         """Give the layers their classes back and, if no other model needs the functions, those too."""
         self.blocks.uninstall()
+        self.latents.uninstall()
         for layer, original in self._classes:
             layer.__class__ = original
         for layer, name, value in self._attributes:
@@ -86,6 +90,7 @@ def install(
             _swap_held_functions(layer, installed)
         if fuse:
             installed.blocks = blocks.install(model, precision, extension)
+            installed.latents = latent.install(model, precision, extension)
     except BaseException:
         # The functions are the whole process's: nobody else would give them back.
         installed.uninstall()

@@ -49,6 +49,7 @@ class WatchedLatent {
 } // namespace
 
 void bind_latent(nb::module_& m) {
+  m.def("is_traced", [](const mx::array& a) { return a.is_tracer(); }, "a"_a, "Whether a gradient is to flow through a.");
   nb::class_<WatchedLatent>(m, "LatentAttention", "Multi-head latent attention, by itself or with its projections.")
       .def("__init__",
            [](WatchedLatent* self, int heads, int nope, int rope, int rank, int value, float scale,

@@ -15,7 +15,8 @@ namespace edger1 {
 struct LatentSettings {
   int heads = 0, nope = 0, rope = 0, rank = 0, value = 0;
   float scale = 1;
-  std::string precision = "exact";   // or "fast": int8 rows, and bf16 where the processor has matrix tiles
+  std::string precision = "exact";   // or "fast": int8 rows where weights are quantized, and bf16 on
+                                     // processors with matrix tiles
 };
 
 // Describes one layer piece by piece; every array is evaluated and kept. Each function throws std::invalid_argument, with

@@ -219,6 +219,8 @@ void LatentAttention::finish(bool whole) {
       refuse("norms of the latents and, with q_a, of its result are needed");
     }
   }
+  // Like int8 rows, bf16 is for layers whose weights were rounded more than that.
+  plan.tiles = plan.fast && plan.embed[0].quantized && plan.unembed[0].quantized;
   plan.whole = whole;
   finished_ = true;
 }

@@ -23,7 +23,7 @@ int64_t aligned(int64_t bytes) {
 class FewRows {
  public:
   FewRows(const LatentPlan& plan, const LatentCall& call)
-      : plan_(plan), call_(call), math_(latent_math(plan.fast)), rows_(plan.heads * call.length),
+      : plan_(plan), call_(call), math_(latent_math(plan.tiles)), rows_(plan.heads * call.length),
         blocks_((call.keys + kBlockKeys - 1) / kBlockKeys), tile_(math_.row_tile), tiles_((rows_ + tile_ - 1) / tile_) {
     int64_t all = int64_t{call.batch} * rows_, latent_bytes = math_.a_bytes(tile_, plan.rank);
     tile_bytes_ = latent_bytes + math_.a_bytes(tile_, plan.rope);

@@ -1,4 +1,4 @@
-// Blocked matrix products for latent attention: f32 as everywhere, or bf16 in matrix tiles (AMX) where `fast` allows it.
+// Blocked matrix products for latent attention: f32 as everywhere, or bf16 in matrix tiles (AMX).
 //
 // Operands are packed once and used many times. An element of the result is one chain of additions over k, whatever rows
 // and columns it is computed with, so that a row among many has the bits of the row alone.
@@ -21,7 +21,8 @@ struct LatentMath {
   void (*gemm)(float* c, int64_t c_stride, const void* a, const void* b, int m, int n, int k, bool accumulate);
 };
 
-const LatentMath& latent_math(bool fast);
+// Matrix tiles, if wanted and there.
+const LatentMath& latent_math(bool tiles);
 
 // Null where this build has none.
 extern const LatentMath* const latent_math_amx;

@@ -52,9 +52,9 @@ void gemm(float* c, int64_t c_stride, const void* a, const void* b, int m, int n
 
 } // namespace
 
-const LatentMath& latent_math(bool fast) {
+const LatentMath& latent_math(bool tiles) {
   static const LatentMath exact{static_cast<int>(round_up(112, ops().mr)), a_bytes, b_bytes, pack_a, pack_b, gemm};
-  return fast && latent_math_amx && active_isa_has_amx() ? *latent_math_amx : exact;
+  return tiles && latent_math_amx && active_isa_has_amx() ? *latent_math_amx : exact;
 }
 
 } // namespace edger1
