@@ -20,6 +20,9 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear
 from edger1.kernels import _load, blocks, experts, functions, quantized, stack
 from edger1.kernels.blocks import Blocks
 from edger1.kernels.experts import FusedExperts
+from edger1.kernels import _load, blocks, functions, latent, quantized
+from edger1.kernels.blocks import Blocks
+from edger1.kernels.latent import Latents
 from edger1.kernels.quantized import Precision
 
 
@@ -36,6 +39,8 @@ class Installed:
     """Which decoder layers run as one operation."""
     experts: FusedExperts = field(default_factory=FusedExperts)
     """Which layers run their experts as one operation."""
+    latents: Latents = field(default_factory=Latents)
+    """Which attention layers compute on cached latents."""
     reason: str = ""
     """Why nothing was replaced, where that is so."""
     _classes: list[tuple[nn.Module, type]] = field(default_factory=list, repr=False)
@@ -52,6 +57,7 @@ class Installed:
         stack.uninstall(self._stacks)
         self.blocks.uninstall()
         self.experts.uninstall()
+        self.latents.uninstall()
         for layer, original in self._classes:
             layer.__class__ = original
         for layer, name, value in self._attributes:
@@ -94,6 +100,7 @@ def install(
             installed.experts = experts.install(model, precision, extension)
             installed.blocks = blocks.install(model, precision, extension)
             installed._stacks = stack.install(model, extension)
+            installed.latents = latent.install(model, precision, extension)
     except BaseException:
         # The functions are the whole process's: nobody else would give them back.
         installed.uninstall()

@@ -53,5 +53,6 @@ NB_MODULE(_ext, m) {
   edger1::bind_decoder(m);
   edger1::bind_stack(m);
   edger1::bind_experts(m);
+  edger1::bind_latent(m);
 #endif
 }

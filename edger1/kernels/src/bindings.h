@@ -11,5 +11,6 @@ void bind_ops(nanobind::module_& m);
 void bind_decoder(nanobind::module_& m);
 void bind_stack(nanobind::module_& m);
 void bind_experts(nanobind::module_& m);
+void bind_latent(nanobind::module_& m);
 
 } // namespace edger1
