@@ -38,6 +38,7 @@ class Patch:
     users: int = 0
     restores: list[Restore] = field(default_factory=list)
     replaced: dict[int, tuple[Any, Callable[..., mx.array]]] = field(default_factory=dict)
+    extension: ModuleType | None = None
 
     def put(self, owner: Any, name: str, value: Any) -> None:
         """Set an attribute and remember what it was."""
@@ -52,6 +53,7 @@ def acquire(extension: ModuleType) -> tuple[str, ...]:
     """Put the kernels in the functions' places, also in modules imported since the last call; return the names."""
     if not _patch.users:
         _replace_named(extension)
+        _patch.extension = extension
     _patch.users += 1
     _replace_imported()
     return tuple(sorted({name for _, name, _ in _patch.restores}))
@@ -65,11 +67,17 @@ def release() -> None:
             setattr(owner, name, value)
         _patch.restores.clear()
         _patch.replaced.clear()
+        _patch.extension = None
 
 
 def in_place() -> bool:
     """Say whether the functions stand replaced."""
     return _patch.users > 0
+
+
+def installed() -> ModuleType | None:
+    """Return the extension whose functions stand in MLX's places, or None."""
+    return _patch.extension
 
 
 def replacement(value: Any) -> Callable[..., mx.array] | None:

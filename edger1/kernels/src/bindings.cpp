@@ -54,5 +54,6 @@ NB_MODULE(_ext, m) {
   edger1::bind_stack(m);
   edger1::bind_experts(m);
   edger1::bind_latent(m);
+  edger1::bind_choose(m);
 #endif
 }
