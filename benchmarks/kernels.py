@@ -8,7 +8,7 @@ stack    decoding through 1 GB of random quantized matrices, against the read ba
 matmul   1024 x 1024 x 1024 in f32, against NumPy's BLAS in a process of its own
 gather   one token through 8 of 64 quantized experts of 2048 x 1024, against mx.gather_qmm
 lora     forward and backward of LoRA on SmolLM2-135M, 4 x 256 tokens, against mlx-lm as shipped, which takes minutes
-         for each reading and therefore gets three (--peer-rounds)
+         for each reading and therefore gets three
 """
 
 from __future__ import annotations
