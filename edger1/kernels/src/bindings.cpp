@@ -51,5 +51,6 @@ NB_MODULE(_ext, m) {
 #if defined(EDGER1_HAS_OPS)
   edger1::bind_ops(m);
   edger1::bind_decoder(m);
+  edger1::bind_train(m);
 #endif
 }

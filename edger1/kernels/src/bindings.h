@@ -9,5 +9,6 @@ void bind_qmm(nanobind::module_& m);
 void bind_pages(nanobind::module_& m);
 void bind_ops(nanobind::module_& m);
 void bind_decoder(nanobind::module_& m);
+void bind_train(nanobind::module_& m);
 
 } // namespace edger1
