@@ -100,6 +100,19 @@ class Pretraining:
         self._gradient = mx.value_and_grad(self._loss)
         self._measured: dict[str, float] = {}
 
+    def describe(self) -> str:
+        """Return the plan in a line: the model's size, the data's, and how much of it the run will see."""
+        weights = model.parameters(self.model).values()
+        seen = self.settings.steps * self.settings.tokens_per_step
+        corpus = self.corpus.train
+        return (
+            f"{sum(w.size for w in weights) / 1e6:.2f}M parameters, {model.active_parameters(self.config) / 1e6:.2f}M "
+            f"active a token; {len(corpus):,} documents of {corpus.tokens / 1e6:.1f}M tokens; "
+            f"{self.settings.steps:,} steps of {self.settings.tokens_per_step:,} tokens "
+            f"({seen / corpus.tokens:.1f} epochs), from step {self.progress.step}; "
+            f"products in {'bf16' if self.ops.mixed else 'f32'}"
+        )
+
     def run(
         self,
         on_event: Callable[[Event], None] | None = None,
