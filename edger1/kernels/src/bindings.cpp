@@ -55,5 +55,6 @@ NB_MODULE(_ext, m) {
   edger1::bind_experts(m);
   edger1::bind_latent(m);
   edger1::bind_choose(m);
+  edger1::bind_train(m);
 #endif
 }

@@ -13,5 +13,6 @@ void bind_stack(nanobind::module_& m);
 void bind_experts(nanobind::module_& m);
 void bind_latent(nanobind::module_& m);
 void bind_choose(nanobind::module_& m);
+void bind_train(nanobind::module_& m);
 
 } // namespace edger1
