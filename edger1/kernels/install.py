@@ -17,11 +17,9 @@ import mlx.nn as nn
 from mlx_lm.models.mla import QuantizedMultiLinear
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear
 
-from edger1.kernels import _load, blocks, experts, functions, quantized, stack
+from edger1.kernels import _load, blocks, experts, functions, latent, quantized, stack
 from edger1.kernels.blocks import Blocks
 from edger1.kernels.experts import FusedExperts
-from edger1.kernels import _load, blocks, functions, latent, quantized
-from edger1.kernels.blocks import Blocks
 from edger1.kernels.latent import Latents
 from edger1.kernels.quantized import Precision
 

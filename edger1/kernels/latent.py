@@ -28,7 +28,7 @@ from mlx_lm.models.base import create_attention_mask
 from mlx_lm.models.cache import CacheList, KVCache
 from mlx_lm.models.mla import MultiLinear, QuantizedMultiLinear
 
-from edger1.kernels import blocks
+from edger1.kernels.blocks import recognise
 
 _PARTS = ("embed_q", "unembed_out", "kv_a_proj_with_mqa", "kv_a_layernorm")
 _MULTIPLIERS = ("mla_scale_q_lora", "mla_scale_kv_lora")
@@ -115,8 +115,8 @@ def install(model: nn.Module, precision: str, extension: ModuleType) -> Latents:
             if kind not in known:
                 known[kind] = _difference(layer, precision, extension)
             if known[kind]:
-                raise blocks._UnfitError(known[kind])
-        except (blocks._UnfitError, ValueError) as error:
+                raise recognise.UnfitError(known[kind])
+        except (recognise.UnfitError, ValueError) as error:
             others[f"{type(layer).__name__}: {error}"] += 1
             continue
         layers[type(layer).__name__] += 1
@@ -238,16 +238,15 @@ def _output(layer: nn.Module) -> str:
 
 
 def _describe(layer: nn.Module, precision: str, extension: ModuleType) -> _Latent:
-    """Describe a layer to the extension. Raises _UnfitError for parts it lacks, ValueError for what does not fit."""
+    """Describe a layer to the extension. Raises UnfitError for parts it lacks, ValueError for what does not fit."""
     names = list(inspect.signature(type(layer).__call__).parameters)
     if names != ["self", "x", "mask", "cache"]:
-        raise blocks._UnfitError(f"it is called with ({', '.join(names[1:])})")
-    embed, unembed = (blocks._part(layer, name) for name in ("embed_q", "unembed_out"))
+        raise recognise.UnfitError(f"it is called with ({', '.join(names[1:])})")
+    embed, unembed = layer["embed_q"], layer["unembed_out"]
     heads, rank, nope = _stack_shape(embed)
     _, value, _ = _stack_shape(unembed)
-    scale = blocks._number(layer, ("scale",))
-    kv_a = blocks._part(layer, "kv_a_proj_with_mqa")
-    rope = blocks._rows(kv_a) - rank
+    scale = recognise._number(layer, ("scale",))
+    rope = recognise._rows(layer, "kv_a_proj_with_mqa") - rank
     multipliers = [getattr(layer, name, None) or 1.0 for name in _MULTIPLIERS]
     shape = _Shape(heads, nope, rope, rank, value, *multipliers)
 
@@ -272,14 +271,14 @@ def _describe(layer: nn.Module, precision: str, extension: ModuleType) -> _Laten
         around = start()
         _add_projections(around, layer, shape)
         around.finish(whole=True)
-    except (blocks._UnfitError, ValueError):
+    except (recognise.UnfitError, ValueError):
         around = None
     return _Latent(call, around, shape, extension)
 
 
 def _stack_shape(part: nn.Module) -> tuple[int, int, int]:
     if not isinstance(part, MultiLinear | QuantizedMultiLinear):
-        raise blocks._UnfitError(f"its matrices of keys and values are {type(part).__name__}")
+        raise recognise.UnfitError(f"its matrices of keys and values are {type(part).__name__}")
     heads, rows, columns = part["weight"].shape
     return heads, rows, columns * 32 // part.bits if "scales" in part else columns
 
@@ -294,23 +293,24 @@ def _add_stack(call: Any, name: str, part: nn.Module) -> None:
 
 def _add_projections(call: Any, layer: nn.Module, shape: _Shape) -> None:
     if "indexer" in layer or "g_proj" in layer:
-        raise blocks._UnfitError("it does more than attention and projections")
+        raise recognise.UnfitError("it does more than attention and projections")
     names = {"kv_a": "kv_a_proj_with_mqa", "o": _output(layer)}
     names |= {"q_a": "q_a_proj", "q": "q_b_proj"} if "q_a_proj" in layer else {"q": "q_proj"}
     for name, key in names.items():
-        part = blocks._part(layer, key)
-        blocks._add_projection(call, name, part)
-        call.watch(None, key, part)
+        recognise._rows(layer, key)
+        recognise._Projection(name, layer, key).add(call, layer)
     norms = [("kv", "kv_a_layernorm", shape.kv_multiplier)]
     norms += [("q", "q_a_layernorm", 1.0)] if "q_a_proj" in layer else []
     for name, key, multiplier in norms:
-        norm = blocks._part(layer, key)
-        weight = blocks._norm_weight(norm)
+        norm = layer[key]
+        weight, bias, centered = recognise._norm(norm)
+        if bias is not None or centered:
+            raise recognise.UnfitError(f"its {key} is no RMS norm")
         call.norm(name, weight if multiplier == 1 else weight * multiplier, norm.eps)
         call.watch(None, key, norm)
         call.watch(norm, "weight", norm["weight"])
     if "rope" in layer:
-        blocks._add_rope(call, layer["rope"])
+        recognise._add_rope(call, layer["rope"])
         call.watch(None, "rope", layer["rope"])
 
 
@@ -319,7 +319,7 @@ def _kind(layer: nn.Module, latent: _Latent) -> Any:
     rope = layer.get("rope")
     settings = {k: v for k, v in vars(rope).items() if isinstance(v, int | float | bool)} if rope is not None else {}
     parts = tuple((name, type(part).__name__) for name, part in sorted(layer.children().items()))
-    return type(layer), latent.shape, blocks._number(layer, ("scale",)), repr(settings), parts, latent.around is None
+    return type(layer), latent.shape, recognise._number(layer, ("scale",)), repr(settings), parts, latent.around is None
 
 
 @contextmanager
@@ -374,6 +374,6 @@ def _answers(layer: nn.Module, inputs: list[mx.array]) -> list[mx.array]:
 
 
 def _input_width(layer: nn.Module) -> int:
-    part = blocks._part(layer, "kv_a_proj_with_mqa")
+    part = layer["kv_a_proj_with_mqa"]
     columns: int = part["weight"].shape[-1]
     return columns * 32 // part.bits if "scales" in part else columns
