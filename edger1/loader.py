@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edger1 import installed, kernels, registry, sampling
+from edger1 import installed, kernels, registry, runs, sampling
 from edger1.cache import KVStore
 from edger1.errors import FormatError, MemoryCeilingError
 from edger1.folder import ModelFolder, inspect
@@ -208,7 +208,7 @@ def load(
             f"{name}: the tokenizer in {path} cannot be read ({type(error).__name__}: {error}). A model folder needs "
             f"tokenizer.json and tokenizer_config.json of its model; fetch it again with: edger1 pull {name} --force"
         ) from error
-    return LiveModel(
+    live = LiveModel(
         name=name,
         folder=folder,
         model=model,
@@ -224,6 +224,8 @@ def load(
         # Last, since what it replaces for the process is given back by close() alone.
         installed=install(model, "exact" if precision == "exact" else "fast"),
     )
+    runs.note(path, live.installed.report())
+    return live
 
 
 def _is_widened(value: Any) -> bool:

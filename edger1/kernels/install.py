@@ -50,6 +50,16 @@ class Installed:
         """Whether the kernels are in place."""
         return bool(self.functions)
 
+    def report(self) -> dict[str, Any]:
+        """Return how the model runs, for people who ask later: plain JSON values, see `edger1.runs.of`."""
+        return {
+            "precision": self.precision,
+            "active": self.active,
+            "reason": self.reason,
+            "summary": self.blocks.describe() if self.active else self.reason,
+            "layers": self.blocks.report(),
+        }
+
     def uninstall(self) -> None:
         """Give the layers their classes back and, if no other model needs the functions, those too."""
         stack.uninstall(self._stacks)

@@ -17,7 +17,7 @@ adapter, new weights or a gradient to compute runs as it was.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
@@ -72,27 +72,32 @@ class Blocks:
 
     def describe(self) -> str:
         """Say it in one line, for people."""
-        return describe([asdict(layer) for layer in self.found])
+        if not self.found:
+            return "no decoder layers were found"
+        line = f"{self.count} of {len(self.found)} layers as one operation"
+        if self.counts[HALF]:
+            line += f", {self.counts[HALF]} up to the MLP"
+        if self.counts[ATTENTION]:
+            line += f", {self.counts[ATTENTION]} in their attention"
+        return line + "".join(f"; {n}: {reason}" for reason, n in self.others.items())
+
+    def report(self) -> list[dict[str, Any]]:
+        """Return how layers run, those that follow each other and run alike as one: plain JSON values."""
+        groups: list[dict[str, Any]] = []
+        for layer in self.found:
+            how = {"kind": layer.kind, "runs": layer.runs, "reason": layer.reason}
+            last = groups[-1] if groups else None
+            if last and last["last"] == layer.index - 1 and how == {key: last[key] for key in how}:
+                last["last"] = layer.index
+            else:
+                groups.append({"first": layer.index, "last": layer.index} | how)
+        return groups
 
     def uninstall(self) -> None:
         """Give the layers their classes back."""
         for module, original in self._classes:
             wire.restore(module, original)
         self._classes, self.found = [], []
-
-
-def describe(found: list[dict[str, Any]]) -> str:
-    """Say in one line how layers run, `found` being LayerReports as dictionaries."""
-    if not found:
-        return "no decoder layers were found"
-    counts = Counter(layer["runs"] for layer in found)
-    line = f"{counts[LAYER]} of {len(found)} layers as one operation"
-    if counts[HALF]:
-        line += f", {counts[HALF]} up to the MLP"
-    if counts[ATTENTION]:
-        line += f", {counts[ATTENTION]} in their attention"
-    reasons = Counter(f"{layer['kind']}: {layer['reason']}" for layer in found if layer["reason"])
-    return line + "".join(f"; {n}: {reason}" for reason, n in reasons.items())
 
 
 def install(model: nn.Module, precision: str, extension: ModuleType) -> Blocks:
