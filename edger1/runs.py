@@ -29,7 +29,7 @@ def of(folder: Path) -> dict[str, Any] | None:
     """Return what was noted of the model in `folder`; None if it was never loaded, or the record is damaged.
 
     Keys: "when" (ISO time), "precision", "active" (whether the kernels were in place), "reason" (why not), "summary"
-    (one line) and "layers", a list of {"first", "last", "kind", "runs", "reason"}: see `edger1.kernels.blocks.LayerReport`.
+    (one line) and "layers", a list of {"first", "last", "kind", "runs", "reason"} as `edger1.kernels.blocks` has them.
     """
     report = _all().get(str(folder))
     wanted = {"when": str, "precision": str, "active": bool, "reason": str, "summary": str, "layers": list}

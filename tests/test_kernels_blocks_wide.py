@@ -104,6 +104,14 @@ def test_every_family_computes_what_its_layers_do(family: str, quantize: bool) -
     assert max(relative_error(ours, theirs) for ours, theirs in zip(logits, expected_logits, strict=True)) <= TOLERANCE
 
 
+@pytest.mark.parametrize("family", RUNS)
+def test_rounding_to_int8_hides_no_layer(family: str) -> None:
+    """What rounds the activations makes much of the last bits of what was before it."""
+    for seed in range(4):
+        with installed(build(family, seed, quantize=True), "fast") as state:
+            assert {layer.runs for layer in state.blocks.found} == RUNS[family], state.blocks.describe()
+
+
 @pytest.mark.parametrize("family", ["gpt_oss", "olmoe", "gemma2", "gemma3_text", "qwen3_moe", "mixtral", "granite"])
 def test_one_layer_gives_what_it_gave(family: str) -> None:
     """In the caches that the model itself makes, as far as the window and beyond it."""

@@ -17,8 +17,9 @@ adapter, new weights or a gradient to compute runs as it was.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any
 
 import mlx.nn as nn
@@ -100,13 +101,16 @@ class Blocks:
         self._classes, self.found = [], []
 
 
-def install(model: nn.Module, precision: str, extension: ModuleType) -> Blocks:
+def install(
+    model: nn.Module, precision: str, extension: ModuleType, exact: Mapping[type, type] = MappingProxyType({})
+) -> Blocks:
     """Let of each decoder layer of `model` as much as the operation can stand for run as one.
 
-    The weights must be in place: a layer whose arrays are exchanged later runs as it was.
+    The weights must be in place: a layer whose arrays are exchanged later runs as it was. `exact` has the classes of
+    the model's modules that round activations, and what each would be without: layers are tried so.
     """
     blocks = Blocks()
-    planner = Planner(precision, extension)
+    planner = Planner(precision, extension, exact)
     seen: set[int] = set()
     for index, layer in enumerate(_layers(model)):
         if id(layer) in seen:
