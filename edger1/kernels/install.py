@@ -105,7 +105,7 @@ def install(
             _swap_class(layer, precision, float32_activations, installed)
             _swap_held_functions(layer, installed)
         if fuse:
-installed.experts = experts.install(model, precision, extension)
+            installed.experts = experts.install(model, precision, extension)
             exact = {variant(precision): variant("exact") for variant in _VARIANTS.values()}
             installed.blocks = blocks.install(model, precision, extension, exact)
             installed._stacks = stack.install(model, extension)
