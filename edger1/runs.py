@@ -29,10 +29,19 @@ def of(folder: Path) -> dict[str, Any] | None:
     """Return what was noted of the model in `folder`; None if it was never loaded, or the record is damaged.
 
     Keys: "when" (ISO time), "precision", "active" (whether the kernels were in place), "reason" (why not), "summary"
-    (one line) and "layers", a list of {"first", "last", "kind", "runs", "reason"} as `edger1.kernels.blocks` has them.
+    (one line) and "layers", a list of {"first", "last", "kind", "runs", "reason"} as `edger1.kernels.blocks` has them;
+    "also" has lines about what is not of one layer.
     """
     report = _all().get(str(folder))
-    wanted = {"when": str, "precision": str, "active": bool, "reason": str, "summary": str, "layers": list}
+    wanted = {
+        "when": str,
+        "precision": str,
+        "active": bool,
+        "reason": str,
+        "summary": str,
+        "layers": list,
+        "also": list,
+    }
     if not isinstance(report, dict) or not all(isinstance(report.get(key), kind) for key, kind in wanted.items()):
         return None
     return report
@@ -54,7 +63,8 @@ def lines(report: dict[str, Any]) -> list[tuple[str, str]]:
         what = f"layer {first}" if first == last else f"layers {first}-{last}"
         why = f": {group['reason']}" if group["reason"] else ""
         shown.append((what, f"{group['kind']}, {ways.get(group['runs'], group['runs'])}{why}"))
-    return shown or [("all layers", "kernel by kernel: no decoder layers were found")]
+    shown = shown or [("all layers", "kernel by kernel: no decoder layers were found")]
+    return shown + [("", line) for line in report["also"]]
 
 
 def _file() -> Path:

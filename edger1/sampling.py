@@ -168,9 +168,7 @@ class Sampler:
         state: Any = mx.random.state
         following, key = extension.split_key(_as_int(state[0]))
         mx.random.seed(following)
-        return (
-            extension.draw_token(logits, key, inverse_temperature=self._inverse_temperature, **self._settings),
-        )
+        return (extension.draw_token(logits, key, inverse_temperature=self._inverse_temperature, **self._settings),)
 
 
 def _as_int(key: mx.array) -> int:

@@ -226,6 +226,20 @@ def test_doctor_says_what_is_here_and_what_is_missing() -> None:
     assert found["default_model_installed"] is False
 
 
+def test_loading_tells_how_the_layers_run(tiny_folder: Path) -> None:
+    before = edger1("models", "show", str(tiny_folder))
+    assert "--kernels" in before.stdout
+    shown = edger1("models", "show", str(tiny_folder), "--kernels")
+    assert shown.returncode == 0, shown.stderr
+    assert "How it runs (loaded just now, fast)" in shown.stdout
+    report = json.loads(edger1("models", "show", str(tiny_folder), "--json").stdout)["kernels"]
+    if report["active"]:
+        assert report["layers"][0]["first"] == 0
+        assert "layers as one operation" in report["summary"]
+    else:
+        assert report["reason"]
+
+
 def test_doctor_names_missing_kernels() -> None:
     done = edger1("doctor", "--json", EDGER1_KERNELS="0")
     assert json.loads(done.stdout)["kernels"] == {

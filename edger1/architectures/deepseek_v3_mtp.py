@@ -140,6 +140,5 @@ def hub_weights(model: Model) -> dict[str, mx.array]:
 
 def _attentions(model: Model) -> list[tuple[Any, str]]:
     return [
-        (layer.self_attn, f"model.layers.{i}.self_attn")
-        for i, layer in enumerate([*model.model.layers, *model.mtp])
+        (layer.self_attn, f"model.layers.{i}.self_attn") for i, layer in enumerate([*model.model.layers, *model.mtp])
     ]

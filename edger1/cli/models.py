@@ -101,7 +101,7 @@ def show(
     if ran:
         typer.echo(f"How it runs (loaded {_when(ran['when'])}, {ran['precision']})")
         for what, how in runs.lines(ran):
-            typer.echo(f"  {what:<18}{how}")
+            typer.echo(f"  {what:<18}{how}" if what else f"  {how}")
     elif model and not model.problem:
         typer.echo(f"How it runs is known once it was loaded: edger1 models show {name} --kernels")
     if entry:

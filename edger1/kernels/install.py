@@ -58,7 +58,14 @@ class Installed:
             "reason": self.reason,
             "summary": self.blocks.describe() if self.active else self.reason,
             "layers": self.blocks.report(),
+            "also": self._also(),
         }
+
+    def _also(self) -> list[str]:
+        said = ["the layers together as one operation"] if self._stacks else []
+        if self.experts.count or self.experts.others:
+            said.append(self.experts.describe())
+        return said + [line for line in [self.latents.describe()] if line]
 
     def uninstall(self) -> None:
         """Give the layers their classes back and, if no other model needs the functions, those too."""

@@ -81,7 +81,9 @@ def load(folder: Path) -> tuple[Progress, dict[str, mx.array]]:
         mx.eval(list(state.values()))
         return Progress(place=place, **about), state
     except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise FormatError(f"{folder} is no whole checkpoint ({error}); remove it to go on from the one before.") from None
+        raise FormatError(
+            f"{folder} is no whole checkpoint ({error}); remove it to go on from the one before."
+        ) from None
 
 
 def _all(run: Path) -> list[Path]:

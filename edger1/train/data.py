@@ -106,7 +106,9 @@ def tokenizer_files(folder: Path) -> list[Path]:
 def _open_split(folder: Path, name: str) -> Split:
     arrays = {part: folder / f"{name}.{part}.npy" for part in ("ids", "starts", "counted", "tasks")}
     # A file without elements cannot be mapped.
-    loaded = {part: np.load(path, mmap_mode="r" if path.stat().st_size > 256 else None) for part, path in arrays.items()}
+    loaded = {
+        part: np.load(path, mmap_mode="r" if path.stat().st_size > 256 else None) for part, path in arrays.items()
+    }
     return Split(**loaded)
 
 

@@ -101,9 +101,7 @@ def _attention(attention: llama.Attention, x: mx.array, starts: mx.array, ops: O
     return ops.linear(out.reshape(batch, length, -1), attention.o_proj.weight)
 
 
-def _latent_attention(
-    attention: deepseek_v3.DeepseekV3Attention, x: mx.array, starts: mx.array, ops: Ops
-) -> mx.array:
+def _latent_attention(attention: deepseek_v3.DeepseekV3Attention, x: mx.array, starts: mx.array, ops: Ops) -> mx.array:
     batch, length, _ = x.shape
     heads, nope = attention.num_heads, attention.qk_nope_head_dim
     if attention.q_lora_rank is None:

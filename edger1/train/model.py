@@ -133,7 +133,9 @@ def _check_llama(config: dict[str, Any]) -> None:
     heads = config["num_attention_heads"]
     groups = config.get("num_key_value_heads") or heads
     if heads % groups:
-        raise UsageError(f"num_attention_heads is {heads} and num_key_value_heads {groups}; the second must divide the first.")
+        raise UsageError(
+            f"num_attention_heads is {heads} and num_key_value_heads {groups}; the second must divide the first."
+        )
     if not config.get("head_dim") and config["hidden_size"] % heads:
         raise UsageError(
             f"hidden_size {config['hidden_size']} is no multiple of num_attention_heads {heads}; "

@@ -149,9 +149,7 @@ def _experts(kernels: ModuleType | None, mixed: bool) -> Callable[..., mx.array]
     @experts.vjp
     def experts_vjp(primals: list[mx.array], cotangent: mx.array, _: Any) -> tuple[mx.array, ...]:
         x, indices, shares, gate, up, down = primals
-        dx, d_shares, d_gate, d_up, d_down = kernels.experts_vjp(
-            x, indices, shares, gate, up, down, cotangent, mixed
-        )
+        dx, d_shares, d_gate, d_up, d_down = kernels.experts_vjp(x, indices, shares, gate, up, down, cotangent, mixed)
         return dx, mx.zeros_like(indices), d_shares, d_gate, d_up, d_down
 
     return experts

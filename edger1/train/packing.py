@@ -63,7 +63,9 @@ def pack(sizes: np.ndarray, length: int, order: np.ndarray) -> list[list[int]]:
 class Rows:
     """Batches of packed rows from a split, epoch after epoch; `shuffle` False keeps one fixed order."""
 
-    def __init__(self, split: Split, length: int, pad: int, seed: int, *, counted_only: bool, shuffle: bool = True) -> None:
+    def __init__(
+        self, split: Split, length: int, pad: int, seed: int, *, counted_only: bool, shuffle: bool = True
+    ) -> None:
         self.split = split
         self.length = length
         self.pad = pad

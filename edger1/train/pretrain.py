@@ -64,11 +64,11 @@ class Result:
 class Pretraining:
     """A run in a folder of its own:
 
-        config.toml     every setting
-        log.jsonl       see log.py
-        loss.svg, experts.svg
-        checkpoints/    see checkpoint.py
-        model/          the result, once finished
+    config.toml     every setting
+    log.jsonl       see log.py
+    loss.svg, experts.svg
+    checkpoints/    see checkpoint.py
+    model/          the result, once finished
     """
 
     def __init__(

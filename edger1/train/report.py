@@ -25,7 +25,9 @@ def draw(run: Path, entries: list[dict[str, Any]], layers: list[str]) -> None:
     with_experts = [e for e in steps if "experts" in e]
     if with_experts:
         use = with_experts[-1]["experts"]
-        rows = [(_short(name), [share * len(shares) for share in shares]) for name, shares in zip(layers, use, strict=True)]
+        rows = [
+            (_short(name), [share * len(shares) for share in shares]) for name, shares in zip(layers, use, strict=True)
+        ]
         title = f"Expert use at step {with_experts[-1]['step']}, as multiples of the mean"
         _write(run / "experts.svg", plot.heat_map(title, "expert", rows, 3.0))
 
