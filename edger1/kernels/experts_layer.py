@@ -16,7 +16,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from edger1.kernels.experts import SAME, SCALES, Fit, Held, UnfitError, add_projection, difference
+from edger1.kernels.experts_fit import SAME, SCALES, Fit, Held, UnfitError, add_projection, difference
 
 _TOLERANCE = 1e-5
 """Largest difference between two routers' weights, relative to the largest."""
@@ -36,17 +36,18 @@ class Probe:
 
     def __init__(self, owner: nn.Module, switch: nn.Module) -> None:
         self.owner, self.switch = owner, switch
-        first = next(m for m in switch.children().values() if hasattr(m, "input_dims"))
+        first: Any = next(m for m in switch.children().values() if hasattr(m, "input_dims"))
+        self.experts: int = first.num_experts
         rows = mx.random.normal((1, 3 * len(SCALES), first.input_dims), key=mx.random.key(2))
         self.x = rows * mx.array(SCALES * 3)[:, None]
         self.indices = self.weights = mx.array(0)
-        self.expected = self._answer()
+        self.expected = self._answer(self.x)
 
-    def _answer(self) -> mx.array | None:
+    def _answer(self, *arguments: mx.array) -> mx.array | None:
         try:
-            answer: Any = self.owner(self.x)
+            answer: Any = self.owner(*arguments)
             mx.eval(answer)
-        except Exception:  # whatever a module raises that is not called with x alone
+        except Exception:  # whatever a module raises that is called in another way
             return None
         return answer if isinstance(answer, mx.array) else None
 
@@ -55,7 +56,7 @@ class Probe:
         if self.expected is None:
             return False
         held.ranked, held.seen = True, []
-        answer = self._answer()
+        answer = self._answer(self.x)
         seen, held.ranked, held.seen = held.seen, False, None
         if len(seen) != 1 or answer is None or difference(answer, self.expected) > SAME:
             return False
@@ -63,6 +64,14 @@ class Probe:
         _, indices, weights = seen[0]
         self.indices, self.weights = indices.reshape(rows, -1), weights.reshape(rows, -1)
         return True
+
+    def takes_routing(self, call: Any) -> bool:
+        """Say whether the module, given x, indices and weights, answers with the experts' weighted sum."""
+        x = self.x[0]
+        indices = mx.random.randint(0, self.experts, (x.shape[0], 2), key=mx.random.key(3)).astype(mx.uint32)
+        weights = mx.random.uniform(shape=indices.shape, key=mx.random.key(4))
+        answer, sums = self._answer(x, indices, weights), call(x, indices, weights)
+        return answer is not None and sums is not None and difference(sums, answer) <= SAME
 
 
 def operation(probe: Probe, fit: Fit) -> Any:
@@ -110,6 +119,33 @@ def fused(original: Any) -> type:
     return type(original.__name__, (original,), {"__call__": call, "__module__": original.__module__})
 
 
+@cache
+def fused_sum(original: Any) -> type:
+    """Return a subclass of a module's class, called with x, indices and weights, whose objects run as `_layer`."""
+    call_original = original.__call__
+
+    def call(self: Any, x: mx.array, indices: mx.array, weights: mx.array) -> mx.array:
+        held = self._layer
+        if held is not None and held.call.unchanged(self):
+            done: mx.array | None = held.call(x, indices, weights)
+            if done is not None:
+                return done
+        result: mx.array = call_original(self, x, indices, weights)
+        return result
+
+    return type(original.__name__, (original,), {"__call__": call, "__module__": original.__module__})
+
+
+def sum_operation(probe: Probe, fit: Fit) -> Any:
+    """Return the operation of a module that is called with x, indices and weights, or None where it is another."""
+    call = fit.start(probe.switch, fit.activation(probe.switch))
+    for key, child in probe.owner.items():
+        if child is probe.switch:
+            call.watch(None, key, child)
+    call.finish()
+    return call if probe.expected is None and probe.takes_routing(call) else None
+
+
 def _agrees(call: Any, probe: Probe) -> bool:
     got = call.layer(probe.x)
     return got is not None and probe.expected is not None and difference(got, probe.expected) <= SAME
@@ -141,12 +177,11 @@ def _number(name: str, *owners: Any) -> Any:
 
 def _routings(owner: nn.Module, gate_owner: nn.Module, probe: Probe) -> Iterator[dict[str, Any]]:
     """Yield settings of the router that may be the module's, the likeliest first."""
-    experts = next(m for m in probe.switch.children().values() if hasattr(m, "num_experts")).num_experts
     corrections: list[Any] = [
         (holder, key)
         for holder in {id(m): m for m in (gate_owner, owner)}.values()
         for key, a in holder.items()
-        if isinstance(a, mx.array) and a.shape == (experts,)
+        if isinstance(a, mx.array) and a.shape == (probe.experts,)
     ]
     groups: list[dict[str, Any]] = [{}]
     for names in _GROUPS:
@@ -200,12 +235,12 @@ def _ratio(call: Any, probe: Probe) -> float | None:
     route = call.route(probe.x[0])
     if route is None:
         return None
-    experts = int(mx.maximum(route[0].max(), probe.indices.max()).item()) + 1
-    got, expected = _table(*route, experts), _table(probe.indices, probe.weights, experts)
-    ratio = float((expected.sum() / got.sum()).item())
+    indices, weights = route
+    got = _table(indices, weights, probe.experts)
+    expected = _table(probe.indices, probe.weights, probe.experts)
+    ratio: Any = (expected.sum() / got.sum()).item()
     off = mx.abs(got * ratio - expected).max(axis=-1) / mx.maximum(expected.max(axis=-1), 1e-30)
-    worst = off.max().item()
-    return ratio if worst <= _TOLERANCE else None
+    return float(ratio) if (off.max() <= _TOLERANCE).item() else None
 
 
 def _scale(owner: nn.Module, gate_owner: nn.Module, ratio: float | None) -> float | None:
@@ -226,7 +261,7 @@ def _shared(owner: nn.Module, switch: nn.Module) -> Iterator[tuple[nn.Module, An
     for name, expert in owner.children().items():
         if expert is switch or not isinstance(expert, nn.Module):
             continue
-        if all(isinstance(expert.get(f"{p}_proj"), nn.Module) for p in ("gate", "up", "down")):
-            # What has a limit or an activation of its own may differ where no probe reaches.
-            if getattr(expert, "limit", None) is None and "activation" not in expert:
-                yield expert, owner.get(f"{name}_gate")
+        # What has a limit or an activation of its own may differ where no probe reaches.
+        usual = getattr(expert, "limit", None) is None and "activation" not in expert
+        if usual and all(isinstance(expert.get(f"{p}_proj"), nn.Module) for p in ("gate", "up", "down")):
+            yield expert, owner.get(f"{name}_gate")
