@@ -25,18 +25,6 @@ std::mutex readers_mutex;
 // (buffer, stream) -> queued tasks of ours that read it.
 std::map<std::pair<const void*, int>, int> readers;
 
-// Whether `a` is the only holder of its buffer but for tasks queued on this stream. The count of holders is read first: a
-// task drops its mark before MLX drops its hold, so that the difference may come out too large but never too small.
-bool sole_holder(const mx::array& a, int stream) {
-  long uses = a.data_shared_ptr().use_count();
-  if (descriptor_uses(a) != 1 || !a.data_shared_ptr()->is_owned()) {
-    return false;
-  }
-  std::lock_guard lock(readers_mutex);
-  auto found = readers.find({a.data_shared_ptr().get(), stream});
-  return uses - (found == readers.end() ? 0 : found->second) == 1;
-}
-
 // Inputs: a buffer [..., S, D] and rows [..., L, D].
 class AppendRows : public DensePrimitive {
  public:
@@ -107,6 +95,18 @@ class AppendRows : public DensePrimitive {
 mx::array append_rows(const mx::array& buffer, const mx::array& rows, int start, mx::StreamOrDevice s) {
   return mx::array(buffer.shape(), buffer.dtype(), std::make_shared<AppendRows>(mx::to_stream(s), start),
                    {buffer, rows});
+}
+
+// The count of holders is read first: a task drops its mark before MLX drops its hold, so that the difference may come out too
+// large but never too small.
+bool sole_holder(const mx::array& a, int stream) {
+  long uses = a.data_shared_ptr().use_count();
+  if (descriptor_uses(a) != 1 || !a.data_shared_ptr()->is_owned()) {
+    return false;
+  }
+  std::lock_guard lock(readers_mutex);
+  auto found = readers.find({a.data_shared_ptr().get(), stream});
+  return uses - (found == readers.end() ? 0 : found->second) == 1;
 }
 
 std::vector<const void*> reading(const std::vector<mx::array>& inputs, const mx::Stream& stream) {

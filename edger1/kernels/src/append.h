@@ -15,6 +15,10 @@ namespace edger1 {
 // The shapes are equal but for axis -2, the dtypes equal.
 mx::array append_rows(const mx::array& buffer, const mx::array& rows, int start, mx::StreamOrDevice s = {});
 
+// Whether `a`, an input of the operation that asks in its eval_cpu, is the only holder of its buffer but for tasks queued on
+// this stream that said so by reading().
+bool sole_holder(const mx::array& a, int stream);
+
 // Marks the buffers of `inputs` as read by a task that is about to be queued, which must hold a ReadingDone of the result.
 std::vector<const void*> reading(const std::vector<mx::array>& inputs, const mx::Stream& stream);
 
