@@ -13,7 +13,6 @@ weights that the layer had: one that was since given other weights, or a gradien
 
 from __future__ import annotations
 
-import inspect
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,12 +25,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.base import create_attention_mask
 from mlx_lm.models.cache import CacheList, KVCache
-from mlx_lm.models.mla import MultiLinear, QuantizedMultiLinear
 
-from edger1.kernels.blocks import recognise
+from edger1.kernels.latent_parts import Latent, UnfitError, describe, input_width, output_of, scale_of
 
 _PARTS = ("embed_q", "unembed_out", "kv_a_proj_with_mqa", "kv_a_layernorm")
-_MULTIPLIERS = ("mla_scale_q_lora", "mla_scale_kv_lora")
 _SAME = 1e-4
 """Largest difference of the two results, relative to the largest element, that rounding explains."""
 _WHOLE_ROWS = 16
@@ -70,34 +67,6 @@ class Latents:
         self._classes, self.layers, self.others, self.whole = [], {}, {}, 0
 
 
-@dataclass(frozen=True)
-class _Shape:
-    heads: int
-    nope: int
-    rope: int
-    rank: int
-    value: int
-    q_multiplier: float
-    kv_multiplier: float
-
-
-@dataclass(frozen=True)
-class _Latent:
-    """The operation of one layer, and what the layer does around it. A copy of the layer has none."""
-
-    call: Any
-    around: Any
-    """The operation that watches the projections too, if they are known: `layer` and `applies` of it."""
-    shape: _Shape
-    extension: ModuleType
-
-    def __deepcopy__(self, _: Any) -> None:
-        return None
-
-    def __reduce__(self) -> Any:
-        return type(None), ()
-
-
 def install(model: nn.Module, precision: str, extension: ModuleType) -> Latents:
     """Let each attention layer of `model` that caches latents run on the operation; the others are left alone.
 
@@ -110,13 +79,13 @@ def install(model: nn.Module, precision: str, extension: ModuleType) -> Latents:
     """Kinds of layers that were tried -> what differs, empty for nothing."""
     for layer in [m for m in model.modules() if all(part in m for part in _PARTS)]:
         try:
-            latent = _describe(layer, precision, extension)
+            latent = describe(layer, precision, extension)
             kind = _kind(layer, latent)
             if kind not in known:
                 known[kind] = _difference(layer, precision, extension)
             if known[kind]:
-                raise recognise.UnfitError(known[kind])
-        except (recognise.UnfitError, ValueError) as error:
+                raise UnfitError(known[kind])
+        except (UnfitError, ValueError) as error:
             others[f"{type(layer).__name__}: {error}"] += 1
             continue
         layers[type(layer).__name__] += 1
@@ -127,7 +96,7 @@ def install(model: nn.Module, precision: str, extension: ModuleType) -> Latents:
     return latents
 
 
-def _wear(layer: nn.Module, latent: _Latent) -> None:
+def _wear(layer: nn.Module, latent: Latent) -> None:
     object.__setattr__(layer, "_latent", latent)
     kind: Any = type(layer)
     layer.__class__ = _latent_class(kind)
@@ -160,7 +129,7 @@ def _usable(x: mx.array, mask: Any, cache: Any) -> bool:
     return mask.dtype == mx.bool_ and mask.ndim <= 4 and (mask.ndim < 3 or mask.shape[-3] == 1)
 
 
-def _whole(latent: _Latent, layer: Any, x: mx.array, mask: Any, cache: Any) -> mx.array | None:
+def _whole(latent: Latent, layer: Any, x: mx.array, mask: Any, cache: Any) -> mx.array | None:
     """Run the layer as one operation; None where that does not apply."""
     rows = x.shape[0] * x.shape[1]
     if latent.around is None or type(cache) is not KVCache or cache.keys is None or rows > _WHOLE_ROWS:
@@ -178,7 +147,7 @@ def _whole(latent: _Latent, layer: Any, x: mx.array, mask: Any, cache: Any) -> m
     return out
 
 
-def _between_projections(latent: _Latent, layer: Any, x: mx.array, mask: Any, cache: Any) -> mx.array | None:
+def _between_projections(latent: Latent, layer: Any, x: mx.array, mask: Any, cache: Any) -> mx.array | None:
     """Run attention as one operation between the layer's own projections; None where a gradient is to flow."""
     shape = latent.shape
     batch, length, _ = x.shape
@@ -208,7 +177,7 @@ def _between_projections(latent: _Latent, layer: Any, x: mx.array, mask: Any, ca
         if gate.shape[-1] == shape.heads:
             gate = mx.repeat(gate, shape.value, axis=-1)
         out = out * gate
-    result: mx.array = layer[_output(layer)](out)
+    result: mx.array = layer[output_of(layer)](out)
     return result
 
 
@@ -233,93 +202,12 @@ def _choose_keys(
     return seen if mask is None else seen & mask, c, k_pe
 
 
-def _output(layer: nn.Module) -> str:
-    return "o_proj" if "o_proj" in layer else "dense"
-
-
-def _describe(layer: nn.Module, precision: str, extension: ModuleType) -> _Latent:
-    """Describe a layer to the extension. Raises UnfitError for parts it lacks, ValueError for what does not fit."""
-    names = list(inspect.signature(type(layer).__call__).parameters)
-    if names != ["self", "x", "mask", "cache"]:
-        raise recognise.UnfitError(f"it is called with ({', '.join(names[1:])})")
-    embed, unembed = layer["embed_q"], layer["unembed_out"]
-    heads, rank, nope = _stack_shape(embed)
-    _, value, _ = _stack_shape(unembed)
-    scale = recognise._number(layer, ("scale",))
-    rope = recognise._rows(layer, "kv_a_proj_with_mqa") - rank
-    multipliers = [getattr(layer, name, None) or 1.0 for name in _MULTIPLIERS]
-    shape = _Shape(heads, nope, rope, rank, value, *multipliers)
-
-    def start() -> Any:
-        call = extension.LatentAttention(
-            heads=heads,
-            nope=nope,
-            rope=rope,
-            rank=rank,
-            value=value,
-            scale=scale * shape.q_multiplier,
-            precision=precision,
-        )
-        for name, part, key in (("embed", embed, "embed_q"), ("unembed", unembed, "unembed_out")):
-            _add_stack(call, name, part)
-            call.watch(None, key, part)
-        return call
-
-    call = start()
-    call.finish()
-    try:
-        around = start()
-        _add_projections(around, layer, shape)
-        around.finish(whole=True)
-    except (recognise.UnfitError, ValueError):
-        around = None
-    return _Latent(call, around, shape, extension)
-
-
-def _stack_shape(part: nn.Module) -> tuple[int, int, int]:
-    if not isinstance(part, MultiLinear | QuantizedMultiLinear):
-        raise recognise.UnfitError(f"its matrices of keys and values are {type(part).__name__}")
-    heads, rows, columns = part["weight"].shape
-    return heads, rows, columns * 32 // part.bits if "scales" in part else columns
-
-
-def _add_stack(call: Any, name: str, part: nn.Module) -> None:
-    quantization = (part.group_size, part.bits, part.mode) if "scales" in part else ()
-    call.project(name, part["weight"], part.get("scales"), part.get("biases"), None, *quantization)
-    for key in ("weight", "scales", "biases"):
-        if part.get(key) is not None:
-            call.watch(part, key, part[key])
-
-
-def _add_projections(call: Any, layer: nn.Module, shape: _Shape) -> None:
-    if "indexer" in layer or "g_proj" in layer:
-        raise recognise.UnfitError("it does more than attention and projections")
-    names = {"kv_a": "kv_a_proj_with_mqa", "o": _output(layer)}
-    names |= {"q_a": "q_a_proj", "q": "q_b_proj"} if "q_a_proj" in layer else {"q": "q_proj"}
-    for name, key in names.items():
-        recognise._rows(layer, key)
-        recognise._Projection(name, layer, key).add(call, layer)
-    norms = [("kv", "kv_a_layernorm", shape.kv_multiplier)]
-    norms += [("q", "q_a_layernorm", 1.0)] if "q_a_proj" in layer else []
-    for name, key, multiplier in norms:
-        norm = layer[key]
-        weight, bias, centered = recognise._norm(norm)
-        if bias is not None or centered:
-            raise recognise.UnfitError(f"its {key} is no RMS norm")
-        call.norm(name, weight if multiplier == 1 else weight * multiplier, norm.eps)
-        call.watch(None, key, norm)
-        call.watch(norm, "weight", norm["weight"])
-    if "rope" in layer:
-        recognise._add_rope(call, layer["rope"])
-        call.watch(None, "rope", layer["rope"])
-
-
-def _kind(layer: nn.Module, latent: _Latent) -> Any:
+def _kind(layer: nn.Module, latent: Latent) -> Any:
     """What layers have in common of which one shows whether all compute what the operation computes."""
     rope = layer.get("rope")
     settings = {k: v for k, v in vars(rope).items() if isinstance(v, int | float | bool)} if rope is not None else {}
     parts = tuple((name, type(part).__name__) for name, part in sorted(layer.children().items()))
-    return type(layer), latent.shape, recognise._number(layer, ("scale",)), repr(settings), parts, latent.around is None
+    return type(layer), latent.shape, scale_of(layer), repr(settings), parts, latent.around is None
 
 
 @contextmanager
@@ -342,9 +230,9 @@ def _difference(layer: nn.Module, precision: str, extension: ModuleType) -> str:
     """
     original = type(layer)
     with _exactly(layer):
-        latent = _describe(layer, "exact", extension)
+        latent = describe(layer, "exact", extension)
         lengths = (5, 3, 1, 18)
-        width = _input_width(layer)
+        width = input_width(layer)
         inputs = [mx.random.normal((1, n, width), key=mx.random.key(n)) for n in lengths]
         try:
             expected = _answers(layer, inputs)
@@ -357,8 +245,9 @@ def _difference(layer: nn.Module, precision: str, extension: ModuleType) -> str:
             vars(layer).pop("_latent", None)
     worst = 0.0
     for a, b in zip(found, expected, strict=True):
-        error = (mx.abs(a - b).max() / mx.maximum(mx.abs(b).max(), 1e-30)).item()
-        worst = max(worst, error if error == error else float("inf"))
+        off = (mx.abs(a - b).max() / mx.maximum(mx.abs(b).max(), 1e-30)).item()
+        # What is no number would pass for small.
+        worst = max(worst, off if off == off else float("inf"))
     return "" if worst <= _SAME else f"it computes something else than its parts suggest (off by {worst:.1g})"
 
 
@@ -371,9 +260,3 @@ def _answers(layer: nn.Module, inputs: list[mx.array]) -> list[mx.array]:
         answers.append(layer(x, mask, cache))
         mx.eval(answers[-1], main.keys, main.values)
     return answers
-
-
-def _input_width(layer: nn.Module) -> int:
-    part = layer["kv_a_proj_with_mqa"]
-    columns: int = part["weight"].shape[-1]
-    return columns * 32 // part.bits if "scales" in part else columns

@@ -51,7 +51,7 @@ class ClaimCache : public CpuPrimitive {
   void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
     const auto& in = inputs[0];
     auto& out = outputs[0];
-    if (in.is_donatable() && in.flags().row_contiguous && in.data_size() == in.size()) {
+    if (in.flags().row_contiguous && in.data_size() == in.size() && sole_holder(in, stream().index)) {
       out.copy_shared_buffer(in);
       return;
     }
@@ -140,7 +140,9 @@ class LatentLayerOp : public CpuPrimitive {
     if (inputs.size() > 3) {
       use_mask(inputs[3], call.keep, call.mask_strides);
     }
-    launch(stream(), [held = held_, call, rows = Rows(x)]() mutable {
+    auto caches = reading({outputs[1], outputs[2]}, stream());
+    launch(stream(), [held = held_, call, rows = Rows(x), caches, index = stream().index]() mutable {
+      ReadingDone done{caches, index};
       // The result's place holds x as contiguous rows until it is overwritten at the very end.
       call.x = rows.data && rows.step == 1 && rows.map.uniform() ? static_cast<const float*>(rows.data) : call.out;
       call.x_stride = call.x == call.out ? rows.n : rows.map.stride();

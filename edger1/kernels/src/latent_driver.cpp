@@ -12,6 +12,7 @@ namespace {
 
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 constexpr int kBlockKeys = 256;                  // fixed, so that a row's result does not depend on how work is split
+constexpr int kScoreStride = kBlockKeys + 16;    // rows a power of two apart would share few lines of the cache
 constexpr int64_t kPartialBytes = 8 << 20;       // of results that wait to be merged
 
 int64_t aligned(int64_t bytes) {
@@ -133,9 +134,8 @@ class FewRows {
     int key = (first + slot) * kBlockKeys, n = std::min(kBlockKeys, call_.keys - key);
     int64_t all = int64_t{call_.batch} * rows_;
     float *out = partial(slot), *maxima = out + all * plan_.rank, *sums = maxima + all;
-    const LatentRows &c = call_.latent, &pe = call_.k_pe;
     int64_t sizes[] = {aligned(math_.b_bytes(plan_.rank, n)), aligned(math_.b_bytes(plan_.rope, n)),
-                       aligned(math_.b_bytes(n, plan_.rank)), aligned(int64_t{tile_} * kBlockKeys * 4),
+                       aligned(math_.b_bytes(n, plan_.rank)), aligned(int64_t{tile_} * kScoreStride * 4),
                        aligned(math_.a_bytes(tile_, n))};
     int64_t total = 0;
     for (int64_t size : sizes) {
@@ -145,28 +145,28 @@ class FewRows {
     char *key_pe = keys + sizes[0], *values = key_pe + sizes[1];
     auto* scores = reinterpret_cast<float*>(values + sizes[2]);
     char* weights = reinterpret_cast<char*>(scores) + sizes[3];
+    const LatentRows &c = call_.latent, &pe = call_.k_pe;
+    // Values first: packing them reads the cache in order.
+    math_.pack_b(values, c.at(b, 0, key), c.type, c.row, c.step, n, plan_.rank);
     math_.pack_b(keys, c.at(b, 0, key), c.type, c.step, c.row, plan_.rank, n);
     if (plan_.rope > 0) {
       math_.pack_b(key_pe, pe.at(b, 0, key), pe.type, pe.step, pe.row, plan_.rope, n);
     }
-    math_.pack_b(values, c.at(b, 0, key), c.type, c.row, c.step, n, plan_.rank);
     for (int tile = tile0; tile < tile1; tile++) {
       int rows = tile_rows(tile);
       int64_t row = int64_t{b} * rows_ + int64_t{tile} * tile_;
       const char* queries = packed_queries(b, tile);
-      math_.gemm(scores, kBlockKeys, queries, keys, rows, n, plan_.rank, false);
-      if (plan_.rope > 0) {
-        math_.gemm(scores, kBlockKeys, queries + latent_bytes_, key_pe, rows, n, plan_.rope, true);
-      }
+      LatentProduct products[] = {{queries, keys, plan_.rank}, {queries + latent_bytes_, key_pe, plan_.rope}};
+      math_.gemm(scores, kScoreStride, products, 2, rows, n, false);
       for (int r = 0; r < rows; r++) {
         int l = (tile * tile_ + r) % call_.length;
         maxima[row + r] = kMinusInfinity;
         sums[row + r] = 0;
-        weigh_keys(call_, spans_[b * call_.length + l], b, l, key, n, scores + int64_t{r} * kBlockKeys, maxima + row + r,
+        weigh_keys(call_, spans_[b * call_.length + l], b, l, key, n, scores + int64_t{r} * kScoreStride, maxima + row + r,
                    sums + row + r);
       }
-      math_.pack_a(weights, scores, Float::f32, kBlockKeys, 1, rows, n);
-      math_.gemm(out + row * plan_.rank, plan_.rank, weights, values, rows, plan_.rank, n, false);
+      math_.pack_a(weights, scores, Float::f32, kScoreStride, 1, rows, n);
+      math_.multiply(out + row * plan_.rank, plan_.rank, {weights, values, n}, rows, plan_.rank, false);
     }
   }
 

@@ -15,6 +15,7 @@ namespace {
 
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 constexpr int kBlockKeys = 256;
+constexpr int kScoreStride = kBlockKeys + 16;
 constexpr int kMostRows = 512;     // of one head in a piece of work
 constexpr int kMostHeads = 4;      // that share a packed block of latents, where each has many rows
 
@@ -86,7 +87,7 @@ class Run {
     areas.take(key_pe_, math_.b_bytes(plan_.rope, kBlockKeys));
     areas.take(keys_, math_.b_bytes(key_dim_, kBlockKeys));
     areas.take(values_, math_.b_bytes(kBlockKeys, value_dim_));
-    areas.take(scores_, int64_t{tile_} * kBlockKeys * 4);
+    areas.take(scores_, int64_t{tile_} * kScoreStride * 4);
     areas.take(weights_, math_.a_bytes(tile_, kBlockKeys));
     areas.take(wide_, plan_.rank * head_dim * 4);
     areas.take(rows_, int64_t{tile_} * std::max<int64_t>({plan_.rank, head_dim, plan_.rope}) * 4);
@@ -142,7 +143,7 @@ class Run {
         math.pack_a(queries(h, tile), rows_, Float::f32, nope, 1, rows, nope);
       } else {
         math.pack_a(packed_, rows_, Float::f32, nope, 1, rows, nope);
-        math.gemm(absorbed_, rank, packed_, matrices_, rows, rank, nope, false);
+        math.multiply(absorbed_, rank, {packed_, matrices_, nope}, rows, rank, false);
         math.pack_a(queries(h, tile), absorbed_, Float::f32, rank, 1, rows, rank);
       }
       if (plan_.rope > 0) {
@@ -160,8 +161,9 @@ class Run {
       math_.pack_b(key_pe_, pe.at(piece_.batch, 0, key), pe.type, pe.step, pe.row, plan_.rope, n);
     }
     if (!expand_) {
-      math_.pack_b(keys_, latents, c.type, c.step, c.row, plan_.rank, n);
+      // Values first: packing them reads the cache in order.
       math_.pack_b(values_, latents, c.type, c.row, c.step, n, plan_.rank);
+      math_.pack_b(keys_, latents, c.type, c.step, c.row, plan_.rank, n);
       for (int h = 0; h < piece_.heads; h++) {
         attend(h, key, n);
       }
@@ -170,9 +172,9 @@ class Run {
     math_.pack_a(latents_, latents, c.type, c.row, c.step, n, plan_.rank);
     for (int h = 0; h < piece_.heads; h++) {
       const char* matrices = matrices_ + h * matrix_bytes_;
-      math_.gemm(expanded_, plan_.nope, latents_, matrices, n, plan_.nope, plan_.rank, false);
+      math_.multiply(expanded_, plan_.nope, {latents_, matrices, plan_.rank}, n, plan_.nope, false);
       math_.pack_b(keys_, expanded_, Float::f32, 1, plan_.nope, plan_.nope, n);
-      math_.gemm(expanded_, plan_.value, latents_, matrices + embed_bytes_, n, plan_.value, plan_.rank, false);
+      math_.multiply(expanded_, plan_.value, {latents_, matrices + embed_bytes_, plan_.rank}, n, plan_.value, false);
       math_.pack_b(values_, expanded_, Float::f32, plan_.value, 1, n, plan_.value);
       attend(h, key, n);
     }
@@ -189,19 +191,18 @@ class Run {
         continue;
       }
       int64_t at = int64_t{h} * piece_.rows + first;
-      math_.gemm(scores_, kBlockKeys, queries(h, tile), keys_, rows, n, key_dim_, false);
-      if (plan_.rope > 0) {
-        math_.gemm(scores_, kBlockKeys, queries(h, tile) + latent_bytes_, key_pe_, rows, n, plan_.rope, true);
-      }
+      const char* q = queries(h, tile);
+      LatentProduct products[] = {{q, keys_, key_dim_}, {q + latent_bytes_, key_pe_, plan_.rope}};
+      math_.gemm(scores_, kScoreStride, products, 2, rows, n, false);
       for (int r = 0; r < rows; r++) {
         float factor = weigh_keys(call_, span(first + r), piece_.batch, piece_.row + first + r, key, n,
-                                  scores_ + int64_t{r} * kBlockKeys, maxima_ + at + r, sums_ + at + r);
+                                  scores_ + int64_t{r} * kScoreStride, maxima_ + at + r, sums_ + at + r);
         if (factor != 1) {
           ops().scale_row(out_ + (at + r) * value_dim_, factor, value_dim_);
         }
       }
-      math_.pack_a(weights_, scores_, Float::f32, kBlockKeys, 1, rows, n);
-      math_.gemm(out_ + at * value_dim_, value_dim_, weights_, values_, rows, value_dim_, n, true);
+      math_.pack_a(weights_, scores_, Float::f32, kScoreStride, 1, rows, n);
+      math_.multiply(out_ + at * value_dim_, value_dim_, {weights_, values_, n}, rows, value_dim_, true);
     }
   }
 
@@ -226,7 +227,7 @@ class Run {
     for (int tile = 0; tile < tiles_; tile++) {
       int rows = tile_rows(tile);
       math_.pack_a(packed_, out_ + (at + tile * tile_) * plan_.rank, Float::f32, plan_.rank, 1, rows, plan_.rank);
-      math_.gemm(absorbed_, plan_.value, packed_, matrices_, rows, plan_.value, plan_.rank, false);
+      math_.multiply(absorbed_, plan_.value, {packed_, matrices_, plan_.rank}, rows, plan_.value, false);
       for (int r = 0; r < rows; r++) {
         std::copy_n(absorbed_ + int64_t{r} * plan_.value, plan_.value, result(h, tile * tile_ + r));
       }

@@ -8,6 +8,13 @@
 
 namespace edger1 {
 
+// One of the products that a result is the sum of.
+struct LatentProduct {
+  const void* a;
+  const void* b;
+  int k;
+};
+
 struct LatentMath {
   // Rows of A that are best taken together.
   int row_tile;
@@ -17,8 +24,12 @@ struct LatentMath {
   // Element (i, p) of A lies at a[i * row_stride + p * k_stride], (p, j) of B at b[p * k_stride + j * column_stride].
   void (*pack_a)(void* out, const void* a, Float type, int64_t row_stride, int64_t k_stride, int rows, int k);
   void (*pack_b)(void* out, const void* b, Float type, int64_t k_stride, int64_t column_stride, int k, int columns);
-  // c (m x n) = or += a * b
-  void (*gemm)(float* c, int64_t c_stride, const void* a, const void* b, int m, int n, int k, bool accumulate);
+  // c (m x n) = or += the sum of the products; those without k count for nothing.
+  void (*gemm)(float* c, int64_t c_stride, const LatentProduct* products, int count, int m, int n, bool accumulate);
+
+  void multiply(float* c, int64_t c_stride, LatentProduct product, int m, int n, bool accumulate) const {
+    gemm(c, c_stride, &product, 1, m, n, accumulate);
+  }
 };
 
 // Matrix tiles, if wanted and there.

@@ -1,4 +1,7 @@
 // Matrix tiles for bf16: both operands are rounded to bf16 and added up in f32.
+//
+// Blocks of 32 rows by 32 columns keep four tiles of sums and share their operands. A tile's store holds up the products
+// behind it until the tile is complete, so each tile is stored when the next block claims it.
 #include "latent_math.h"
 
 #if defined(__AMX_BF16__) && defined(__AVX512BF16__)
@@ -103,72 +106,125 @@ void transpose16(__m512i* r) {
   }
 }
 
+struct Pairing {
+  __m512i order;
+
+  Pairing() {
+    alignas(64) uint16_t from[32];
+    for (int i = 0; i < 16; i++) {
+      from[2 * i] = static_cast<uint16_t>(i);
+      from[2 * i + 1] = static_cast<uint16_t>(16 + i);
+    }
+    order = _mm512_load_si512(from);
+  }
+
+  // Elements of two rows side by side.
+  __m512i operator()(__m512 even, __m512 odd) const {
+    return _mm512_permutexvar_epi16(order, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(odd, even)));
+  }
+};
+
 // [32 columns][32 steps of k][2 halves of the columns][16 pairs of k][16 columns][2] bf16
 void pack_b(void* out, const void* b, Float type, int64_t k_stride, int64_t column_stride, int k, int columns) {
   auto* to = static_cast<uint16_t*>(out);
-  alignas(64) uint16_t pairs[32];
-  for (int i = 0; i < 16; i++) {
-    pairs[2 * i] = static_cast<uint16_t>(i);
-    pairs[2 * i + 1] = static_cast<uint16_t>(16 + i);
-  }
-  const __m512i pairing = _mm512_load_si512(pairs);
-  for (int j0 = 0; j0 < columns; j0 += kTile) {
-    for (int p = 0; p < k; p += kTile) {
-      for (int j = j0; j < j0 + kTile; j += 16, to += kTileElements / 2) {
-        if (k_stride == 1) {
-          __m512i rows[16];
-          for (int i = 0; i < 16; i++) {
-            rows[i] = j + i < columns ? load32(offset(b, type, p + (j + i) * column_stride), type, 1, k - p)
-                                      : _mm512_setzero_si512();
-          }
-          transpose16(rows);
-          for (int i = 0; i < 16; i++) {
-            _mm512_store_si512(to + 32 * i, rows[i]);
-          }
-          continue;
-        }
+  int64_t panel = int64_t{blocks(k)} * kTileElements;
+  auto place = [&](int j, int p) { return to + j / kTile * panel + p / kTile * kTileElements + j % kTile / 16 * (kTileElements / 2); };
+  if (k_stride == 1) {
+    for (int j = 0; j < blocks(columns) * kTile; j += 16) {
+      for (int p = 0; p < k; p += kTile) {
+        __m512i rows[16];
         for (int i = 0; i < 16; i++) {
-          __m512 row[2];
-          for (int odd = 0; odd < 2; odd++) {
-            int at = p + 2 * i + odd;
-            row[odd] = at < k ? load16(offset(b, type, at * k_stride + j * column_stride), type, column_stride, columns - j)
-                              : _mm512_setzero_ps();
-          }
-          auto both = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(row[1], row[0]));
-          _mm512_store_si512(to + 32 * i, _mm512_permutexvar_epi16(pairing, both));
+          rows[i] = j + i < columns ? load32(offset(b, type, p + (j + i) * column_stride), type, 1, k - p)
+                                    : _mm512_setzero_si512();
+        }
+        transpose16(rows);
+        for (int i = 0; i < 16; i++) {
+          _mm512_store_si512(place(j, p) + 32 * i, rows[i]);
         }
       }
+    }
+    return;
+  }
+  const Pairing pairing;
+  for (int p = 0; p < blocks(k) * kTile; p += 2) {
+    const void *even = offset(b, type, p * k_stride), *odd = offset(b, type, (p + 1) * k_stride);
+    for (int j = 0; j < blocks(columns) * kTile; j += 16) {
+      __m512 first = p < k ? load16(offset(even, type, j * column_stride), type, column_stride, columns - j) : _mm512_setzero_ps();
+      __m512 second =
+          p + 1 < k ? load16(offset(odd, type, j * column_stride), type, column_stride, columns - j) : _mm512_setzero_ps();
+      _mm512_store_si512(place(j, p) + p % kTile * 16, pairing(first, second));
     }
   }
 }
 
-// 32 rows by 32 columns of the result; c has room for all of them.
-inline void block(float* c, int64_t stride, const uint16_t* a, const uint16_t* b, int steps, bool accumulate) {
-  if (accumulate) {
-    _tile_loadd(0, c, stride * 4);
-    _tile_loadd(1, c + 16, stride * 4);
-    _tile_loadd(2, c + 16 * stride, stride * 4);
-    _tile_loadd(3, c + 16 * stride + 16, stride * 4);
-  } else {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+// 32 rows and columns of a result.
+struct Block {
+  float* at = nullptr;
+  int64_t stride = 0;
+
+  float* tile(int i) const {
+    return at + i / 2 * 16 * stride + i % 2 * 16;
   }
-  for (int i = 0; i < steps; i++, a += kTileElements, b += kTileElements) {
-    _tile_loadd(4, a, 64);
-    _tile_loadd(6, b, 64);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(7, b + kTileElements / 2, 64);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_loadd(5, a + kTileElements / 2, 64);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
+};
+
+// Tile I of the block before goes to its place and begins the next block. A macro: tile numbers are assembly text.
+#define EDGER1_NEXT_BLOCK(I)                                \
+  if (before.at) {                                          \
+    _tile_stored(I, before.tile(I), before.stride * 4);     \
+  }                                                         \
+  if (accumulate) {                                         \
+    _tile_loadd(I, block.tile(I), block.stride * 4);        \
+  } else {                                                  \
+    _tile_zero(I);                                          \
   }
-  _tile_stored(0, c, stride * 4);
-  _tile_stored(1, c + 16, stride * 4);
-  _tile_stored(2, c + 16 * stride, stride * 4);
-  _tile_stored(3, c + 16 * stride + 16, stride * 4);
+
+// Tiles 0..3 become a block of the sum of products, of panels i of A and j of B; what they held goes to `before`, if anywhere.
+inline void multiply(const LatentProduct* products, int count, int i, int j, bool accumulate, Block block, Block before) {
+  bool first = true;
+  for (int p = 0; p < count; p++) {
+    int steps = blocks(products[p].k);
+    auto* a = static_cast<const uint16_t*>(products[p].a) + int64_t{i} * steps * kTileElements;
+    auto* b = static_cast<const uint16_t*>(products[p].b) + int64_t{j} * steps * kTileElements;
+    int step = 0;
+    if (first && steps > 0) {
+      _tile_loadd(4, a, 64);
+      _tile_loadd(6, b, 64);
+      EDGER1_NEXT_BLOCK(0)
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_loadd(7, b + kTileElements / 2, 64);
+      EDGER1_NEXT_BLOCK(1)
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_loadd(5, a + kTileElements / 2, 64);
+      EDGER1_NEXT_BLOCK(2)
+      _tile_dpbf16ps(2, 5, 6);
+      EDGER1_NEXT_BLOCK(3)
+      _tile_dpbf16ps(3, 5, 7);
+      first = false;
+      step = 1;
+      a += kTileElements;
+      b += kTileElements;
+    }
+    for (; step < steps; step++, a += kTileElements, b += kTileElements) {
+      _tile_loadd(4, a, 64);
+      _tile_loadd(6, b, 64);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_loadd(7, b + kTileElements / 2, 64);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_loadd(5, a + kTileElements / 2, 64);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+}
+#undef EDGER1_NEXT_BLOCK
+
+inline void put_down(Block block) {
+  if (block.at) {
+    _tile_stored(0, block.tile(0), block.stride * 4);
+    _tile_stored(1, block.tile(1), block.stride * 4);
+    _tile_stored(2, block.tile(2), block.stride * 4);
+    _tile_stored(3, block.tile(3), block.stride * 4);
+  }
 }
 
 void copy_block(float* to, int64_t to_stride, const float* from, int64_t from_stride, int rows, int columns) {
@@ -177,34 +233,42 @@ void copy_block(float* to, int64_t to_stride, const float* from, int64_t from_st
   }
 }
 
-void gemm(float* c, int64_t c_stride, const void* a, const void* b, int m, int n, int k, bool accumulate) {
-  // GCC 12 does not know that _tile_loadd reads memory: what was packed shall be there.
+// GCC 12 does not know that tile loads and stores reach memory.
+inline void settle_memory() {
   __asm__ volatile("" ::: "memory");
+}
+
+void gemm(float* c, int64_t c_stride, const LatentProduct* products, int count, int m, int n, bool accumulate) {
+  settle_memory();
   _tile_loadconfig(&kTileShapes);
-  int steps = blocks(k);
-  int64_t panel = int64_t{steps} * kTileElements;
+  Block before;
   for (int j = 0; j < n; j += kTile) {
-    auto* panel_b = static_cast<const uint16_t*>(b) + j / kTile * panel;
     for (int i = 0; i < m; i += kTile) {
-      auto* panel_a = static_cast<const uint16_t*>(a) + i / kTile * panel;
       float* to = c + i * c_stride + j;
       int rows = std::min(kTile, m - i), columns = std::min(kTile, n - j);
       if (rows == kTile && columns == kTile) {
-        block(to, c_stride, panel_a, panel_b, steps, accumulate);
+        Block block{to, c_stride};
+        multiply(products, count, i / kTile, j / kTile, accumulate, block, before);
+        before = block;
         continue;
       }
+      // The result has no room for whole tiles here.
       alignas(64) float sums[kTileElements] = {};
       if (accumulate) {
         copy_block(sums, kTile, to, c_stride, rows, columns);
-        __asm__ volatile("" ::: "memory");
+        settle_memory();
       }
-      block(sums, kTile, panel_a, panel_b, steps, accumulate);
-      __asm__ volatile("" ::: "memory");
+      Block block{sums, kTile};
+      multiply(products, count, i / kTile, j / kTile, accumulate, block, before);
+      put_down(block);
+      before = Block{};
+      settle_memory();
       copy_block(to, c_stride, sums, kTile, rows, columns);
     }
   }
+  put_down(before);
   _tile_release();
-  __asm__ volatile("" ::: "memory");
+  settle_memory();
 }
 
 const LatentMath kMath{128, a_bytes, b_bytes, pack_a, pack_b, gemm};

@@ -39,14 +39,17 @@ void pack_b(void* out, const void* b, Float type, int64_t k_stride, int64_t colu
   }
 }
 
-void gemm(float* c, int64_t c_stride, const void* a, const void* b, int m, int n, int k, bool accumulate) {
-  auto* from_a = static_cast<const float*>(a);
-  auto* from_b = static_cast<const float*>(b);
-  for (int p = 0; p < k; p += kDepth) {
-    int depth = std::min(kDepth, k - p);
-    ops().gemm(c, c_stride, from_a, from_b, m, n, depth, accumulate || p > 0);
-    from_a += int64_t{m} * depth;
-    from_b += round_up(n, ops().nr) * depth;
+void gemm(float* c, int64_t c_stride, const LatentProduct* products, int count, int m, int n, bool accumulate) {
+  for (int i = 0; i < count; i++) {
+    auto* a = static_cast<const float*>(products[i].a);
+    auto* b = static_cast<const float*>(products[i].b);
+    for (int p = 0; p < products[i].k; p += kDepth) {
+      int depth = std::min(kDepth, products[i].k - p);
+      ops().gemm(c, c_stride, a, b, m, n, depth, accumulate);
+      accumulate = true;
+      a += int64_t{m} * depth;
+      b += round_up(n, ops().nr) * depth;
+    }
   }
 }
 

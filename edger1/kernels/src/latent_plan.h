@@ -16,6 +16,11 @@
 
 namespace edger1 {
 
+struct LatentNorm {
+  const float* weight = nullptr;
+  float eps = 0;
+};
+
 struct LatentPlan {
   bool fast = false;                   // int8 rows in products with quantized weights
   bool tiles = false;                  // bf16 in matrix tiles for attention, where the processor has them
@@ -28,7 +33,7 @@ struct LatentPlan {
   bool whole = false;
   int hidden = 0;
   Projection q_a, q, kv_a, o;
-  NormPlan q_norm, kv_norm;
+  LatentNorm q_norm, kv_norm;
   int rope_dims = 0;                   // 0: nothing is rotated
   bool rope_interleaved = false;
   float rope_scale = 1, rope_multiplier = 1;
