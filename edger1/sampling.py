@@ -171,7 +171,7 @@ class Sampler:
         drawn: mx.array = extension.draw_token(
             logits, key, inverse_temperature=self._inverse_temperature, **self._settings
         )
-        return (drawn,)
+        return drawn
 
 
 def _as_int(key: mx.array) -> int:
