@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import pytest
 
-from recipes.nano import corpus, gym, tokenizer
+from recipes.nano import corpus, evaluate, gym, tokenizer
 from recipes.nano.countdown import reaches
 from recipes.nano.kinds import answer_of, grade, kinds
 from recipes.nano.problems import Problem
@@ -238,3 +239,17 @@ def test_documents_fit_a_row(made: tuple[Path, dict[str, Any]]) -> None:
         if "messages" in row:
             lengths.append(len(tokens.apply_chat_template(row["messages"])["input_ids"]))
     assert sum(length > 256 for length in lengths) <= len(lengths) * 0.002
+
+
+def test_accuracy_is_told_by_kind(made: tuple[Path, dict[str, Any]]) -> None:
+    questions = evaluate.read(made[0], each=10)
+    known = {q.question: q.answer for q in questions}
+
+    def knows_sums_only(asked: Sequence[str]) -> list[str]:
+        return [known[question] if "+" in question or "Add" in question else "no idea" for question in asked]
+
+    told = {task: (right, asked) for task, right, asked in evaluate.accuracy(questions, knows_sums_only)}
+    assert set(told) == {q.task for q in questions}
+    assert told["compare"][0] == 0
+    assert told["add"][0] > 0
+    assert max(asked for _, asked in told.values()) == 10
