@@ -86,7 +86,8 @@ class Pretraining:
             raise UsageError(f"{run} exists and is not empty; give another --out, or --resume to go on with it.")
         self.corpus, self.settings, self.run_folder = corpus, settings, run
         self.model = model.build(config, corpus.vocabulary, settings.hidden_std, settings.seed)
-        self.config = model.complete(config, corpus.vocabulary)
+        known = {"vocab_size": corpus.vocabulary, "bos_token_id": corpus.first, "eos_token_id": corpus.last}
+        self.config = model.complete(config, known)
         self.ops = Ops(settings.precision == "mixed")
         self.optimizer = Optimizer(model.parameters(self.model), settings, self.ops)
         counted_only = settings.loss_on == "assistant"
