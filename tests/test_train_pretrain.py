@@ -7,6 +7,7 @@ import math
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -180,7 +181,7 @@ def test_rates_rise_and_fall(kind: str) -> None:
     chosen = Settings(steps=100, schedule=kind, warmup=0.1, decay=0.2, final=0.1)
     shares = [schedule.rate_share(step, chosen) for step in range(100)]
     assert shares[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
-    assert all(a >= b for a, b in zip(shares[9:], shares[10:], strict=False))
+    assert all(a >= b for a, b in pairwise(shares[9:]))
     assert 0.1 <= shares[99] < 0.15
     if kind == "wsd":
         assert all(share == 1 for share in shares[10:80])

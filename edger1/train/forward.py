@@ -26,7 +26,7 @@ class Routing:
 
 @dataclass
 class Passed:
-    """Hidden states [B, L, D] ready for the head, the MTP layer's where there is one, and the routing layer by layer."""
+    """Hidden states [B, L, D] ready for the head, the MTP layer's where there is one, and each layer's routing."""
 
     hidden: mx.array
     ahead: mx.array | None
@@ -149,7 +149,7 @@ def _moe(moe: deepseek_v3.DeepseekV3MoE, x: mx.array, ops: Ops, routing: list[Ro
 
 
 def _chosen(affinities: mx.array, gate: deepseek_v3.MoEGate, ops: Ops) -> mx.array:
-    """Return the experts uint32 [..., k] that a router takes by affinity plus correction bias, within its best groups."""
+    """Return the experts uint32 [..., k] that a router takes by affinity plus bias, within its best groups."""
     scores = mx.stop_gradient(affinities + gate.e_score_correction_bias)
     if gate.n_group > 1:
         grouped = mx.unflatten(scores, -1, (gate.n_group, -1))

@@ -23,7 +23,8 @@ def build(config: dict[str, Any], vocabulary: int | None = None, std: float = 0.
 
     `vocabulary` is the tokenizer's size; it stands in where the config has no vocab_size and is checked where it has.
 
-    Raises UsageError for an architecture that cannot be trained from nothing and for a config that does not hang together.
+    Raises UsageError for an architecture that cannot be trained from nothing and for a config that does not hang
+    together.
     """
     prepare()
     if vocabulary is not None:
@@ -38,9 +39,9 @@ def build(config: dict[str, Any], vocabulary: int | None = None, std: float = 0.
 
 
 def complete(config: dict[str, Any], tokenizer: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Return a config as config.json holds it, saying what mlx-lm and transformers assume differently where it is left out.
+    """Return a config as config.json holds it, with all that mlx-lm and transformers would each assume otherwise.
 
-    `tokenizer` adds what the model's tokenizer knows: vocab_size where the config has none, and the special tokens' ids.
+    `tokenizer` adds what the tokenizer knows: vocab_size where the config has none, and the special tokens' ids.
     """
     _, (name, _) = _kind(config["model_type"])
     heads = config["num_attention_heads"]
@@ -63,7 +64,7 @@ def assign(model: Any, weights: dict[str, mx.array]) -> None:
 
 
 def active_parameters(config: dict[str, Any]) -> int:
-    """Return how many weights of matrices a token passes: the head and the chosen experts count, embedding and MTP not."""
+    """Return how many weights of matrices a token passes: the head and chosen experts count, embedding and MTP not."""
     d, layers = config["hidden_size"], config["num_hidden_layers"]
     heads = config["num_attention_heads"]
     head = config["vocab_size"] * d

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -74,8 +74,8 @@ class Ops:
     ) -> mx.array:
         """Return causal attention within documents, [B, L, H, V].
 
-        q is [B, L, H, N + R] and kv [B, L, H / G, N + V]; R dimensions are rotated by their positions, and those of keys
-        are apart: rope [B, L, 1 or H / G, R]. Position i sees positions starts[b, i] .. i, starts being int32 [B, L].
+        q is [B, L, H, N + R] and kv [B, L, H / G, N + V]; R dimensions are rotated by their positions, and those of
+        keys are apart: rope [B, L, 1 or H / G, R]. Position i sees positions starts[b, i] .. i, starts being int32 [B, L].
         """
         if self.kernels is None:
             return _plain_attention(q, kv, rope, starts, scale, turning)
@@ -94,9 +94,9 @@ class Ops:
     def experts(self, x: mx.array, indices: mx.array, shares: mx.array, weights: list[mx.array]) -> mx.array:
         """Return the weighted sum of each token's experts, [T, D].
 
-        x is [T, D], indices uint32 [T, k], shares [T, k]; weights are gate and up [E, M, D], down [E, D, M], and perhaps
-        those of an expert for every token, [S, D], [S, D] and [D, S]. Results are summed in the order of experts, however
-        the work is split.
+        x is [T, D], indices uint32 [T, k], shares [T, k]; weights are gate and up [E, M, D], down [E, D, M], and
+        perhaps those of an expert for every token, [S, D], [S, D] and [D, S]. Results are summed in the order of
+        experts, however the work is split.
         """
         return self._experts(x, indices, shares, *weights)
 
@@ -122,7 +122,7 @@ def _linear(kernels: ModuleType | None, mixed: bool) -> Callable[[mx.array, mx.a
         rows, d = x.reshape(-1, x.shape[-1]), cotangent.reshape(-1, weight.shape[0])
         return kernels.mixed_matmul(cotangent, weight), kernels.mixed_matmul(d.T, rows)
 
-    return linear
+    return cast(Callable[..., mx.array], linear)
 
 
 def _add_norm(kernels: ModuleType, eps: float) -> Callable[..., mx.array]:
@@ -137,7 +137,7 @@ def _add_norm(kernels: ModuleType, eps: float) -> Callable[..., mx.array]:
         dx, d_weight = kernels.add_norm_vjp(outputs[0], primals[2], *cotangents, eps)
         return dx, dx, d_weight
 
-    return add_norm
+    return cast(Callable[..., mx.array], add_norm)
 
 
 def _plain_attention(
@@ -176,7 +176,7 @@ def _kernel_attention(kernels: ModuleType, scale: float, turning: Turning, mixed
         grads = kernels.document_attention_vjp(*primals, cotangent, *kind)
         return (*grads, mx.zeros_like(primals[3]))
 
-    return attention
+    return cast(Callable[..., mx.array], attention)
 
 
 def _plain_experts(x: mx.array, indices: mx.array, shares: mx.array, *weights: mx.array) -> mx.array:
@@ -214,7 +214,7 @@ def _experts(kernels: ModuleType | None, mixed: bool) -> Callable[..., mx.array]
         dx, d_shares, *d_weights = kernels.experts_vjp(x, indices, shares, weights, cotangent, mixed)
         return dx, mx.zeros_like(indices), d_shares, *d_weights
 
-    return experts
+    return cast(Callable[..., mx.array], experts)
 
 
 def _plain_cross_entropy(x: mx.array, head: mx.array, targets: mx.array, weights: mx.array) -> mx.array:
@@ -239,4 +239,5 @@ def _cross_entropy(kernels: ModuleType | None, mixed: bool) -> Callable[..., mx.
         factor = cotangents[0]
         return outputs[1] * factor, outputs[2] * factor, mx.zeros_like(primals[2]), mx.zeros_like(primals[3])
 
-    return lambda x, head, targets, weights: with_gradients(x, head, targets, weights)[0]
+    function = cast(Callable[..., list[mx.array]], with_gradients)
+    return lambda x, head, targets, weights: function(x, head, targets, weights)[0]

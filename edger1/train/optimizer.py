@@ -1,11 +1,11 @@
 """AdamW and Muon over a flat table of f32 weights, with clipping by the global norm.
 
-Muon (Jordan 2024; scaled as in arXiv 2502.16982) takes the matrices inside the layers: each update is the momentum with its
-singular values brought to about one by five Newton-Schulz steps, batched over stacked experts. AdamW takes the rest:
-embedding, head, norms, routers. Weight decay is decoupled, and spares vectors.
+Muon (Jordan 2024) takes the matrices inside the layers: each update is the momentum with its singular values brought
+to about one by five Newton-Schulz steps, batched over stacked experts. AdamW takes the rest: embedding, head, norms,
+routers. Weight decay is decoupled, and spares vectors.
 
-MLX's own optimizers run each of a dozen operations a weight over all of memory, and its Muon takes a stack of experts for
-one long matrix.
+MLX's own optimizers run each of a dozen operations a weight over all of memory, and its Muon takes a stack of experts
+for one long matrix.
 """
 
 from __future__ import annotations
