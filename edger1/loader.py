@@ -16,15 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 from edger1 import installed, kernels, registry, runs, sampling
 from edger1.cache import KVStore
-from edger1.errors import FormatError, MemoryCeilingError
+from edger1.errors import FormatError
 from edger1.folder import ModelFolder, inspect
-from edger1.kv_layout import COMPUTE_ON_THE_WAY, kv_layout
+from edger1.kv_layout import kv_layout
 from edger1.memory import KVLayout, Plan, choose_context, make_plan
 from edger1.messages import Sampling
 from edger1.mlx_runtime import on_gpu, prepare
 from edger1.quant.formats import safetensors
 from edger1.thinking import Markers
-from edger1.units import format_bytes
 
 if TYPE_CHECKING:
     from edger1.kernels.install import Installed
@@ -169,11 +168,6 @@ def load(
     Raises FormatError for a folder that is not what it says, MemoryCeilingError before anything large is read.
     """
     folder = inspect(path)
-    if folder.total_bytes > ceiling_bytes and folder.model_type in COMPUTE_ON_THE_WAY:
-        raise MemoryCeilingError(
-            f"{name} has {format_bytes(folder.total_bytes)} of weights alone, and the ceiling is "
-            f"{format_bytes(ceiling_bytes)}. Give it more with --memory, or take a smaller model."
-        )
     model, config = _build(folder, name)
     plan, kv = _plan(folder, model, ceiling_bytes, context)
     plan.check(name)

@@ -116,8 +116,9 @@ class RandomState:
 class Sampler:
     """Draws one token from logits of shape (1, vocabulary) as mlx-lm's samplers and penalties do.
 
-    Where the CPU kernels run, filters and draw are one operation, which takes the same random bits: a seed gives the same
-    tokens either way. (Only of several tokens that are equally likely at the edge of top_k, the kernels keep the first.)
+    Where a model runs on the CPU kernels, filters and draw are one operation, which takes the same random bits: a seed
+    gives the same token, but where rounding decides between neighbours. Of several tokens that are equally likely at
+    the edge of top_k, the kernels keep the first.
     """
 
     def __init__(self, sampling: Sampling, vocabulary: int) -> None:
@@ -152,16 +153,15 @@ class Sampler:
             logits = process(tokens, logits)
         if self.greedy:
             return mx.argmax(logits, axis=-1)
-        if drawn := self._draw_with_kernels(logits):
-            return drawn[0]
-        return self._draw(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
+        drawn = self._draw_with_kernels(logits)
+        return self._draw(logits - mx.logsumexp(logits, axis=-1, keepdims=True)) if drawn is None else drawn
 
-    def _draw_with_kernels(self, logits: mx.array) -> tuple[mx.array] | None:
+    def _draw_with_kernels(self, logits: mx.array) -> mx.array | None:
+        """Draw in one operation where models run on the CPU kernels, advancing MLX's random state; else None."""
         import mlx.core as mx
 
         from edger1.kernels import functions
 
-        # The kernels' logsumexp and the rest stand in mlx-lm's sampler's place exactly where models run on kernels.
         extension = functions.installed()
         if extension is None or logits.dtype != mx.float32 or logits.shape[0] != 1:
             return None

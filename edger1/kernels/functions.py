@@ -17,11 +17,13 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.nn.layers import activations as nn_activations
 from mlx_lm.models import activations as lm_activations
+from mlx_lm.models import base as lm_base
 
 from edger1.kernels import quantized
 
 _FAST = ("rms_norm", "layer_norm", "rope", "scaled_dot_product_attention")
 _CORE = ("matmul", "addmm", "gather_mm", "softmax", "logsumexp", "argmax", "sigmoid", "exp", "tanh")
+_CORE += ("sort", "argsort", "partition", "argpartition", "topk")
 _NN = ("silu", "gelu", "gelu_approx", "gelu_fast_approx", "sigmoid", "tanh")
 _LM = ("swiglu", "swiglu_oai")
 # Modules that hold these functions under names of their own, having imported them.
@@ -102,6 +104,10 @@ def _replace_named(extension: ModuleType) -> None:
         _patch.put(layer, "__call__", _as_method(function))
     for name, quantized_operation in (("quantized_matmul", _quantized_matmul), ("gather_qmm", _gather_qmm)):
         _patch.put(mx, name, quantized_operation(getattr(mx, name)))
+    attention = lm_base.quantized_scaled_dot_product_attention
+    ours = _quantized_attention(extension, attention)
+    _patch.replaced[id(attention)] = (attention, ours)
+    _patch.put(lm_base, attention.__name__, ours)
     _patch.put(mx.array, "__setitem__", _assignment(extension.assign_rows, mx.array.__setitem__))
     _patch.put(mx.array, "__matmul__", _operator(extension.matmul, mx.array.__matmul__))
 
@@ -189,6 +195,24 @@ def _gather_qmm(original: Callable[..., mx.array]) -> Callable[..., mx.array]:
         return quantized.gather_qmm(*shared, sorted_indices=sorted_indices, stream=stream)
 
     return gather_qmm
+
+
+def _quantized_attention(extension: ModuleType, original: Callable[..., mx.array]) -> Callable[..., mx.array]:
+    def quantized_scaled_dot_product_attention(
+        queries: mx.array,
+        q_keys: tuple[mx.array, mx.array, mx.array],
+        q_values: tuple[mx.array, mx.array, mx.array],
+        scale: float,
+        mask: mx.array | str | None,
+        group_size: int = 64,
+        bits: int = 8,
+    ) -> mx.array:
+        keys, values = tuple(q_keys), tuple(q_values)
+        if extension.covers_quantized_attention(queries, keys, values, mask, group_size, bits):
+            return extension.quantized_attention(queries, keys, values, scale, mask, group_size, bits)
+        return original(queries, q_keys, q_values, scale, mask, group_size, bits)
+
+    return quantized_scaled_dot_product_attention
 
 
 def _replace_imported() -> None:

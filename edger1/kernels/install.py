@@ -87,7 +87,8 @@ def install(
 ) -> Installed:
     """Let a model run on the CPU kernels.
 
-    `precision` is "exact" (f32 activations) or "fast" (int8 activations per 32) and concerns quantized layers only.
+    `precision` is "exact" (f32 activations) or "fast" (int8 activations, one scale for 8 values; in more than 16 rows,
+    for 32) and concerns quantized layers only.
     Weights and scales may stay in f16 or bf16: with `float32_activations` the embedding gives f32, and all that follows
     is computed in it.
     Where the kernels are not built, switched off, or MLX's default device is a GPU, the model is left alone and
@@ -180,12 +181,20 @@ def _quantized_linear(precision: Precision) -> type:
 def _quantized_embedding(precision: Precision, float32: bool) -> type:
     class KernelQuantizedEmbedding(nn.QuantizedEmbedding):
         def __call__(self, x: mx.array) -> mx.array:
-            if not float32 or self.mode != "affine":
+            extension = _load()[0]
+            if extension is None or not float32 or not quantized.covers(self.group_size, self.bits, self.mode):
                 found = super().__call__(x)
                 return found.astype(mx.float32) if float32 else found
-            # Scales are widened first: scale * code + bias in 16 bits would round the embedding.
-            scales, biases = (self[name][x].astype(mx.float32) for name in ("scales", "biases"))
-            return mx.dequantize(self["weight"][x], scales, biases, self.group_size, self.bits)
+            # In float32 throughout: scale * code + bias in 16 bits would round the embedding.
+            return extension.dequantized_rows(
+                self["weight"],
+                self["scales"],
+                self.get("biases"),
+                x,
+                group_size=self.group_size,
+                bits=self.bits,
+                mode=self.mode,
+            )
 
         def as_linear(self, x: mx.array) -> mx.array:
             return quantized.quantized_matmul(

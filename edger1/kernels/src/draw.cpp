@@ -146,7 +146,8 @@ uint32_t draw_from(const Job& job) {
       }
     }
   }
-  // As MLX: the first element at which the sum of probabilities so far, in float and in order, passes one random number.
+  // As MLX: the first element at which the sum of probabilities so far passes one random number. MLX adds up in float, so
+  // where tens of thousands of tokens have a share its sum is off by some of them; this one is not.
   const float* chosen = logs;
   int64_t size = n;
   if (limit != kAll) {
@@ -157,12 +158,12 @@ uint32_t draw_from(const Job& job) {
     chosen = e;
   }
   float factor = settings.inverse_temperature;
-  float share = 1.0f / choose.exponentials(e, chosen, size, factor, top * factor);
-  float random = uniform(key), sum = 0;
+  double total = choose.exponentials(e, chosen, size, factor, top * factor), sum = 0;
+  double random = uniform(key) * total;
   int64_t found = 0;
   for (int64_t i = 0; i < size && sum <= random; i++) {
     if (e[i] > 0) {
-      sum += e[i] * share;
+      sum += e[i];
       // Where rounding keeps the sum below the number, the last possible one is drawn.
       found = i;
     }
