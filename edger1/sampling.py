@@ -168,9 +168,12 @@ class Sampler:
         state: Any = mx.random.state
         following, key = extension.split_key(_as_int(state[0]))
         mx.random.seed(following)
-        return (extension.draw_token(logits, key, inverse_temperature=self._inverse_temperature, **self._settings),)
+        drawn: mx.array = extension.draw_token(
+            logits, key, inverse_temperature=self._inverse_temperature, **self._settings
+        )
+        return drawn
 
 
 def _as_int(key: mx.array) -> int:
-    high, low = key.tolist()
-    return (high << 32) | low
+    halves: Any = key.tolist()
+    return (int(halves[0]) << 32) | int(halves[1])

@@ -22,8 +22,10 @@ from mlx_lm.models import base as lm_base
 from edger1.kernels import quantized
 
 _FAST = ("rms_norm", "layer_norm", "rope", "scaled_dot_product_attention")
-_CORE = ("matmul", "addmm", "gather_mm", "softmax", "logsumexp", "argmax", "sigmoid", "exp", "tanh")
-_CORE += ("sort", "argsort", "partition", "argpartition", "topk")
+_CORE = (
+    *("matmul", "addmm", "gather_mm", "softmax", "logsumexp", "argmax", "sigmoid", "exp", "tanh"),
+    *("sort", "argsort", "partition", "argpartition", "topk"),
+)
 _NN = ("silu", "gelu", "gelu_approx", "gelu_fast_approx", "sigmoid", "tanh")
 _LM = ("swiglu", "swiglu_oai")
 # Modules that hold these functions under names of their own, having imported them.
