@@ -146,6 +146,8 @@ def _cases(extension: Any, large: bool) -> Iterator[_Case]:
     logits = _random(1, vocabulary)
     yield _Case("argmax", lambda: extension.argmax(logits, -1), lambda: mx.argmax(logits, -1))
     yield _Case("logsumexp", lambda: extension.logsumexp(logits, -1), lambda: mx.logsumexp(logits, -1))
+    yield from _choosing_cases(extension, logits)
+    yield from _stored_cases(extension, 1024 if large else 100)
     yield from _gather_cases(extension, 128 if large else 32)
     if not large:
         yield from _gradient_cases(extension)
@@ -216,6 +218,43 @@ def _quantized_cases(m: int, k: int, n: int) -> Iterator[_Case]:
         for precision, limit in (("exact", EXACT_LIMIT), ("fast", FAST_LIMIT)):
             ours = partial(quantized.quantized_matmul, x, *parts, **(settings | {"precision": precision}))
             yield _Case(f"quantized_matmul {precision} {m} x {k} x {n} {mode} {bits} bits", ours, theirs, limit)
+
+
+def _choosing_cases(extension: Any, logits: mx.array) -> Iterator[_Case]:
+    k = min(40, logits.shape[-1] - 1)
+    yield _Case("sort", lambda: extension.sort(logits), lambda: mx.sort(logits))
+    yield _Case("argsort", lambda: extension.argsort(logits), lambda: mx.argsort(logits))
+    yield _Case("topk", lambda: extension.topk(logits, k).sum(-1), lambda: mx.topk(logits, k).sum(-1))
+
+    def likeliest() -> mx.array:
+        # With so little of the mass kept one token is left, whatever the random number.
+        return extension.draw_token(logits.reshape(1, -1), 1, top_p=1e-6)
+
+    yield _Case("draw_token", likeliest, lambda: mx.argmax(logits.reshape(1, -1), axis=-1))
+
+
+def _stored_cases(extension: Any, keys: int) -> Iterator[_Case]:
+    """What is kept quantized and read back: embeddings and KV caches."""
+    w, scales, biases = mx.quantize(_random(256, 512), 32, 4)
+    at = mx.arange(3, 7)
+    yield _Case(
+        "embedding 4 bits",
+        lambda: extension.dequantized_rows(w, scales, biases, at, group_size=32, bits=4),
+        lambda: mx.dequantize(w[at], scales[at], biases[at], 32, 4),
+    )
+    q, k, v = _random(1, 9, 1, 64), _random(1, 3, keys, 64), _random(1, 3, keys, 64)
+    stored = [tuple(mx.quantize(a, 64, 8)) for a in (k, v)]
+
+    def theirs() -> mx.array:
+        scores = mx.quantized_matmul(q.reshape(1, 3, 3, 64) / 8, *stored[0], group_size=64, bits=8)
+        weights = mx.softmax(scores, axis=-1)
+        return mx.quantized_matmul(weights, *stored[1], transpose=False, group_size=64, bits=8).reshape(1, 9, 1, 64)
+
+    yield _Case(
+        f"attention over 8-bit keys, {keys} keys",
+        lambda: extension.quantized_attention(q, *stored, 1 / 8, None, 64, 8),
+        theirs,
+    )
 
 
 def _gather_cases(extension: Any, size: int) -> Iterator[_Case]:
