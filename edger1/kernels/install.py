@@ -155,6 +155,13 @@ def _quantized_embedding(precision: Precision, float32: bool) -> type:
             if not float32 or self.mode != "affine":
                 found = super().__call__(x)
                 return found.astype(mx.float32) if float32 else found
+            extension = _load()[0]
+            if extension is not None:
+                rows: mx.array | None = extension.embed_rows(
+                    x, self["weight"], self["scales"], self["biases"], self.group_size, self.bits
+                )
+                if rows is not None:
+                    return rows
             # Scales are widened first: scale * code + bias in 16 bits would round the embedding.
             scales, biases = (self[name][x].astype(mx.float32) for name in ("scales", "biases"))
             return mx.dequantize(self["weight"][x], scales, biases, self.group_size, self.bits)

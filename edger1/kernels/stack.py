@@ -84,11 +84,11 @@ def _stacked(original: Any) -> type:
 
     def call(self: Any, inputs: mx.array, cache: Any = None, *args: Any, **kwargs: Any) -> Any:
         stack = self._stack
-        if stack is not None and cache is not None and inputs.ndim == 2 and 0 < inputs.size <= _MOST_ROWS:
-            if all(a is None for a in (*args, *kwargs.values())):
-                done = stack.run(self, inputs, cache)
-                if done is not None:
-                    return done
+        few = cache is not None and inputs.ndim == 2 and 0 < inputs.size <= _MOST_ROWS
+        if stack is not None and few and all(a is None for a in (*args, *kwargs.values())):
+            done = stack.run(self, inputs, cache)
+            if done is not None:
+                return done
         return call_original(self, inputs, cache, *args, **kwargs)
 
     return type(original.__name__, (original,), {"__call__": call, "__module__": original.__module__})
@@ -98,8 +98,10 @@ def _make_room(caches: Any, length: int) -> bool:
     """Grow the caches that `length` positions do not fit into as mlx-lm does; False if there were none."""
     grown = False
     for cache in caches:
-        end = getattr(cache, "_idx", getattr(cache, "offset", None))
-        if type(cache) not in (KVCache, BatchKVCache) or cache.keys is None or end + length <= cache.keys.shape[2]:
+        end = cache._idx if type(cache) is BatchKVCache else getattr(cache, "offset", 0)
+        if type(cache) not in (KVCache, BatchKVCache) or cache.keys is None:
+            continue
+        if end + length <= cache.keys.shape[2]:
             continue
         more = (cache.step + length - 1) // cache.step * cache.step
         cache.keys, cache.values = (_grown(a, end, more) for a in (cache.keys, cache.values))
