@@ -97,15 +97,14 @@ def _stacked(original: Any) -> type:
 def _make_room(caches: Any, length: int) -> bool:
     """Grow the caches that `length` positions do not fit into as mlx-lm does; False if there were none."""
     grown = False
-    for cache in caches:
-        end = cache._idx if type(cache) is BatchKVCache else getattr(cache, "offset", 0)
-        if type(cache) not in (KVCache, BatchKVCache) or cache.keys is None:
+    for held in caches:
+        if type(held) not in (KVCache, BatchKVCache) or held.keys is None:
             continue
-        if end + length <= cache.keys.shape[2]:
-            continue
-        more = (cache.step + length - 1) // cache.step * cache.step
-        cache.keys, cache.values = (_grown(a, end, more) for a in (cache.keys, cache.values))
-        grown = True
+        end = held._idx if type(held) is BatchKVCache else held.offset
+        if end + length > held.keys.shape[2]:
+            more = (held.step + length - 1) // held.step * held.step
+            held.keys, held.values = (_grown(a, end, more) for a in (held.keys, held.values))
+            grown = True
     return grown
 
 
