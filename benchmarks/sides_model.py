@@ -5,7 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from itertools import cycle
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from edger1.loader import LiveModel
 
 # One token each in most vocabularies, so that a prompt of n words has n tokens. There are more of them than prompts the
 # engine remembers, and a prompt that begins with another word is in no prefix cache.
@@ -14,7 +18,7 @@ FEWEST_DECODED = 8
 
 
 class EngineRates:
-    """EdgeR1 through its public API: what a user gets, sampling and detokenizing included. Greedy."""
+    """EdgeR1 through its public API: what a user gets, sampling and detokenizing included."""
 
     def __init__(self, folder: str, precision: str) -> None:
         import edger1
@@ -24,10 +28,14 @@ class EngineRates:
         self.info = {"kernels": self._model.info["kernels"], "precision": self._model.info["precision"]}
         self(prompt=8, generate=8)
 
-    def __call__(self, prompt: int, generate: int) -> Mapping[str, float]:
+    def __call__(
+        self, prompt: int, generate: int, temperature: float = 0.0, top_p: float | None = None
+    ) -> Mapping[str, float]:
         """Prefill `prompt` tokens and decode `generate` more after the first; returns tokens a second of each."""
         text = next(self._openings) + " and" * (prompt - 1)
-        done = self._model.generate(text, raw=True, max_tokens=generate + 1, temperature=0)
+        done = self._model.generate(
+            text, raw=True, max_tokens=generate + 1, temperature=temperature, top_p=top_p, seed=0
+        )
         usage, figures = done.usage, done.figures
         if usage.prompt_tokens != prompt or usage.cached_tokens != 0:
             raise RuntimeError(
@@ -42,13 +50,48 @@ class EngineRates:
         return reading
 
 
+class ForwardTimes:
+    """The forward pass of one token by itself: EdgeR1's kernels under mlx-lm's model, no sampling, no engine."""
+
+    def __init__(self, folder: str, precision: str) -> None:
+        self._model = loaded(folder, precision).model
+        self(prompt=8, generate=8)
+
+    def __call__(self, prompt: int, generate: int) -> Mapping[str, float]:
+        """Return milliseconds a token, over `generate` of them after a prompt of `prompt`."""
+        import mlx.core as mx
+        from mlx_lm.models.cache import make_prompt_cache
+
+        cache = make_prompt_cache(self._model)
+        mx.eval(self._model(mx.random.randint(0, 32000, (1, prompt)), cache=cache))
+        token = mx.array([[7]])
+        mx.eval(token)
+        began = time.perf_counter()
+        for _ in range(generate):
+            mx.eval(self._model(token, cache=cache))
+        return {"ms": 1e3 * (time.perf_counter() - began) / generate}
+
+
+def loaded(folder: str, precision: str) -> LiveModel:
+    """Load a model as EdgeR1's engine does, on this thread: kernels in place, weights on huge pages."""
+    from edger1.loader import load
+
+    loading = load(Path(folder).name, Path(folder), ceiling_bytes=8 << 30, context=8192, precision=precision)
+    while True:
+        try:
+            next(loading)
+        except StopIteration as done:
+            live: LiveModel = done.value
+            return live
+
+
 class MlxLmRates:
     """mlx-lm as shipped: its own model, cache and generate_step, with activations in `dtype`. Greedy.
 
     Its fastest dtype on a CPU is f32, whatever the folder holds.
     """
 
-    def __init__(self, folder: str, dtype: str = "float32") -> None:
+    def __init__(self, folder: str, dtype: str = "float32", precision: None = None) -> None:
         import mlx.core as mx
         from mlx_lm import load
 
@@ -86,3 +129,8 @@ def engine(**arguments: Any) -> EngineRates:
 def mlx_lm(**arguments: Any) -> MlxLmRates:
     """Set up mlx-lm as shipped."""
     return MlxLmRates(**arguments)
+
+
+def forward(**arguments: Any) -> ForwardTimes:
+    """Set up the forward pass alone."""
+    return ForwardTimes(**arguments)

@@ -1,6 +1,7 @@
 """From nothing to an answer: EdgeR1 beside mlx-lm on the same folder, each in a new process.
 
     python -m benchmarks.startup
+    python -m benchmarks.startup --only command     # one part: answer, command
     python -m benchmarks.startup --quick
 
 For each side, in turns: start-up (process start until the model can be asked), time to the first token of a chat
@@ -21,8 +22,10 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from benchmarks import common, peers
+from benchmarks import bench, common, peers
+from benchmarks.bench import PRECISIONS, Bench, side
 from benchmarks.common import Comparison, Measure
+from benchmarks.worker import SideUnavailableError
 
 PROMPT = "Name the three primary colours and say in one sentence why painters care about them."
 GENERATE = 64
@@ -37,7 +40,7 @@ METRICS = (
 COMMAND = "whole command"
 
 
-class ProcessError(Exception):
+class ProcessError(SideUnavailableError):
     """A measured process failed; the message is the end of what it said."""
 
 
@@ -87,77 +90,58 @@ def command(words: Sequence[object], threads: int) -> dict[str, float]:
     return {COMMAND: timed(words, common.child_environment(threads))[1]}
 
 
-def measures(folder: Path, tokens: int, threads: int) -> dict[str, Measure]:
-    """Return the sides. EdgeR1's fast and exact stand beside the same mlx-lm."""
-    most = ["--max-tokens", str(tokens)]
-    edger1_run = [
-        Path(sys.executable).with_name("edger1"),
-        "run",
-        folder,
-        PROMPT,
-        "--json",
-        "--temperature",
-        "0",
-        *most,
-    ]
-    generate = [sys.executable, "-m", "mlx_lm", "generate", "--model", folder, "--prompt", PROMPT, *most]
-    return {
-        "fast": partial(answer, "edger1", folder, "fast", tokens, threads),
-        "exact": partial(answer, "edger1", folder, "exact", tokens, threads),
-        "mlx-lm": partial(answer, "mlx-lm", folder, "float32", tokens, threads),
-        "edger1 run": partial(command, edger1_run, threads),
-        "mlx_lm.generate": partial(command, generate, threads),
+def answers(run: Bench) -> list[Comparison]:
+    """Start each side, ask it once, and hold its metrics against mlx-lm's."""
+    folder, tokens = peers.smollm2_folder(), _tokens(run)
+    sides: dict[str, Measure] = {
+        precision: partial(answer, "edger1", folder, precision, tokens, run.threads) for precision in PRECISIONS
     }
+    sides["mlx-lm"] = partial(answer, "mlx-lm", folder, "float32", tokens, run.threads)
+    readings = _measured(run, sides)
+    return [
+        Comparison(
+            f"{metric}, {precision} / mlx-lm",
+            side("EdgeR1", precision, readings[precision], metric, unit),
+            side("mlx-lm", "f32, in its own process", readings["mlx-lm"], metric, unit),
+            less_is_better=less,
+        )
+        for precision in PRECISIONS
+        if precision in readings and "mlx-lm" in readings
+        for metric, unit, less in METRICS
+    ]
 
 
-def main() -> int:
-    """Measure, print, keep."""
-    options = common.parse(common.parser(__doc__))
-    try:
-        folder = peers.smollm2_folder()
-    except peers.PeerMissingError as error:
-        common.say_skipped("start-up", str(error))
-        return 1
-    sides = measures(folder, 8 if options.quick else GENERATE, options.threads)
-    if options.only:
-        sides = {name: measure for name, measure in sides.items() if name in options.only}
-    notes: list[str] = []
+def commands(run: Bench) -> list[Comparison]:
+    """Run both command lines from start to end."""
+    folder, most = peers.smollm2_folder(), ["--max-tokens", str(_tokens(run))]
+    edger1 = Path(sys.executable).with_name("edger1")
+    edger1_run = [edger1, "run", folder, PROMPT, "--json", "--temperature", "0", *most]
+    generate = [sys.executable, "-m", "mlx_lm", "generate", "--model", folder, "--prompt", PROMPT, *most]
+    readings = _measured(
+        run, {"edger1": partial(command, edger1_run, run.threads), "mlx-lm": partial(command, generate, run.threads)}
+    )
+    if len(readings) < 2:
+        return []
+    peer = side("mlx_lm.generate", "f32 norms, f16 scales, as the folder has them", readings["mlx-lm"], COMMAND, "s")
+    return [
+        Comparison(COMMAND, side("edger1 run", "fast", readings["edger1"], COMMAND, "s"), peer, less_is_better=True)
+    ]
+
+
+def _tokens(run: Bench) -> int:
+    return 8 if run.quick else GENERATE
+
+
+def _measured(run: Bench, sides: dict[str, Measure]) -> bench.Readings:
     for name in list(sides):
         # Once uncounted, so that every side finds its files in the page cache; what cannot run is left out here.
         try:
             sides[name]()
         except ProcessError as error:
-            notes.append(common.say_skipped(name, str(error)))
+            run.skip(name, str(error))
             del sides[name]
-    readings = common.interleave(sides, options.rounds)
-
-    def side(name: str, shown: str, settings: str, metric: str, unit: str) -> common.Side:
-        return common.Side(shown, settings, unit, common.column(readings[name], metric))
-
-    comparisons = [
-        Comparison(
-            f"{metric}, {precision} / mlx-lm",
-            side(precision, "EdgeR1", precision, metric, unit),
-            side("mlx-lm", "mlx-lm", "f32, in its own process", metric, unit),
-            less_is_better=less,
-        )
-        for precision in ("fast", "exact")
-        if precision in readings and "mlx-lm" in readings
-        for metric, unit, less in METRICS
-    ]
-    if {"edger1 run", "mlx_lm.generate"} <= set(readings):
-        comparisons.append(
-            Comparison(
-                COMMAND,
-                side("edger1 run", "edger1 run", "fast", COMMAND, "s"),
-                side(
-                    "mlx_lm.generate", "mlx_lm.generate", "f32 norms, f16 scales, as the folder has them", COMMAND, "s"
-                ),
-                less_is_better=True,
-            )
-        )
-    return common.finish("startup", comparisons, options, notes=notes)
+    return run.interleave(sides)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(bench.main("startup", __doc__, {"answer": answers, "command": commands}))

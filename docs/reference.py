@@ -17,6 +17,7 @@ COMMANDS = (
     ("models", "show"),
     ("models", "path"),
     ("models", "rm"),
+    ("finetune",),
     ("doctor",),
 )
 TARGET = Path(__file__).with_name("cli.md")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edger1.errors import FormatError, UnknownModelError
+from edger1.errors import EdgeR1Error, FormatError, UnknownModelError
 from edger1.quant.formats import safetensors
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -72,6 +72,25 @@ def inspect(folder: Path) -> ModelFolder:
         parameters=sum(_parameters(header, quantization) for header in headers),
         context_length=_context_length(config) or _context_length(nested),
         has_chat_template=_has_chat_template(folder),
+    )
+
+
+def beyond_training(folder: Path, context: int | None) -> str | None:
+    """Return a sentence for people where `context` tokens are more than the model in `folder` was trained for.
+
+    None where they are not, or where config.json does not say or is none.
+    """
+    try:
+        config = _read_config(folder)
+    except EdgeR1Error:
+        return None
+    nested = config.get("text_config")
+    limit = _context_length(config) or _context_length(nested if isinstance(nested, dict) else {})
+    if context is None or limit is None or context <= limit:
+        return None
+    return (
+        f"A context of {context:,} tokens is more than the {limit:,} that {folder.name} was trained for; beyond those "
+        f"its answers may make no sense."
     )
 
 

@@ -14,17 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edger1 import installed, kernels, registry, sampling
+from edger1 import installed, kernels, registry, runs, sampling
 from edger1.cache import KVStore
-from edger1.errors import FormatError, MemoryCeilingError
+from edger1.errors import FormatError
 from edger1.folder import ModelFolder, inspect
-from edger1.kv_layout import COMPUTE_ON_THE_WAY, kv_layout
+from edger1.kv_layout import kv_layout
 from edger1.memory import KVLayout, Plan, choose_context, make_plan
 from edger1.messages import Sampling
 from edger1.mlx_runtime import on_gpu, prepare
 from edger1.quant.formats import safetensors
 from edger1.thinking import Markers
-from edger1.units import format_bytes
 
 if TYPE_CHECKING:
     from edger1.kernels.install import Installed
@@ -169,11 +168,6 @@ def load(
     Raises FormatError for a folder that is not what it says, MemoryCeilingError before anything large is read.
     """
     folder = inspect(path)
-    if folder.total_bytes > ceiling_bytes and folder.model_type in COMPUTE_ON_THE_WAY:
-        raise MemoryCeilingError(
-            f"{name} has {format_bytes(folder.total_bytes)} of weights alone, and the ceiling is "
-            f"{format_bytes(ceiling_bytes)}. Give it more with --memory, or take a smaller model."
-        )
     model, config = _build(folder, name)
     plan, kv = _plan(folder, model, ceiling_bytes, context)
     plan.check(name)
@@ -208,7 +202,7 @@ def load(
             f"{name}: the tokenizer in {path} cannot be read ({type(error).__name__}: {error}). A model folder needs "
             f"tokenizer.json and tokenizer_config.json of its model; fetch it again with: edger1 pull {name} --force"
         ) from error
-    return LiveModel(
+    live = LiveModel(
         name=name,
         folder=folder,
         model=model,
@@ -224,6 +218,8 @@ def load(
         # Last, since what it replaces for the process is given back by close() alone.
         installed=install(model, "exact" if precision == "exact" else "fast"),
     )
+    runs.note(path, live.installed.report())
+    return live
 
 
 def _is_widened(value: Any) -> bool:

@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import json
 import threading
+import warnings
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,6 +25,7 @@ from edger1 import client, installed, registry, sampling, worker
 from edger1.client import Connection, ThreadConnection, error_of, next_id
 from edger1.errors import EdgeR1Error, EngineError, NotYetError, UnknownModelError, UsageError
 from edger1.fetch.place import write_atomically
+from edger1.folder import beyond_training
 from edger1.memory import Plan, default_ceiling, machine_bytes
 from edger1.messages import (
     Cancel,
@@ -415,6 +417,8 @@ def load_into(
         memory = memory_bytes(memory)
     folder = find(name)
     installed.touch(folder)
+    if beyond := beyond_training(folder, context):
+        warnings.warn(beyond, stacklevel=3)
     request = Load(next_id(), str(folder), memory, context, precision)
     for event in client.events(connection, request):
         if isinstance(event, Failed):
@@ -430,7 +434,8 @@ def load(name: str | Path, **options: Any) -> Model:
     """Load a model by alias, hub repository or folder, with an engine of its own.
 
     memory: the ceiling, as bytes, "6GB" or "50%" (default: three quarters of the machine). context: tokens of prompt
-    and answer together. precision: "fast" (int8 activations on CPUs) or "exact". on_progress(done, total) in bytes.
+    and answer together; more than the model was trained for is a warning. precision: "fast" (int8 activations on CPUs)
+    or "exact". on_progress(done, total) in bytes.
 
     Raises UnknownModelError, SourceError, FormatError, MemoryCeilingError, UsageError.
     """

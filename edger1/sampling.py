@@ -109,13 +109,17 @@ class RandomState:
             return
         if previous is not None:
             state: Any = mx.random.state
-            high, low = state[0].tolist()
-            previous.key = (high << 32) | low
+            previous.key = _as_int(state[0])
         mx.random.seed(self.key)
 
 
 class Sampler:
-    """Draws one token from logits of shape (1, vocabulary), with mlx-lm's samplers and penalties."""
+    """Draws one token from logits of shape (1, vocabulary) as mlx-lm's samplers and penalties do.
+
+    Where a model runs on the CPU kernels, filters and draw are one operation, which takes the same random bits: a seed
+    gives the same token, but where rounding decides between neighbours. Of several tokens that are equally likely at
+    the edge of top_k, the kernels keep the first.
+    """
 
     def __init__(self, sampling: Sampling, vocabulary: int) -> None:
         from mlx_lm.sample_utils import make_logits_processors, make_sampler
@@ -126,13 +130,15 @@ class Sampler:
             repetition_penalty=None if penalty == 1.0 else penalty, repetition_context_size=REPETITION_WINDOW
         )
         top_k = sampling.top_k or 0
-        self._draw: Callable[[mx.array], mx.array] = make_sampler(
-            temp=float(sampling.temperature or 0.0),
-            top_p=0.0 if sampling.top_p is None else float(sampling.top_p),
-            min_p=float(sampling.min_p or 0.0),
+        self._settings = {
+            "top_p": 0.0 if sampling.top_p is None else float(sampling.top_p),
+            "min_p": float(sampling.min_p or 0.0),
             # mlx-lm refuses a top_k of the vocabulary or more, which keeps every token anyhow.
-            top_k=top_k if top_k < vocabulary else 0,
-        )
+            "top_k": top_k if top_k < vocabulary else 0,
+        }
+        temperature = float(sampling.temperature or 0.0)
+        self._inverse_temperature = 1.0 / temperature if temperature else 0.0
+        self._draw: Callable[[mx.array], mx.array] = make_sampler(temp=temperature, **self._settings)
 
     @property
     def looks_back(self) -> bool:
@@ -147,4 +153,27 @@ class Sampler:
             logits = process(tokens, logits)
         if self.greedy:
             return mx.argmax(logits, axis=-1)
-        return self._draw(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
+        drawn = self._draw_with_kernels(logits)
+        return self._draw(logits - mx.logsumexp(logits, axis=-1, keepdims=True)) if drawn is None else drawn
+
+    def _draw_with_kernels(self, logits: mx.array) -> mx.array | None:
+        """Draw in one operation where models run on the CPU kernels, advancing MLX's random state; else None."""
+        import mlx.core as mx
+
+        from edger1.kernels import functions
+
+        extension = functions.installed()
+        if extension is None or logits.dtype != mx.float32 or logits.shape[0] != 1:
+            return None
+        state: Any = mx.random.state
+        following, key = extension.split_key(_as_int(state[0]))
+        mx.random.seed(following)
+        drawn: mx.array = extension.draw_token(
+            logits, key, inverse_temperature=self._inverse_temperature, **self._settings
+        )
+        return drawn
+
+
+def _as_int(key: mx.array) -> int:
+    halves: Any = key.tolist()
+    return (int(halves[0]) << 32) | int(halves[1])

@@ -154,6 +154,33 @@ def test_ctrl_c_stops_at_once_and_keeps_what_was_said(tmp_path: Path) -> None:
     assert "Traceback" not in errors
 
 
+def test_ctrl_c_during_start_up_shows_no_traceback(tmp_path: Path) -> None:
+    # Importing the command line imports typer: this one says so, and never comes to its end.
+    (tmp_path / "typer.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n", "utf-8")
+    process = subprocess.Popen(
+        [sys.executable, "-c", "from edger1.__main__ import main; main()"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "importing\n"
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=20)
+    # What a shell shows as 130.
+    assert (process.returncode, errors) == (-signal.SIGINT, "")
+
+
+def test_a_context_beyond_training_is_told_once(tiny_folder: Path) -> None:
+    limit = json.loads((tiny_folder / "config.json").read_text("utf-8"))["max_position_embeddings"]
+    for context, told in ((limit, 0), (limit + 1, 1)):
+        done = edger1("run", str(tiny_folder), "Hello", "--max-tokens", "2", "--context", str(context))
+        assert done.returncode == 0
+        assert done.stderr.count("was trained for") == told
+    assert f"A context of {limit + 1:,} tokens is more than the {limit:,} that" in done.stderr
+
+
 @pytest.mark.parametrize(("error", "closes"), [(KeyboardInterrupt, 0), (ValueError, 1), (None, 1)])
 def test_ctrl_c_does_not_wait_for_the_step_that_is_running(
     monkeypatch: pytest.MonkeyPatch, error: type[BaseException] | None, closes: int
@@ -224,6 +251,20 @@ def test_doctor_says_what_is_here_and_what_is_missing() -> None:
     found = json.loads(edger1("doctor", "--json").stdout)
     assert found["memory_bytes"] > 0
     assert found["default_model_installed"] is False
+
+
+def test_loading_tells_how_the_layers_run(tiny_folder: Path) -> None:
+    before = edger1("models", "show", str(tiny_folder))
+    assert "--kernels" in before.stdout
+    shown = edger1("models", "show", str(tiny_folder), "--kernels")
+    assert shown.returncode == 0, shown.stderr
+    assert "How it runs (loaded just now, fast)" in shown.stdout
+    report = json.loads(edger1("models", "show", str(tiny_folder), "--json").stdout)["kernels"]
+    if report["active"]:
+        assert report["layers"][0]["first"] == 0
+        assert "layers as one operation" in report["summary"]
+    else:
+        assert report["reason"]
 
 
 def test_doctor_names_missing_kernels() -> None:

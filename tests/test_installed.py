@@ -197,3 +197,43 @@ def test_the_commands() -> None:
     assert "edger1 pull deepseek-r1" in shown
     with pytest.raises(UnknownModelError):
         run("show", "nothing-like-it")
+
+
+def test_how_a_model_ran_is_noted_and_shown(tmp_path: Path) -> None:
+    from edger1 import runs
+
+    folder = put("qwen3-8b")
+    assert "edger1 models show qwen3-8b --kernels" in run("show", "qwen3-8b")
+    layers = [
+        {"first": 0, "last": 30, "kind": "Block", "runs": "layer", "reason": ""},
+        {"first": 31, "last": 31, "kind": "Block", "runs": "attention half", "reason": "its mlp is a puzzle"},
+    ]
+    report = {
+        "precision": "fast",
+        "active": True,
+        "reason": "",
+        "summary": "31 of 32",
+        "layers": layers,
+        "also": ["x y"],
+    }
+    runs.note(folder, report)
+    runs.note(tmp_path / "gone", report)
+    shown = run("show", "qwen3-8b")
+    assert "loaded just now, fast" in shown
+    assert "layers 0-30       Block, one operation\n" in shown
+    assert "layer 31          Block, one operation up to the MLP: its mlp is a puzzle" in shown
+    assert "  x y" in shown
+    assert json.loads(run("show", "qwen3-8b", "--json"))["kernels"]["layers"] == layers
+    runs.note(folder, report | {"active": False, "reason": "switched off"})
+    assert "MLX's own operations: switched off" in run("show", "qwen3-8b")
+    assert list(json.loads((paths.data() / "kernels.json").read_text("utf-8"))) == [str(folder)]
+
+
+@pytest.mark.parametrize("record", ["", "[]", "{", '{"FOLDER": 3}', '{"FOLDER": {"when": 1}}'])
+def test_a_damaged_record_of_how_a_model_ran_is_as_none(record: str) -> None:
+    from edger1 import runs
+
+    folder = put("qwen3-8b")
+    (paths.data() / "kernels.json").write_text(record.replace("FOLDER", str(folder)), encoding="utf-8")
+    assert runs.of(folder) is None
+    assert "--kernels" in run("show", "qwen3-8b")

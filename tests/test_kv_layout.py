@@ -48,3 +48,17 @@ def test_deepseek_r1_keeps_70272_bytes_a_token() -> None:
     # Whole and random, and no weight of it is ever computed.
     layout = kv_layout(deepseek_v3.Model(deepseek_v3.ModelArgs.from_dict(r1)), 2, step_tokens=16)
     assert (layout.nbytes(2560) - layout.nbytes(1536)) / 1024 == 70_272
+
+
+def test_a_family_that_looks_at_values_is_planned_without_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("dbrx")
+    original = mx.array.tolist
+
+    def read(_: mx.array) -> None:
+        raise AssertionError("a value was read")
+
+    monkeypatch.setattr(mx.array, "tolist", read)
+    kv_layout(model, 4, step_tokens=100)
+    monkeypatch.setattr(mx.array, "tolist", original)
+    # And its experts are in place again.
+    assert mx.isfinite(model(mx.zeros((1, 2), dtype=mx.int32))).all().item()

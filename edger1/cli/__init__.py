@@ -12,6 +12,7 @@ import typer
 import edger1
 from edger1.cli.chat import chat_command
 from edger1.cli.doctor import doctor_command
+from edger1.cli.finetune import finetune_command
 from edger1.cli.models import models_app
 from edger1.cli.pull import INTERRUPTED, pull_command
 from edger1.cli.run import run_command
@@ -50,6 +51,7 @@ app.command("chat")(chat_command)
 app.command("run")(run_command)
 app.command("pull")(pull_command)
 app.add_typer(models_app, name="models")
+app.command("finetune")(finetune_command)
 app.command("doctor")(doctor_command)
 
 

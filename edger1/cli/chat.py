@@ -44,16 +44,18 @@ def chat_command(
         return
 
     from edger1.cli.backend import ChildBackend
-    from edger1.cli.loading import apply_threads, ensure_model
+    from edger1.cli.loading import apply_threads, ensure_model, note_beyond_training
     from edger1.model import memory_bytes
     from edger1.tui import run_chat
 
     apply_threads(config.threads)
     folder = ensure_model(name, offline or config.offline)
+    context = context if context is not None else config.context
+    note_beyond_training(folder, context)
     backend = ChildBackend(
         folder,
         memory=memory_bytes(memory) if memory is not None else config.memory_bytes,
-        context=context if context is not None else config.context,
+        context=context,
         precision=precision,
     )
     run_chat(backend, name, system=system, theme=config.theme)

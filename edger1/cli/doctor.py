@@ -46,6 +46,7 @@ class Checkup:
     config_file: str | None
     default_model: str
     default_model_installed: bool
+    default_model_kernels: dict[str, Any] | None
     problems: list[str] = field(default_factory=list)
 
 
@@ -77,7 +78,7 @@ def examine() -> Checkup:
     import psutil
 
     import edger1
-    from edger1 import kernels, paths
+    from edger1 import kernels, paths, runs
     from edger1.config import load_config
     from edger1.errors import EdgeR1Error
     from edger1.installed import resolve
@@ -105,8 +106,9 @@ def examine() -> Checkup:
     free = shutil.disk_usage(existing).free
 
     config = load_config()
+    ran = None
     try:
-        resolve(config.model)
+        ran = runs.of(resolve(config.model))
         installed = True
     except EdgeR1Error:
         installed = False
@@ -129,6 +131,7 @@ def examine() -> Checkup:
         config_file=str(paths.user_config()) if paths.user_config().exists() else None,
         default_model=config.model,
         default_model_installed=installed,
+        default_model_kernels=ran,
         problems=problems,
     )
 
@@ -179,6 +182,10 @@ def doctor_command(
         "Config file": found.config_file or "none",
         "Default model": f"{found.default_model} ({installed})",
     }
+    if found.default_model_kernels:
+        rows["Its layers"] = found.default_model_kernels["summary"]
+    elif found.default_model_installed:
+        rows["Its layers"] = f"known once it was loaded: edger1 models show {found.default_model} --kernels"
     versions = ", ".join(f"{package} {version or 'missing'}" for package, version in found.packages.items())
     for name, value in rows.items():
         typer.echo(f"{name:<14} {value}")

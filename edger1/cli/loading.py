@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -47,13 +48,25 @@ def _load(name: str, memory: str | None, context: int | None, precision: str, of
     folder = ensure_model(name, offline or config.offline)
     from edger1.model import load
 
-    return load(
-        folder,
-        memory=memory if memory is not None else config.memory_bytes,
-        context=context if context is not None else config.context,
-        precision=precision,
-        on_progress=_LoadingLine() if sys.stderr.isatty() else None,
-    )
+    context = context if context is not None else config.context
+    note_beyond_training(folder, context)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="A context of .* was trained for")
+        return load(
+            folder,
+            memory=memory if memory is not None else config.memory_bytes,
+            context=context,
+            precision=precision,
+            on_progress=_LoadingLine() if sys.stderr.isatty() else None,
+        )
+
+
+def note_beyond_training(folder: Path, context: int | None) -> None:
+    """Say on standard error where the context is more than the model was trained for."""
+    from edger1.folder import beyond_training
+
+    if beyond := beyond_training(folder, context):
+        print(f"edger1: {beyond}", file=sys.stderr)
 
 
 def apply_threads(threads: int | None) -> None:

@@ -61,9 +61,18 @@ def list_models(as_json: JsonOption = False, everything: AllOption = False) -> N
 
 
 @models_app.command("show")
-def show(name: NameArgument, as_json: JsonOption = False) -> None:
-    """Show all that is known of one model, on this machine or in the registry."""
-    from edger1 import installed, registry
+def show(
+    name: NameArgument,
+    as_json: JsonOption = False,
+    load: Annotated[
+        bool, typer.Option("--kernels", help="Load the model and tell how its layers run, and why not on more.")
+    ] = False,
+) -> None:
+    """Show all that is known of one model, on this machine or in the registry.
+
+    How its layers run on the CPU kernels is known from the last time it was loaded.
+    """
+    from edger1 import installed, registry, runs
     from edger1.errors import UnknownModelError
 
     entry = registry.find(name)
@@ -73,15 +82,28 @@ def show(name: NameArgument, as_json: JsonOption = False) -> None:
     except UnknownModelError:
         if entry is None:
             raise
+    if load:
+        from edger1.cli.loading import open_model
+
+        with open_model(name, memory=None, context=None, precision="fast", offline=True):
+            model = installed.get(name)
+    ran = runs.of(model.path) if model else None
     if as_json:
         both = {
             "installed": None if model is None else _installed_json(model),
             "registry": None if entry is None else _entry_json(entry),
+            "kernels": ran,
         }
         typer.echo(json.dumps(both, indent=2))
         return
     if model:
         _print_fields("On this machine", _installed_json(model))
+    if ran:
+        typer.echo(f"How it runs (loaded {_when(ran['when'])}, {ran['precision']})")
+        for what, how in runs.lines(ran):
+            typer.echo(f"  {what:<18}{how}" if what else f"  {how}")
+    elif model and not model.problem:
+        typer.echo(f"How it runs is known once it was loaded: edger1 models show {name} --kernels")
     if entry:
         _print_fields("In the registry", _entry_json(entry))
     if model is None:

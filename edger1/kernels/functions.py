@@ -17,11 +17,15 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.nn.layers import activations as nn_activations
 from mlx_lm.models import activations as lm_activations
+from mlx_lm.models import base as lm_base
 
 from edger1.kernels import quantized
 
 _FAST = ("rms_norm", "layer_norm", "rope", "scaled_dot_product_attention")
-_CORE = ("matmul", "addmm", "gather_mm", "softmax", "logsumexp", "argmax", "sigmoid", "exp", "tanh")
+_CORE = (
+    *("matmul", "addmm", "gather_mm", "softmax", "logsumexp", "argmax", "sigmoid", "exp", "tanh"),
+    *("sort", "argsort", "partition", "argpartition", "topk"),
+)
 _NN = ("silu", "gelu", "gelu_approx", "gelu_fast_approx", "sigmoid", "tanh")
 _LM = ("swiglu", "swiglu_oai")
 # Modules that hold these functions under names of their own, having imported them.
@@ -38,6 +42,7 @@ class Patch:
     users: int = 0
     restores: list[Restore] = field(default_factory=list)
     replaced: dict[int, tuple[Any, Callable[..., mx.array]]] = field(default_factory=dict)
+    extension: ModuleType | None = None
 
     def put(self, owner: Any, name: str, value: Any) -> None:
         """Set an attribute and remember what it was."""
@@ -52,6 +57,7 @@ def acquire(extension: ModuleType) -> tuple[str, ...]:
     """Put the kernels in the functions' places, also in modules imported since the last call; return the names."""
     if not _patch.users:
         _replace_named(extension)
+        _patch.extension = extension
     _patch.users += 1
     _replace_imported()
     return tuple(sorted({name for _, name, _ in _patch.restores}))
@@ -65,11 +71,17 @@ def release() -> None:
             setattr(owner, name, value)
         _patch.restores.clear()
         _patch.replaced.clear()
+        _patch.extension = None
 
 
 def in_place() -> bool:
     """Say whether the functions stand replaced."""
     return _patch.users > 0
+
+
+def installed() -> ModuleType | None:
+    """Return the extension whose functions stand in MLX's places, or None."""
+    return _patch.extension
 
 
 def replacement(value: Any) -> Callable[..., mx.array] | None:
@@ -94,6 +106,10 @@ def _replace_named(extension: ModuleType) -> None:
         _patch.put(layer, "__call__", _as_method(function))
     for name, quantized_operation in (("quantized_matmul", _quantized_matmul), ("gather_qmm", _gather_qmm)):
         _patch.put(mx, name, quantized_operation(getattr(mx, name)))
+    attention = lm_base.quantized_scaled_dot_product_attention
+    ours = _quantized_attention(extension, attention)
+    _patch.replaced[id(attention)] = (attention, ours)
+    _patch.put(lm_base, attention.__name__, ours)
     _patch.put(mx.array, "__setitem__", _assignment(extension.assign_rows, mx.array.__setitem__))
     _patch.put(mx.array, "__matmul__", _operator(extension.matmul, mx.array.__matmul__))
 
@@ -181,6 +197,24 @@ def _gather_qmm(original: Callable[..., mx.array]) -> Callable[..., mx.array]:
         return quantized.gather_qmm(*shared, sorted_indices=sorted_indices, stream=stream)
 
     return gather_qmm
+
+
+def _quantized_attention(extension: ModuleType, original: Callable[..., mx.array]) -> Callable[..., mx.array]:
+    def quantized_scaled_dot_product_attention(
+        queries: mx.array,
+        q_keys: tuple[mx.array, mx.array, mx.array],
+        q_values: tuple[mx.array, mx.array, mx.array],
+        scale: float,
+        mask: mx.array | str | None,
+        group_size: int = 64,
+        bits: int = 8,
+    ) -> mx.array:
+        keys, values = tuple(q_keys), tuple(q_values)
+        if extension.covers_quantized_attention(queries, keys, values, mask, group_size, bits):
+            return extension.quantized_attention(queries, keys, values, scale, mask, group_size, bits)
+        return original(queries, q_keys, q_values, scale, mask, group_size, bits)
+
+    return quantized_scaled_dot_product_attention
 
 
 def _replace_imported() -> None:

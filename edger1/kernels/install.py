@@ -17,8 +17,10 @@ import mlx.nn as nn
 from mlx_lm.models.mla import QuantizedMultiLinear
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear
 
-from edger1.kernels import _load, blocks, functions, quantized, stack
+from edger1.kernels import _load, blocks, experts, functions, latent, quantized, stack
 from edger1.kernels.blocks import Blocks
+from edger1.kernels.experts import FusedExperts
+from edger1.kernels.latent import Latents
 from edger1.kernels.quantized import Precision
 
 
@@ -33,6 +35,10 @@ class Installed:
     """Names of MLX's and mlx-lm's functions that stand replaced."""
     blocks: Blocks = field(default_factory=Blocks)
     """Which decoder layers run as one operation."""
+    experts: FusedExperts = field(default_factory=FusedExperts)
+    """Which layers run their experts as one operation."""
+    latents: Latents = field(default_factory=Latents)
+    """Which attention layers compute on cached latents."""
     reason: str = ""
     """Why nothing was replaced, where that is so."""
     _classes: list[tuple[nn.Module, type]] = field(default_factory=list, repr=False)
@@ -44,10 +50,29 @@ class Installed:
         """Whether the kernels are in place."""
         return bool(self.functions)
 
+    def report(self) -> dict[str, Any]:
+        """Return how the model runs, for people who ask later: plain JSON values, see `edger1.runs.of`."""
+        return {
+            "precision": self.precision,
+            "active": self.active,
+            "reason": self.reason,
+            "summary": self.blocks.describe() if self.active else self.reason,
+            "layers": self.blocks.report(),
+            "also": self._also(),
+        }
+
+    def _also(self) -> list[str]:
+        said = ["the layers together as one operation"] if self._stacks else []
+        if self.experts.count or self.experts.others:
+            said.append(self.experts.describe())
+        return said + [line for line in [self.latents.describe()] if line]
+
     def uninstall(self) -> None:
         """Give the layers their classes back and, if no other model needs the functions, those too."""
         stack.uninstall(self._stacks)
         self.blocks.uninstall()
+        self.experts.uninstall()
+        self.latents.uninstall()
         for layer, original in self._classes:
             layer.__class__ = original
         for layer, name, value in self._attributes:
@@ -62,7 +87,8 @@ def install(
 ) -> Installed:
     """Let a model run on the CPU kernels.
 
-    `precision` is "exact" (f32 activations) or "fast" (int8 activations per 32) and concerns quantized layers only.
+    `precision` is "exact" (f32 activations) or "fast" (int8 activations, one scale for 8 values; in more than 16 rows,
+    for 32) and concerns quantized layers only.
     Weights and scales may stay in f16 or bf16: with `float32_activations` the embedding gives f32, and all that follows
     is computed in it.
     Where the kernels are not built, switched off, or MLX's default device is a GPU, the model is left alone and
@@ -87,8 +113,11 @@ def install(
             _swap_class(layer, precision, float32_activations, installed)
             _swap_held_functions(layer, installed)
         if fuse:
-            installed.blocks = blocks.install(model, precision, extension)
+            installed.experts = experts.install(model, precision, extension)
+            exact = {variant(precision): variant("exact") for variant in _VARIANTS.values()}
+            installed.blocks = blocks.install(model, precision, extension, exact)
             installed._stacks = stack.install(model, extension)
+            installed.latents = latent.install(model, precision, extension)
     except BaseException:
         # The functions are the whole process's: nobody else would give them back.
         installed.uninstall()
@@ -152,19 +181,20 @@ def _quantized_linear(precision: Precision) -> type:
 def _quantized_embedding(precision: Precision, float32: bool) -> type:
     class KernelQuantizedEmbedding(nn.QuantizedEmbedding):
         def __call__(self, x: mx.array) -> mx.array:
-            if not float32 or self.mode != "affine":
+            extension = _load()[0]
+            if extension is None or not float32 or not quantized.covers(self.group_size, self.bits, self.mode):
                 found = super().__call__(x)
                 return found.astype(mx.float32) if float32 else found
-            extension = _load()[0]
-            if extension is not None:
-                rows: mx.array | None = extension.embed_rows(
-                    x, self["weight"], self["scales"], self["biases"], self.group_size, self.bits
-                )
-                if rows is not None:
-                    return rows
-            # Scales are widened first: scale * code + bias in 16 bits would round the embedding.
-            scales, biases = (self[name][x].astype(mx.float32) for name in ("scales", "biases"))
-            return mx.dequantize(self["weight"][x], scales, biases, self.group_size, self.bits)
+            # In float32 throughout: scale * code + bias in 16 bits would round the embedding.
+            return extension.dequantized_rows(
+                self["weight"],
+                self["scales"],
+                self.get("biases"),
+                x,
+                group_size=self.group_size,
+                bits=self.bits,
+                mode=self.mode,
+            )
 
         def as_linear(self, x: mx.array) -> mx.array:
             return quantized.quantized_matmul(

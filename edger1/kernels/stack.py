@@ -144,13 +144,15 @@ class _Listener:
 
     def __init__(self, layer: Any) -> None:
         self._layer = layer
-        self.heard: Any = None
+        self.x: Any = None
+        self.masks: list[Any] = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._layer, name)
 
     def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> Any:
-        self.heard = x
+        self.x = x
+        self.masks = [v for v in (*args, *kwargs.values()) if isinstance(v, mx.array | str)]
         return self._layer(x, *args, **kwargs)
 
 
@@ -160,19 +162,24 @@ def _tokens(module: Any) -> list[mx.array]:
 
 
 def _scale(module: Any) -> float:
-    """Return what the module multiplies embeddings with before its first layer."""
+    """Return what the module multiplies embeddings with before its first layer.
+
+    Raises _UnfitError also where it gives a layer another mask than the causal one: a window, say.
+    """
     layers, tokens = module["layers"], _tokens(module)[0]
-    first, listener = layers[0], _Listener(layers[0])
-    layers[0] = listener
+    listeners = [_Listener(layer) for layer in layers]
+    originals, layers[:] = layers[:], listeners
     try:
         module(tokens, [KVCache() for _ in layers])
     except (TypeError, ValueError, AttributeError, RuntimeError, IndexError) as error:
         raise _UnfitError from error
     finally:
-        layers[0] = first
-    if not isinstance(listener.heard, mx.array):
+        layers[:] = originals
+    if any(isinstance(mask, mx.array) or mask != "causal" for each in listeners for mask in each.masks):
         raise _UnfitError
-    embedded, heard = module.embed_tokens(tokens), listener.heard
+    if not isinstance(listeners[0].x, mx.array):
+        raise _UnfitError
+    embedded, heard = module.embed_tokens(tokens), listeners[0].x
     ratio = float(((heard * embedded).sum() / mx.square(embedded).sum()).item())
     # Models state a round number, or the root of the width; the ratio is only near it.
     usual = (1.0, float(round(ratio)), round(ratio, 3), math.sqrt(embedded.shape[-1]), ratio)

@@ -15,6 +15,21 @@ namespace {
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 constexpr int kBlockKeys = 256;   // fixed, so that a row's result does not depend on how work is split
 
+// Floats of scratch that a block of keys and values from a source takes.
+int64_t source_floats(const AttentionJob& job) {
+  return job.source ? int64_t{kBlockKeys} * (job.dim + job.value_dim) : 0;
+}
+
+// Keys and values [key, key + n): where they lie, or fetched into `scratch` (source_floats).
+KeyBlock key_block(const AttentionJob& job, int64_t b, int64_t kv, int key, int n, float* scratch) {
+  if (!job.source) {
+    return {job.k.at(b, kv, key), job.v.at(b, kv, key), job.k.type, job.k.row, job.v.row, n, job.dim, job.value_dim};
+  }
+  float* values = scratch + int64_t{kBlockKeys} * job.dim;
+  job.source->fetch(b, kv, key, n, scratch, values);
+  return {scratch, values, Float::f32, job.dim, job.value_dim, n, job.dim, job.value_dim};
+}
+
 // How many keys query row l sees.
 int visible_keys(const AttentionJob& job, int l) {
   return job.causal ? std::clamp(job.keys - job.length + l + 1, 0, job.keys) : job.keys;
@@ -65,8 +80,10 @@ void few_queries(const AttentionJob& job) {
   double cost = static_cast<double>(rows) * std::min(job.keys, kBlockKeys) * (job.dim + job.value_dim) / 8;
   int64_t tasks = pairs * blocks;
   parallel_ranges(tasks, grain_for(tasks, cost, 20000), [&](int64_t begin, int64_t end) {
-    auto* scores = static_cast<float*>(
-        thread_scratch(0, static_cast<size_t>(rows) * (sizeof(float) * (kBlockKeys + 16) + sizeof(int) + sizeof(MaskRows))));
+    size_t row_bytes = sizeof(float) * (kBlockKeys + 16) + sizeof(int) + sizeof(MaskRows);
+    auto* fetched = static_cast<float*>(
+        thread_scratch(0, sizeof(float) * static_cast<size_t>(source_floats(job)) + static_cast<size_t>(rows) * row_bytes));
+    float* scores = fetched + source_floats(job);
     auto* masks = reinterpret_cast<MaskRows*>(scores + int64_t{rows} * (kBlockKeys + 16));
     auto* visible = reinterpret_cast<int*>(masks + rows);
     for (int64_t task = begin; task < end; task++) {
@@ -77,7 +94,7 @@ void few_queries(const AttentionJob& job) {
         visible[r] = std::clamp(visible_keys(job, l) - key, 0, n);
         masks[r] = mask_row(job, static_cast<int>(b), static_cast<int>(kv) * group + r / job.length, l, key);
       }
-      KeyBlock block{job.k.at(b, kv, key), job.v.at(b, kv, key), job.k.type, job.k.row, job.v.row, n, job.dim, job.value_dim};
+      KeyBlock block = key_block(job, b, kv, key, n, fetched);
       float* part = parts + task * part_floats;
       ops().attention_rows(part, part + rows, part + 2 * rows, queries + pair * rows * job.dim, rows, block, visible,
                            job.keep || job.add ? masks : nullptr, scores);
@@ -135,19 +152,20 @@ void many_queries(const AttentionJob& job) {
     int first = t * tile, length = std::min(tile, job.length - first), rows = group * length;
     int64_t dim = job.dim, value_dim = job.value_dim;
     int64_t sizes[] = {rows * dim,       pad(block) * dim, int64_t{rows} * block, int64_t{rows} * block,
-                       pad(value_dim) * block, rows * value_dim, rows,                  rows};
+                       pad(value_dim) * block, rows * value_dim, rows,                  rows,
+                       source_floats(job)};
     int64_t total = 0;
     for (int64_t& size : sizes) {
       size = (size + 15) / 16 * 16;
       total += size;
     }
     auto* at = static_cast<float*>(thread_scratch(0, sizeof(float) * static_cast<size_t>(total)));
-    float* areas[8];
-    for (int i = 0; i < 8; i++) {
+    float* areas[9];
+    for (int i = 0; i < 9; i++) {
       areas[i] = at;
       at += sizes[i];
     }
-    auto [q, k, scores, p, v, out, top, sum] = areas;
+    auto [q, k, scores, p, v, out, top, sum, fetched] = areas;
     // Row r is query first + r % length of head r / length.
     std::vector<float> plain(static_cast<size_t>(rows * dim));
     for (int r = 0; r < rows; r++) {
@@ -174,7 +192,8 @@ void many_queries(const AttentionJob& job) {
           continue;
         }
       }
-      ops().pack_b(k, job.k.at(b, kv, key), job.k.type, 1, job.k.row, job.dim, n);
+      KeyBlock found = key_block(job, b, kv, key, n, fetched);
+      ops().pack_b(k, found.keys, found.type, 1, found.key_stride, job.dim, n);
       ops().gemm(scores, block, q, k, rows, n, job.dim, false);
       for (int r = 0; r < rows; r++) {
         float* row = scores + int64_t{r} * block;
@@ -199,7 +218,7 @@ void many_queries(const AttentionJob& job) {
         }
       }
       ops().pack_a(p, scores, Float::f32, block, 1, rows, n);
-      ops().pack_b(v, job.v.at(b, kv, key), job.v.type, job.v.row, 1, n, job.value_dim);
+      ops().pack_b(v, found.values, found.type, found.value_stride, 1, n, job.value_dim);
       ops().gemm(out, value_dim, p, v, rows, job.value_dim, n, true);
     }
     for (int r = 0; r < rows; r++) {

@@ -16,11 +16,23 @@ struct Strided {
   }
 };
 
+// Keys and values that are not there as numbers to be read in place: the driver asks for them block by block.
+class KeySource {
+ public:
+  // Writes n rows of keys [n, D] and of values [n, V] from number `key` on, of key head `head` in batch row `batch`. May be
+  // called by several threads at once.
+  virtual void fetch(int64_t batch, int64_t head, int key, int n, float* keys, float* values) const = 0;
+
+ protected:
+  ~KeySource() = default;
+};
+
 struct AttentionJob {
   int batch, heads, kv_heads, length, keys, dim, value_dim;
   float scale;
   bool causal;                       // query l sees keys up to keys - length + l
   Strided q, k, v;
+  const KeySource* source = nullptr; // in place of k and v
   const bool* keep = nullptr;        // masks [B, H, L, S] with strides, one of them or none
   const float* add = nullptr;
   int64_t mask_strides[4] = {};

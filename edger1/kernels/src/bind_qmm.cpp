@@ -3,7 +3,6 @@
 #include <nanobind/stl/variant.h>
 
 #include "bindings.h"
-#include "embedding.h"
 #include "qmm.h"
 
 namespace nb = nanobind;
@@ -18,8 +17,6 @@ void bind_qmm(nb::module_& m) {
   m.def("gather_qmm", &gather_qmm, "x"_a, "w"_a, "scales"_a, "biases"_a = nb::none(), "lhs_indices"_a = nb::none(),
         "rhs_indices"_a = nb::none(), "transpose"_a = true, "group_size"_a = 64, "bits"_a = 4, "mode"_a = "affine",
         "precision"_a = "exact", nb::kw_only(), "stream"_a = nb::none(), "qmm for pairs of matrices chosen by index.");
-  m.def("embed_rows", &embed_rows, "ids"_a, "w"_a, "scales"_a, "biases"_a, "group_size"_a, "bits"_a,
-        "Rows of a quantized embedding in float32; None for what it does not cover.");
 }
 
 } // namespace edger1

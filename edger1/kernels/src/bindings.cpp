@@ -52,5 +52,9 @@ NB_MODULE(_ext, m) {
   edger1::bind_ops(m);
   edger1::bind_decoder(m);
   edger1::bind_stack(m);
+  edger1::bind_experts(m);
+  edger1::bind_latent(m);
+  edger1::bind_choose(m);
+  edger1::bind_train(m);
 #endif
 }

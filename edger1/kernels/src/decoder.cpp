@@ -108,8 +108,8 @@ class DecoderLayerOp : public CpuPrimitive {
       const auto& mask = inputs[3];
       call.mask.keep = mask.dtype() == mx::bool_ ? mask.data<bool>() : nullptr;
       call.mask.add = mask.dtype() == mx::bool_ ? nullptr : mask.data<float>();
-      for (int i = 0; i < 4; i++) {
-        call.mask.strides[i] = mask.strides(i);
+      for (int i = 1; i <= static_cast<int>(mask.ndim()); i++) {
+        call.mask.strides[4 - i] = mask.shape(-i) == 1 ? 0 : mask.strides(-i);
       }
     }
     bool rows_apart = x.strides(2) == 1 &&
@@ -374,7 +374,7 @@ std::optional<DecoderOutputs> DecoderLayer::operator()(const mx::array& x, const
     if (!fits) {
       return std::nullopt;
     }
-    inputs.push_back(mx::broadcast_to(*mask_in, shape, stream));
+    inputs.push_back(*mask_in);
   }
   refuse_if_forked();
   CacheOrder order{static_cast<int>(end - count), place.first_slot, capacity};

@@ -1,0 +1,267 @@
+"""A module that routes tokens to experts as one operation, where its router is of a known kind.
+
+Families differ in how they choose experts: softmax or sigmoid of the logits, a correction for choosing alone, groups,
+weights normalised and scaled. `operation` takes the module's own indices and weights for random input and looks for the
+router of the operation (`src/experts_router.cpp`) that gives the same, with the numbers and arrays that the module
+holds; then it looks whether the module adds a shared expert. Whatever it takes for found was computed both ways.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from edger1.kernels.experts_fit import SAME, SCALES, Fit, Held, UnfitError, add_projection, difference
+
+_TOLERANCE = 1e-5
+"""Largest difference between two routers' weights, relative to the largest."""
+_GROUPS = (("n_group", "topk_group"), ("num_expert_group", "topk_group"))
+_SCORES: tuple[dict[str, Any], ...] = (
+    {"score": "softmax"},
+    {"score": "softmax", "normalize": True},
+    {"score": "sigmoid", "normalize": True},
+    {"score": "logits", "softmax_chosen": True},
+    {"score": "sigmoid"},
+    {"score": "sigmoid", "normalize": True, "epsilon": 1e-6},
+)
+
+
+class Probe:
+    """What a module with experts answers to random input."""
+
+    def __init__(self, owner: nn.Module, switch: nn.Module) -> None:
+        self.owner, self.switch = owner, switch
+        first: Any = next(m for m in switch.children().values() if hasattr(m, "input_dims"))
+        self.experts: int = first.num_experts
+        rows = mx.random.normal((1, 3 * len(SCALES), first.input_dims), key=mx.random.key(2))
+        self.x = rows * mx.array(SCALES * 3)[:, None]
+        self.indices = self.weights = mx.array(0)
+        self.expected = self._answer(self.x)
+
+    def _answer(self, *arguments: mx.array) -> mx.array | None:
+        try:
+            answer: Any = self.owner(*arguments)
+            mx.eval(answer)
+        except Exception:  # whatever a module raises that is called in another way
+            return None
+        return answer if isinstance(answer, mx.array) else None
+
+    def sums_ranks(self, held: Held) -> bool:
+        """Say whether the module's answer is the same, and the experts' weighted sum in it, when it gets `Ranks`."""
+        if self.expected is None:
+            return False
+        held.ranked, held.seen = True, []
+        answer = self._answer(self.x)
+        seen, held.ranked, held.seen = held.seen, False, None
+        if len(seen) != 1 or answer is None or difference(answer, self.expected) > SAME:
+            return False
+        rows = self.x.shape[1]
+        _, indices, weights = seen[0]
+        self.indices, self.weights = indices.reshape(rows, -1), weights.reshape(rows, -1)
+        return True
+
+    def takes_routing(self, call: Any) -> bool:
+        """Say whether the module, given x, indices and weights, answers with the experts' weighted sum."""
+        x = self.x[0]
+        indices = mx.random.randint(0, self.experts, (x.shape[0], 2), key=mx.random.key(3)).astype(mx.uint32)
+        weights = mx.random.uniform(shape=indices.shape, key=mx.random.key(4))
+        answer, sums = self._answer(x, indices, weights), call(x, indices, weights)
+        return answer is not None and sums is not None and difference(sums, answer) <= SAME
+
+
+def operation(probe: Probe, fit: Fit) -> Any:
+    """Return the operation of the whole module that `probe` has tried out, or None where there is none."""
+    owner = probe.owner
+    if getattr(owner, "sharding_group", None) is not None:
+        return None
+    for gate_owner, gate in _gates(owner):
+        for routing in _routings(owner, gate_owner, probe):
+            try:
+                call = _build(probe, fit, gate_owner, gate, routing, None)
+                scale = _scale(owner, gate_owner, _ratio(call, probe))
+                if scale is None:
+                    continue
+                if scale != 1:
+                    call = _build(probe, fit, gate_owner, gate, {**routing, "scale": scale}, None)
+            except (UnfitError, ValueError):
+                continue
+            if _agrees(call, probe):
+                return call
+            for shared in _shared(owner, probe.switch):
+                try:
+                    call = _build(probe, fit, gate_owner, gate, {**routing, "scale": scale}, shared)
+                except (UnfitError, ValueError):
+                    continue
+                if _agrees(call, probe):
+                    return call
+            return None
+    return None
+
+
+@cache
+def fused(original: Any) -> type:
+    """Return a subclass of a module's class whose objects run as the operation `_layer` where that applies."""
+    call_original = original.__call__
+
+    def call(self: Any, x: mx.array, *args: Any, **kwargs: Any) -> Any:
+        held = self._layer
+        if held is not None and not args and not kwargs and held.call.unchanged(self):
+            done = held.call.layer(x)
+            if done is not None:
+                return done
+        return call_original(self, x, *args, **kwargs)
+
+    return type(original.__name__, (original,), {"__call__": call, "__module__": original.__module__})
+
+
+@cache
+def fused_sum(original: Any) -> type:
+    """Return a subclass of a module's class, called with x, indices and weights, whose objects run as `_layer`."""
+    call_original = original.__call__
+
+    def call(self: Any, x: mx.array, indices: mx.array, weights: mx.array) -> mx.array:
+        held = self._layer
+        if held is not None and held.call.unchanged(self):
+            done: mx.array | None = held.call(x, indices, weights)
+            if done is not None:
+                return done
+        result: mx.array = call_original(self, x, indices, weights)
+        return result
+
+    return type(original.__name__, (original,), {"__call__": call, "__module__": original.__module__})
+
+
+def sum_operation(probe: Probe, fit: Fit) -> Any:
+    """Return the operation of a module that is called with x, indices and weights, or None where it is another."""
+    call = fit.start(probe.switch, fit.activation(probe.switch))
+    for key, child in probe.owner.items():
+        if child is probe.switch:
+            call.watch(None, key, child)
+    call.finish()
+    return call if probe.expected is None and probe.takes_routing(call) else None
+
+
+def _agrees(call: Any, probe: Probe) -> bool:
+    got = call.layer(probe.x)
+    return got is not None and probe.expected is not None and difference(got, probe.expected) <= SAME
+
+
+def _gates(owner: nn.Module) -> Iterator[tuple[nn.Module, Any]]:
+    """Yield what may be the router's matrix, with the module that is called for routing."""
+    for name in ("gate", "router"):
+        gate = owner.get(name)
+        if not isinstance(gate, nn.Module):
+            continue
+        if isinstance(gate, nn.Linear | nn.QuantizedLinear):
+            yield owner, gate
+        elif isinstance(gate.get("weight"), mx.array):
+            yield gate, gate
+        for part in gate.children().values():
+            if isinstance(part, nn.Linear | nn.QuantizedLinear):
+                yield gate, part
+
+
+def _number(name: str, *owners: Any) -> Any:
+    for owner in owners:
+        for holder in (owner, getattr(owner, "config", None), getattr(owner, "args", None)):
+            value = getattr(holder, name, None)
+            if isinstance(value, int | float):
+                return value
+    return None
+
+
+def _routings(owner: nn.Module, gate_owner: nn.Module, probe: Probe) -> Iterator[dict[str, Any]]:
+    """Yield settings of the router that may be the module's, the likeliest first."""
+    corrections: list[Any] = [
+        (holder, key)
+        for holder in {id(m): m for m in (gate_owner, owner)}.values()
+        for key, a in holder.items()
+        if isinstance(a, mx.array) and a.shape == (probe.experts,)
+    ]
+    groups: list[dict[str, Any]] = [{}]
+    for names in _GROUPS:
+        n, kept = (_number(name, gate_owner, owner) for name in names)
+        if n is not None and kept is not None and n > 1:
+            settings = {"groups": int(n), "groups_kept": int(kept)}
+            groups = [{**settings, "group_score": kind} for kind in ("best_two", "best")] + groups
+    for correction, grouped, score in itertools.product([*corrections, None], groups, _SCORES):
+        yield {"ranks": probe.indices.shape[1], **score, **grouped, "correction": correction}
+
+
+def _build(probe: Probe, fit: Fit, gate_owner: nn.Module, gate: Any, routing: dict[str, Any], shared: Any) -> Any:
+    owner, switch = probe.owner, probe.switch
+    call = fit.start(switch, fit.activation(switch))
+    if isinstance(gate, nn.Linear | nn.QuantizedLinear):
+        add_projection(call, "router", gate)
+    else:
+        call.project("router", gate["weight"])
+        call.watch(gate, "weight", gate["weight"])
+    correction = routing["correction"]
+    if correction is not None:
+        holder, key = correction
+        call.watch(None if holder is owner else holder, key, holder[key])
+        routing = {**routing, "correction": holder[key]}
+    call.router(**routing)
+    if shared is not None:
+        expert, weight = shared
+        for name in ("gate", "up", "down"):
+            add_projection(call, f"shared_{name}", expert[f"{name}_proj"])
+            call.watch(expert, f"{name}_proj", expert[f"{name}_proj"])
+        if weight is not None:
+            add_projection(call, "shared_weight", weight)
+    for key, child in owner.items():
+        if isinstance(child, nn.Module):
+            call.watch(None, key, child)
+    if gate_owner is not owner:
+        for key, child in gate_owner.items():
+            if isinstance(child, nn.Module):
+                call.watch(gate_owner, key, child)
+    call.finish()
+    return call
+
+
+def _table(indices: mx.array, weights: mx.array, experts: int) -> mx.array:
+    """Return the weights [rows, experts] of all experts, zero for those not chosen."""
+    return mx.put_along_axis(mx.zeros((indices.shape[0], experts)), indices, weights, axis=-1)
+
+
+def _ratio(call: Any, probe: Probe) -> float | None:
+    """Return by how much the module's weights are larger than the router's, None if they do not agree otherwise."""
+    route = call.route(probe.x[0])
+    if route is None:
+        return None
+    indices, weights = route
+    got = _table(indices, weights, probe.experts)
+    expected = _table(probe.indices, probe.weights, probe.experts)
+    ratio: Any = (expected.sum() / got.sum()).item()
+    off = mx.abs(got * ratio - expected).max(axis=-1) / mx.maximum(expected.max(axis=-1), 1e-30)
+    return float(ratio) if (off.max() <= _TOLERANCE).item() else None
+
+
+def _scale(owner: nn.Module, gate_owner: nn.Module, ratio: float | None) -> float | None:
+    """Return the factor, 1 or a number that the module holds, that `ratio` is but for rounding."""
+    if ratio is None:
+        return None
+    if abs(ratio - 1) <= _TOLERANCE:
+        return 1.0
+    for name in ("routed_scaling_factor", "route_scale", "router_scaling_factor"):
+        number = _number(name, gate_owner, owner)
+        if number is not None and abs(ratio / number - 1) <= _TOLERANCE:
+            return float(number)
+    return None
+
+
+def _shared(owner: nn.Module, switch: nn.Module) -> Iterator[tuple[nn.Module, Any]]:
+    """Yield what may be the shared expert, with what may be the matrix of its weight or without."""
+    for name, expert in owner.children().items():
+        if expert is switch or not isinstance(expert, nn.Module):
+            continue
+        # What has a limit or an activation of its own may differ where no probe reaches.
+        usual = getattr(expert, "limit", None) is None and "activation" not in expert
+        if usual and all(isinstance(expert.get(f"{p}_proj"), nn.Module) for p in ("gate", "up", "down")):
+            yield expert, owner.get(f"{name}_gate")

@@ -1,0 +1,262 @@
+"""Multi-head latent attention on the kernels, where a model's attention caches latents (DeepSeek-V3 and its kin).
+
+mlx-lm computes on the latents for one token at a time only; for more it makes keys and values of every head from the
+whole cache. `install` looks for attention of that kind in a loaded mlx-lm model and gives it a class of its own: up to
+16 rows with a plain KV cache are one operation with their projections, and any other number of rows, or kind of cache,
+is attention as one operation between the layer's own projections (`src/latent.h`). The cache keeps its class and
+contents: latents as keys, rotated keys as values.
+
+Names only suggest what a part is. Whether a layer computes what the operation computes is found by running both on
+random input, once for each kind of layer in a model; one that differs is left alone. The operation stands for the
+weights that the layer had: one that was since given other weights, or a gradient to compute, runs as it was.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.base import create_attention_mask
+from mlx_lm.models.cache import CacheList, KVCache
+
+from edger1.kernels.latent_parts import Latent, UnfitError, describe, input_width, output_of, scale_of
+
+_PARTS = ("embed_q", "unembed_out", "kv_a_proj_with_mqa", "kv_a_layernorm")
+_SAME = 1e-4
+"""Largest difference of the two results, relative to the largest element, that rounding explains."""
+_WHOLE_ROWS = 16
+
+
+@dataclass
+class Latents:
+    """Which attention layers of a model compute on latents; `uninstall` puts everything back."""
+
+    layers: dict[str, int] = field(default_factory=dict)
+    """Class of attention -> how many of the model's run on the operation."""
+    whole: int = 0
+    """How many of those are one operation with their projections for few rows."""
+    others: dict[str, int] = field(default_factory=dict)
+    """Why a layer that caches latents does not -> how many."""
+    _classes: list[tuple[nn.Module, type]] = field(default_factory=list, repr=False)
+
+    @property
+    def count(self) -> int:
+        """How many layers run on the operation."""
+        return sum(self.layers.values())
+
+    def describe(self) -> str:
+        """Say it in one line, for people; empty where the model has no such layers."""
+        total = self.count + sum(self.others.values())
+        if not total:
+            return ""
+        line = f"latent attention: {self.count} of {total} layers, {self.whole} as one operation"
+        return line + "".join(f"; {n}: {reason}" for reason, n in self.others.items())
+
+    def uninstall(self) -> None:
+        """Give the layers their classes back."""
+        for layer, original in self._classes:
+            layer.__class__ = original
+            vars(layer).pop("_latent", None)
+        self._classes, self.layers, self.others, self.whole = [], {}, {}, 0
+
+
+def install(model: nn.Module, precision: str, extension: ModuleType) -> Latents:
+    """Let each attention layer of `model` that caches latents run on the operation; the others are left alone.
+
+    The weights must be in place: a layer whose arrays are exchanged later runs as it was.
+    """
+    latents = Latents()
+    layers: Counter[str] = Counter()
+    others: Counter[str] = Counter()
+    known: dict[Any, str] = {}
+    """Kinds of layers that were tried -> what differs, empty for nothing."""
+    for layer in [m for m in model.modules() if all(part in m for part in _PARTS)]:
+        try:
+            latent = describe(layer, precision, extension)
+            kind = _kind(layer, latent)
+            if kind not in known:
+                known[kind] = _difference(layer, precision, extension)
+            if known[kind]:
+                raise UnfitError(known[kind])
+        except (UnfitError, ValueError) as error:
+            others[f"{type(layer).__name__}: {error}"] += 1
+            continue
+        layers[type(layer).__name__] += 1
+        latents.whole += latent.around is not None
+        latents._classes.append((layer, type(layer)))
+        _wear(layer, latent)
+    latents.layers, latents.others = dict(layers), dict(others)
+    return latents
+
+
+def _wear(layer: nn.Module, latent: Latent) -> None:
+    object.__setattr__(layer, "_latent", latent)
+    kind: Any = type(layer)
+    layer.__class__ = _latent_class(kind)
+
+
+@cache
+def _latent_class(original: Any) -> type:
+    call_original = original.__call__
+
+    def call(self: Any, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
+        latent = self._latent
+        if latent is None or not latent.call.applies(self, x) or not _usable(x, mask, cache):
+            out: mx.array = call_original(self, x, mask, cache)
+            return out
+        done = _whole(latent, self, x, mask, cache)
+        if done is None:
+            done = _between_projections(latent, self, x, mask, cache)
+        return call_original(self, x, mask, cache) if done is None else done
+
+    return type(original.__name__, (original,), {"__call__": call, "__module__": original.__module__})
+
+
+def _usable(x: mx.array, mask: Any, cache: Any) -> bool:
+    """Whether the mask is one that all heads share, and the cache holds plain arrays."""
+    caches = cache.caches if isinstance(cache, CacheList) else (cache,)
+    if any(hasattr(c, "bits") for c in caches):
+        return False
+    if mask is None or isinstance(mask, str):
+        return mask in (None, "causal")
+    return mask.dtype == mx.bool_ and mask.ndim <= 4 and (mask.ndim < 3 or mask.shape[-3] == 1)
+
+
+def _whole(latent: Latent, layer: Any, x: mx.array, mask: Any, cache: Any) -> mx.array | None:
+    """Run the layer as one operation; None where that does not apply."""
+    rows = x.shape[0] * x.shape[1]
+    if latent.around is None or type(cache) is not KVCache or cache.keys is None or rows > _WHOLE_ROWS:
+        return None
+    # Without a mask nothing is hidden, not even what comes later.
+    if (mask is None and x.shape[1] > 1) or not latent.around.applies(layer, x):
+        return None
+    given = None if isinstance(mask, str) else mask
+    done = latent.around.layer(x, cache.keys, cache.values, cache.offset, given)
+    if done is None:
+        return None
+    out: mx.array
+    out, cache.keys, cache.values = done
+    cache.offset += x.shape[1]
+    return out
+
+
+def _between_projections(latent: Latent, layer: Any, x: mx.array, mask: Any, cache: Any) -> mx.array | None:
+    """Run attention as one operation between the layer's own projections; None where a gradient is to flow."""
+    shape = latent.shape
+    batch, length, _ = x.shape
+    low = layer.q_a_layernorm(layer.q_a_proj(x)) if "q_a_proj" in layer else None
+    q = layer.q_proj(x) if low is None else layer.q_b_proj(low)
+    q = q.reshape(batch, length, shape.heads, shape.nope + shape.rope).transpose(0, 2, 1, 3)
+    q_nope, q_pe = q[..., : shape.nope], q[..., shape.nope :]
+    compressed = layer.kv_a_proj_with_mqa(x)
+    if latent.extension.is_traced(q) or latent.extension.is_traced(compressed):
+        return None
+    k_pe = compressed[..., shape.rank :].reshape(batch, length, 1, shape.rope).transpose(0, 2, 1, 3)
+    c = layer.kv_a_layernorm(compressed[..., : shape.rank])
+    c = mx.expand_dims(c if shape.kv_multiplier == 1 else c * shape.kv_multiplier, 1)
+    indexer = layer.get("indexer")
+    main = cache if indexer is None else None if cache is None else cache[0]
+    offset = main.offset if main is not None else 0
+    if "rope" in layer:
+        q_pe, k_pe = layer.rope(q_pe, offset), layer.rope(k_pe, offset)
+    if main is not None:
+        c, k_pe = main.update_and_fetch(c, k_pe)
+    if indexer is not None:
+        mask, c, k_pe = _choose_keys(indexer, x, low, mask, cache, c, k_pe)
+    causal = isinstance(mask, str)
+    out = latent.call.attend(q_nope, q_pe, c, k_pe, None if causal else mask, causal)
+    if "g_proj" in layer:
+        gate = mx.sigmoid(layer.g_proj(x))
+        if gate.shape[-1] == shape.heads:
+            gate = mx.repeat(gate, shape.value, axis=-1)
+        out = out * gate
+    result: mx.array = layer[output_of(layer)](out)
+    return result
+
+
+def _choose_keys(
+    indexer: Any, x: mx.array, low: Any, mask: Any, cache: Any, c: mx.array, k_pe: mx.array
+) -> tuple[Any, mx.array, mx.array]:
+    """Restrict attention to the keys that DeepSeek-V3.2's indexer chooses: as a mask, or for one row as the keys."""
+    chosen = indexer(x, low, mask, cache=None if cache is None else cache[1])
+    if cache is not None:
+        # The indexer's cache is evaluated even where its choice is not needed.
+        cache[0].keys = mx.depends(cache[0].keys, (cache[1].keys, cache[1].values))
+    if chosen is None:
+        return mask, c, k_pe
+    if x.shape[1] == 1:
+        index = chosen[:, :, 0, :, None]
+        c, k_pe = (
+            mx.take_along_axis(a, mx.broadcast_to(index, (*index.shape[:-1], a.shape[-1])), axis=2) for a in (c, k_pe)
+        )
+        return None if mask is None else mx.take_along_axis(mask, chosen, axis=-1), c, k_pe
+    seen = mx.zeros((*chosen.shape[:-1], c.shape[2]), dtype=mx.bool_)
+    seen = mx.put_along_axis(seen, chosen, mx.array(True), axis=-1)
+    return seen if mask is None else seen & mask, c, k_pe
+
+
+def _kind(layer: nn.Module, latent: Latent) -> Any:
+    """What layers have in common of which one shows whether all compute what the operation computes."""
+    rope = layer.get("rope")
+    settings = {k: v for k, v in vars(rope).items() if isinstance(v, int | float | bool)} if rope is not None else {}
+    parts = tuple((name, type(part).__name__) for name, part in sorted(layer.children().items()))
+    return type(layer), latent.shape, scale_of(layer), repr(settings), parts, latent.around is None
+
+
+@contextmanager
+def _exactly(layer: nn.Module) -> Iterator[None]:
+    """Let the quantized parts of a layer compute in f32 for a while."""
+    worn = [(part, type(part)) for part in layer.modules() if type(part).__name__.startswith("KernelQuantized")]
+    try:
+        for part, kind in worn:
+            part.__class__ = kind.__mro__[1]
+        yield
+    finally:
+        for part, kind in worn:
+            part.__class__ = kind
+
+
+def _difference(layer: nn.Module, precision: str, extension: ModuleType) -> str:
+    """Run a layer and the operation on random rows: five into an empty cache, three, one, and then eighteen.
+
+    Returns what differs, in words; nothing where rounding explains it. All in f32, whatever the precision.
+    """
+    original = type(layer)
+    with _exactly(layer):
+        latent = describe(layer, "exact", extension)
+        lengths = (5, 3, 1, 18)
+        width = input_width(layer)
+        inputs = [mx.random.normal((1, n, width), key=mx.random.key(n)) for n in lengths]
+        try:
+            expected = _answers(layer, inputs)
+            _wear(layer, latent)
+            found = _answers(layer, inputs)
+        except (TypeError, ValueError, AttributeError, RuntimeError) as error:
+            return f"it does not run with a plain cache ({type(error).__name__})"
+        finally:
+            layer.__class__ = original
+            vars(layer).pop("_latent", None)
+    worst = 0.0
+    for a, b in zip(found, expected, strict=True):
+        off = (mx.abs(a - b).max() / mx.maximum(mx.abs(b).max(), 1e-30)).item()
+        # What is no number would pass for small.
+        worst = max(worst, off if off == off else float("inf"))
+    return "" if worst <= _SAME else f"it computes something else than its parts suggest (off by {worst:.1g})"
+
+
+def _answers(layer: nn.Module, inputs: list[mx.array]) -> list[mx.array]:
+    cache: Any = CacheList(KVCache(), KVCache()) if "indexer" in layer else KVCache()
+    main = cache[0] if "indexer" in layer else cache
+    answers = []
+    for x in inputs:
+        mask = create_attention_mask(x, main, return_array=True)
+        answers.append(layer(x, mask, cache))
+        mx.eval(answers[-1], main.keys, main.values)
+    return answers

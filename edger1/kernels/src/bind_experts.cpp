@@ -1,0 +1,138 @@
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <vector>
+
+#include "bindings.h"
+#include "experts.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace edger1 {
+namespace {
+
+// Experts together with the Python objects they were made from, which may be exchanged behind their back.
+class WatchedExperts {
+ public:
+  explicit WatchedExperts(const ExpertsSettings& settings) : experts(settings) {}
+
+  ~WatchedExperts() {
+    for (Py_buffer& view : views_) {
+      PyBuffer_Release(&view);
+    }
+  }
+  WatchedExperts(const WatchedExperts&) = delete;
+  WatchedExperts& operator=(const WatchedExperts&) = delete;
+
+  // The experts stand for `owner[key]` being `value`. Without an owner the module passed to a call is meant: holding that
+  // one would be a cycle that is never collected.
+  void watch(nb::object owner, nb::object key, nb::object value) {
+    watched_.push_back({std::move(owner), std::move(key), std::move(value)});
+  }
+
+  bool unchanged(nb::handle module) const {
+    for (const auto& w : watched_) {
+      PyObject* owner = w.owner.is_none() ? module.ptr() : w.owner.ptr();
+      if (PyDict_GetItem(owner, w.key.ptr()) != w.value.ptr()) {
+        return false;
+      }
+    }
+    return true;
+  }
+
+  // Buffers stay exported, and therefore where they are, as long as this lives.
+  std::vector<Bytes> hold(const std::vector<nb::object>& buffers) {
+    std::vector<Bytes> found;
+    for (const nb::object& buffer : buffers) {
+      Py_buffer view;
+      if (PyObject_GetBuffer(buffer.ptr(), &view, PyBUF_SIMPLE) != 0) {
+        throw nb::python_error();
+      }
+      views_.push_back(view);
+      found.push_back({view.buf, view.len});
+    }
+    return found;
+  }
+
+  Experts experts;
+
+ private:
+  struct Watched {
+    nb::object owner, key, value;
+  };
+  std::vector<Watched> watched_;
+  std::vector<Py_buffer> views_;
+};
+
+template <class T>
+nb::object or_none(std::optional<T>&& value) {
+  return value ? nb::cast(std::move(*value)) : nb::none();
+}
+
+using Array = std::optional<mx::array>;
+
+} // namespace
+
+void bind_experts(nb::module_& m) {
+  nb::class_<WatchedExperts>(m, "Experts", "The routed experts of a layer as one operation.")
+      .def("__init__",
+           [](WatchedExperts* self, const std::string& activation, float alpha, float limit, const std::string& precision) {
+             new (self) WatchedExperts({activation, alpha, limit, precision});
+           },
+           nb::kw_only(), "activation"_a = "swiglu", "alpha"_a = 1.702f, "limit"_a = 7.0f, "precision"_a = "exact")
+      .def("project",
+           [](WatchedExperts& self, const std::string& name, const mx::array& w, const Array& scales, const Array& biases,
+              const Array& bias, int group_size, int bits, const std::string& mode) {
+             Quantization q{group_size, bits, mode};
+             bool stacked = name == "gate" || name == "up" || name == "down";
+             stacked ? self.experts.project(name, w, scales, biases, bias, q)
+                     : self.experts.project_dense(name, w, scales, biases, bias, q);
+           },
+           "name"_a, "w"_a, "scales"_a = nb::none(), "biases"_a = nb::none(), "bias"_a = nb::none(), "group_size"_a = 64,
+           "bits"_a = 4, "mode"_a = "affine",
+           "gate, up, down: w [experts, n, k]; router, shared_gate, shared_up, shared_down, shared_weight: w [n, k].")
+      .def("project_mapped",
+           [](WatchedExperts& self, const std::string& name, int n, int k, mx::Dtype dtype,
+              const std::vector<nb::object>& codes, const std::vector<nb::object>& scales,
+              const std::vector<nb::object>& biases, const Array& bias, std::optional<int> group_size,
+              std::optional<int> bits, const std::string& mode) {
+             std::optional<Quantization> q;
+             if (bits && group_size) {
+               q = Quantization{*group_size, *bits, mode};
+             }
+             self.experts.project_mapped(name, n, k, dtype, self.hold(codes), self.hold(scales), self.hold(biases), bias, q);
+           },
+           "name"_a, "n"_a, "k"_a, "dtype"_a, "codes"_a, "scales"_a = nb::list(), "biases"_a = nb::list(),
+           "bias"_a = nb::none(), "group_size"_a = nb::none(), "bits"_a = nb::none(), "mode"_a = "affine",
+           "gate, up or down where expert e lies in the buffers codes[e], scales[e], biases[e] (a memory map's slices, say).")
+      .def("router",
+           [](WatchedExperts& self, int ranks, const std::string& score, const std::string& group_score, int groups,
+              int groups_kept, bool softmax_chosen, bool normalize, float epsilon, float scale, const Array& correction) {
+             self.experts.router({ranks, score, group_score, groups, groups_kept, softmax_chosen, normalize, epsilon, scale},
+                                 correction);
+           },
+           nb::kw_only(), "ranks"_a, "score"_a = "softmax", "group_score"_a = "none", "groups"_a = 1, "groups_kept"_a = 1,
+           "softmax_chosen"_a = false, "normalize"_a = false, "epsilon"_a = 0.0f, "scale"_a = 1.0f,
+           "correction"_a = nb::none())
+      .def("finish", [](WatchedExperts& self) { self.experts.finish(); })
+      .def("watch", &WatchedExperts::watch, "owner"_a.none(), "key"_a, "value"_a,
+           "Apply only while owner[key] is value; without an owner, the called module's.")
+      .def("unchanged", &WatchedExperts::unchanged, "module"_a, "Whether all that is watched is as it was.")
+      .def("__call__",
+           [](const WatchedExperts& self, const mx::array& x, const mx::array& indices, const Array& weights) {
+             return or_none(self.experts(x, indices, weights));
+           },
+           "x"_a, "indices"_a, "weights"_a = nb::none(),
+           "The weighted sum over ranks, or each rank's result; None where the operation does not apply.")
+      .def("layer", [](const WatchedExperts& self, const mx::array& x) { return or_none(self.experts.layer(x)); }, "x"_a,
+           "Router, experts and shared expert; None where that does not apply.")
+      .def("routed", [](const WatchedExperts& self, const mx::array& x) { return or_none(self.experts.routed(x)); }, "x"_a,
+           "Router and experts; None where that does not apply.")
+      .def("route", [](const WatchedExperts& self, const mx::array& x) { return or_none(self.experts.route(x)); }, "x"_a,
+           "The experts and weights that the router gives; None where that does not apply.");
+}
+
+} // namespace edger1

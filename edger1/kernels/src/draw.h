@@ -1,0 +1,27 @@
+// Drawing a token from scores: filters and the choice in one operation.
+#pragma once
+
+#include <cstdint>
+#include <utility>
+
+#include "ops_common.h"
+
+namespace edger1 {
+
+// What is kept before drawing, in the order in which mlx-lm's sampler applies it; the neutral values keep everything.
+struct DrawSettings {
+  float inverse_temperature;
+  float top_p;    // 0 or 1: off
+  float min_p;    // 0: off
+  int top_k;      // 0: off
+  bool operator==(const DrawSettings&) const = default;
+};
+
+// The two keys that mx.random.split gives for the key high << 32 | low: what the next draws use, and what this one uses.
+std::pair<uint64_t, uint64_t> split_key(uint64_t key);
+
+// Draws one index (uint32, [1]) from one row of scores [1, V], float32 on the CPU: log-softmax, the filters, then
+// mx.random.categorical's random number for `key`. Throws std::invalid_argument for other arguments.
+mx::array draw_token(const mx::array& scores, uint64_t key, const DrawSettings& settings, mx::StreamOrDevice s = {});
+
+} // namespace edger1

@@ -1,0 +1,102 @@
+// The routed experts of a layer as lazy MLX operations: with given indices and weights, or with the router before them.
+#pragma once
+
+#include <functional>
+#include <memory>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "experts_plan.h"
+#include "primitive.h"
+
+namespace edger1 {
+
+struct ExpertsSettings {
+  std::string activation = "swiglu"; // a name of ExpertActivation
+  float alpha = 1.702f, limit = 7.0f;
+  std::string precision = "exact";   // or "fast"
+};
+
+struct Quantization {
+  int group_size = 64;
+  int bits = 4;
+  std::string mode = "affine";
+};
+
+struct RouterSettings {
+  int ranks = 0;
+  std::string score = "softmax";     // or "sigmoid", "logits"
+  std::string group_score = "none";  // or "best", "best_two"
+  int groups = 1, groups_kept = 1;
+  bool softmax_chosen = false, normalize = false;
+  float epsilon = 0, scale = 1;
+};
+
+// Bytes that somebody else owns and keeps where they are for as long as the Experts live.
+struct Bytes {
+  const void* data = nullptr;
+  int64_t size = 0;
+};
+
+// Describes the experts piece by piece. Arrays are evaluated and kept, not copied (where their rows are contiguous): a bank
+// whose slots are overwritten in place is read as it is when an operation runs. Each function throws std::invalid_argument,
+// with what was given and expected, for what cannot be.
+class Experts {
+ public:
+  explicit Experts(const ExpertsSettings& settings);
+
+  // `name` is gate, up or down. w [E, n, k] is plain floats, or uint32 codes as mx.quantize packs them if there are scales
+  // [E, n, k / group]; bias is [E, n].
+  void project(const std::string& name, const mx::array& w, const std::optional<mx::array>& scales,
+               const std::optional<mx::array>& biases, const std::optional<mx::array>& bias, const Quantization& q);
+  // The same where every expert lies elsewhere: codes (or floats), scales, biases of expert e in `codes[e]` and so on, row
+  // after row without gaps. `type` is the dtype of scales and biases, or of plain weights; mxfp4 has no biases, and its
+  // scales are uint8 whatever `type` is. Addresses are multiples of the size of what lies there.
+  void project_mapped(const std::string& name, int n, int k, mx::Dtype type, const std::vector<Bytes>& codes,
+                      const std::vector<Bytes>& scales, const std::vector<Bytes>& biases,
+                      const std::optional<mx::array>& bias, const std::optional<Quantization>& q);
+  // `name` is router (w [E, hidden]), shared_gate, shared_up, shared_down or shared_weight (w [1, hidden]).
+  void project_dense(const std::string& name, const mx::array& w, const std::optional<mx::array>& scales,
+                     const std::optional<mx::array>& biases, const std::optional<mx::array>& bias,
+                     const Quantization& q);
+  void router(const RouterSettings& settings, const std::optional<mx::array>& correction);
+  // Checks that the pieces fit together; nothing can be called before it, nothing added after it.
+  void finish();
+
+  // x [..., hidden] float32, indices [..., ranks] integers, weights [..., ranks] or [..., ranks, 1] float32: what the experts
+  // give, [..., hidden], or [..., ranks, hidden] without weights. Nothing where this does not apply: another dtype or device,
+  // an array being differentiated. An index that names no expert is an error at evaluation.
+  std::optional<mx::array> operator()(const mx::array& x, const mx::array& indices,
+                                      const std::optional<mx::array>& weights) const;
+  // The whole layer, router first and the shared expert last. With a shared expert for up to 16 rows only.
+  std::optional<mx::array> layer(const mx::array& x) const;
+  // The layer without the shared expert, for any number of rows.
+  std::optional<mx::array> routed(const mx::array& x) const;
+  // Indices (uint32) and weights [..., ranks] that the layer chooses.
+  std::optional<std::pair<mx::array, mx::array>> route(const mx::array& x) const;
+
+  const ExpertsPlan& plan() const {
+    return held_->plan;
+  }
+
+  struct Held {
+    ExpertsPlan plan;
+    std::vector<mx::array> arrays;
+  };
+
+ private:
+  mx::array keep(const mx::array& a);
+  const float* keep_floats(const mx::array& a, const mx::Shape& shape, const std::string& what);
+  ExpertProjection& projection(const std::string& name);
+  // Shape and quantization of matrices that are [n, k] in their last two axes.
+  Projection form_of(const std::string& name, const mx::array& w, const std::optional<mx::array>& scales,
+                     const std::optional<mx::array>& biases, const Quantization& q) const;
+  bool applies(const mx::array& x) const;
+
+  std::shared_ptr<Held> held_;
+  bool finished_ = false;
+};
+
+} // namespace edger1

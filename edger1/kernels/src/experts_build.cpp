@@ -1,0 +1,328 @@
+#include <array>
+#include <sstream>
+
+#include "experts.h"
+#include "ops_common.h"
+
+namespace edger1 {
+namespace {
+
+template <class... Parts>
+[[noreturn]] void refuse(const Parts&... parts) {
+  std::ostringstream out;
+  out << "experts: ";
+  (out << ... << parts);
+  throw std::invalid_argument(out.str());
+}
+
+std::string text(const mx::Shape& shape) {
+  std::ostringstream out;
+  out << '(';
+  for (size_t i = 0; i < shape.size(); i++) {
+    out << (i ? ", " : "") << shape[i];
+  }
+  out << ')';
+  return out.str();
+}
+
+// The value that goes by `name`; refuses another name, saying which there are.
+template <class T, size_t N>
+T named(const char* what, const std::string& name, const std::array<std::pair<const char*, T>, N>& all) {
+  std::string known;
+  for (const auto& [candidate, value] : all) {
+    if (name == candidate) {
+      return value;
+    }
+    known += (known.empty() ? "\"" : ", \"") + std::string(candidate) + "\"";
+  }
+  refuse(what, " is \"", name, "\"; expected one of ", known);
+}
+
+constexpr std::array<std::pair<const char*, ExpertActivation>, 11> kActivations{{
+    {"swiglu", ExpertActivation::swiglu},
+    {"geglu", ExpertActivation::geglu},
+    {"geglu_approx", ExpertActivation::geglu_tanh},
+    {"swiglu_oai", ExpertActivation::swiglu_oai},
+    {"swiglu_clipped", ExpertActivation::swiglu_clipped},
+    {"swiglu_capped", ExpertActivation::swiglu_capped},
+    {"relu", ExpertActivation::relu},
+    {"relu2", ExpertActivation::relu2},
+    {"silu", ExpertActivation::silu},
+    {"gelu", ExpertActivation::gelu},
+    {"gelu_approx", ExpertActivation::gelu_tanh},
+}};
+constexpr std::array<std::pair<const char*, RouterPlan::Score>, 3> kScores{
+    {{"softmax", RouterPlan::Score::softmax}, {"sigmoid", RouterPlan::Score::sigmoid}, {"logits", RouterPlan::Score::logits}}};
+constexpr std::array<std::pair<const char*, RouterPlan::GroupScore>, 3> kGroupScores{
+    {{"none", RouterPlan::GroupScore::none},
+     {"best", RouterPlan::GroupScore::best},
+     {"best_two", RouterPlan::GroupScore::best_two}}};
+
+ScaleType scale_type(mx::Dtype dtype) {
+  return dtype == mx::float32 ? ScaleType::f32 : dtype == mx::float16 ? ScaleType::f16 : ScaleType::bf16;
+}
+
+int64_t size_of(ScaleType type) {
+  return type == ScaleType::f32 ? 4 : type == ScaleType::e8m0 ? 1 : 2;
+}
+
+// A quantized matrix [n, k] whose rows follow each other without gaps.
+Projection quantized_form(const std::string& name, int64_t n, int64_t k, ScaleType type, const Quantization& q) {
+  bool fp4 = q.mode == "mxfp4";
+  bool known = fp4 ? q.bits == 4 && q.group_size == 32
+                   : q.mode == "affine" && ((q.bits >= 2 && q.bits <= 6) || q.bits == 8) &&
+                         (q.group_size == 32 || q.group_size == 64 || q.group_size == 128);
+  if (!known) {
+    refuse(name, ": quantization ", q.mode, ", ", q.bits, " bits in groups of ", q.group_size, ", is not one of the kernels'");
+  }
+  if (n < 1 || k < 1 || k > (1 << 24) || k % q.group_size != 0) {
+    refuse(name, " is [", n, ", ", k, "]; expected whole groups of ", q.group_size, " columns");
+  }
+  Projection p;
+  p.quantized = true;
+  p.n = p.w.n = static_cast<int>(n);
+  p.k = p.w.k = static_cast<int>(k);
+  p.w.group = q.group_size;
+  p.w.bits = q.bits;
+  p.w.fp4 = fp4;
+  p.w.type = fp4 ? ScaleType::e8m0 : type;
+  p.w.row_bytes = k * q.bits / 8;
+  p.w.scale_stride = k / q.group_size * size_of(p.w.type);
+  p.w.bias_stride = fp4 ? 0 : p.w.scale_stride;
+  return p;
+}
+
+Projection plain_form(int64_t n, int64_t k, mx::Dtype type) {
+  Projection p;
+  p.n = static_cast<int>(n);
+  p.k = static_cast<int>(k);
+  p.plain_type = float_of(type);
+  p.plain_stride = k;
+  return p;
+}
+
+void check_bytes(const std::string& what, const std::vector<Bytes>& all, size_t experts, int64_t size, int64_t alignment) {
+  if (all.size() != experts) {
+    refuse(what, " were given for ", all.size(), " experts; expected ", experts);
+  }
+  for (size_t e = 0; e < all.size(); e++) {
+    if (all[e].size != size || reinterpret_cast<uintptr_t>(all[e].data) % static_cast<uintptr_t>(alignment) != 0) {
+      refuse(what, " of expert ", e, " have ", all[e].size, " bytes at ", all[e].data, "; expected ", size,
+             " at a multiple of ", alignment);
+    }
+  }
+}
+
+} // namespace
+
+Experts::Experts(const ExpertsSettings& settings) : held_(std::make_shared<Held>()) {
+  auto& plan = held_->plan;
+  plan.activation = named("activation", settings.activation, kActivations);
+  plan.alpha = settings.alpha;
+  plan.limit = settings.limit;
+  if (settings.precision != "exact" && settings.precision != "fast") {
+    refuse("precision is \"", settings.precision, "\"; expected \"exact\" or \"fast\"");
+  }
+  plan.fast = settings.precision == "fast";
+}
+
+mx::array Experts::keep(const mx::array& a) {
+  mx::array kept = a;
+  kept.eval();
+  if (!kept.flags().row_contiguous) {
+    kept = mx::contiguous(kept, false, mx::Device::cpu);
+    kept.eval();
+  }
+  held_->arrays.push_back(kept);
+  return kept;
+}
+
+const float* Experts::keep_floats(const mx::array& a, const mx::Shape& shape, const std::string& what) {
+  if (!is_float(a.dtype()) || a.shape() != shape) {
+    refuse(what, " has shape ", text(a.shape()), " and dtype ", a.dtype(), "; expected floats of shape ", text(shape));
+  }
+  return keep(mx::astype(a, mx::float32, mx::Device::cpu)).data<float>();
+}
+
+ExpertProjection& Experts::projection(const std::string& name) {
+  auto& plan = held_->plan;
+  return *named("projection", name,
+                std::array<std::pair<const char*, ExpertProjection*>, 3>{
+                    {{"gate", &plan.gate}, {"up", &plan.up}, {"down", &plan.down}}});
+}
+
+Projection Experts::form_of(const std::string& name, const mx::array& w, const std::optional<mx::array>& scales,
+                            const std::optional<mx::array>& biases, const Quantization& q) const {
+  int64_t n = w.shape(-2);
+  if (!scales) {
+    if (!is_float(w.dtype())) {
+      refuse(name, " has dtype ", w.dtype(), "; expected float32, float16 or bfloat16, or codes with scales");
+    }
+    return plain_form(n, w.shape(-1), w.dtype());
+  }
+  int64_t code_bits = int64_t{w.shape(-1)} * 32;
+  if (w.dtype() != mx::uint32 || q.bits < 1 || code_bits % q.bits != 0) {
+    refuse(name, ": codes have dtype ", w.dtype(), " and shape ", text(w.shape()), "; expected packed uint32 of ", q.bits,
+           " bits");
+  }
+  Projection p = quantized_form(name, n, code_bits / q.bits, scale_type(scales->dtype()), q);
+  mx::Shape expected = w.shape();
+  expected[expected.size() - 1] = p.k / q.group_size;
+  bool scales_fit =
+      scales->shape() == expected && (p.w.fp4 ? scales->dtype() == mx::uint8 : is_float(scales->dtype()));
+  bool biases_fit = p.w.fp4 ? !biases : biases && biases->shape() == expected && biases->dtype() == scales->dtype();
+  if (!scales_fit || !biases_fit) {
+    refuse(name, ": scales or biases do not fit codes of shape ", text(w.shape()), ", ", q.mode, " ", q.bits,
+           " bits in groups of ", q.group_size, "; expected shape ", text(expected));
+  }
+  return p;
+}
+
+void Experts::project(const std::string& name, const mx::array& w_in, const std::optional<mx::array>& scales_in,
+                      const std::optional<mx::array>& biases_in, const std::optional<mx::array>& bias,
+                      const Quantization& q) {
+  ExpertProjection& p = projection(name);
+  if (w_in.ndim() != 3 || w_in.size() == 0) {
+    refuse(name, " has shape ", text(w_in.shape()), "; expected experts, rows and columns");
+  }
+  p.form = form_of(name, w_in, scales_in, biases_in, q);
+  mx::array w = keep(w_in);
+  const char *scales = nullptr, *biases = nullptr;
+  if (scales_in) {
+    scales = keep(*scales_in).data<char>();
+  }
+  if (biases_in) {
+    biases = keep(*biases_in).data<char>();
+  }
+  const float* bias_rows = bias ? keep_floats(*bias, {w.shape(0), p.form.n}, name + "'s bias") : nullptr;
+  int64_t w_bytes = static_cast<int64_t>(w.nbytes()) / w.shape(0), scale_bytes = p.form.w.scale_stride * p.form.n;
+  p.at.clear();
+  for (int64_t e = 0; e < w.shape(0); e++) {
+    p.at.push_back({w.data<char>() + e * w_bytes, scales ? scales + e * scale_bytes : nullptr,
+                    biases ? biases + e * scale_bytes : nullptr, bias_rows ? bias_rows + e * p.form.n : nullptr});
+  }
+}
+
+void Experts::project_mapped(const std::string& name, int n, int k, mx::Dtype type, const std::vector<Bytes>& codes,
+                             const std::vector<Bytes>& scales, const std::vector<Bytes>& biases,
+                             const std::optional<mx::array>& bias, const std::optional<Quantization>& q) {
+  ExpertProjection& p = projection(name);
+  if (codes.empty() || n < 1 || k < 1 || !is_float(type)) {
+    refuse(name, " is [", n, ", ", k, "] of dtype ", type, " for ", codes.size(),
+           " experts; expected at least one of each, and floats");
+  }
+  p.form = q ? quantized_form(name, n, k, scale_type(type), *q) : plain_form(n, k, type);
+  size_t experts = codes.size();
+  int64_t float_size = bytes_of(float_of(type)), scale_bytes = p.form.w.scale_stride * n;
+  bool with_biases = q && !p.form.w.fp4;
+  check_bytes(name + "'s codes", codes, experts, q ? p.form.w.row_bytes * n : int64_t{n} * k * float_size, q ? 4 : float_size);
+  check_bytes(name + "'s scales", scales, q ? experts : 0, scale_bytes, size_of(p.form.w.type));
+  check_bytes(name + "'s biases", biases, with_biases ? experts : 0, scale_bytes, size_of(p.form.w.type));
+  const float* bias_rows = bias ? keep_floats(*bias, {static_cast<int>(experts), n}, name + "'s bias") : nullptr;
+  p.at.clear();
+  for (size_t e = 0; e < experts; e++) {
+    p.at.push_back({codes[e].data, q ? scales[e].data : nullptr, with_biases ? biases[e].data : nullptr,
+                    bias_rows ? bias_rows + static_cast<int64_t>(e) * n : nullptr});
+  }
+}
+
+void Experts::project_dense(const std::string& name, const mx::array& w_in, const std::optional<mx::array>& scales_in,
+                            const std::optional<mx::array>& biases_in, const std::optional<mx::array>& bias,
+                            const Quantization& q) {
+  auto& plan = held_->plan;
+  Projection& p = *named("projection", name,
+                         std::array<std::pair<const char*, Projection*>, 5>{{{"router", &plan.router.gate},
+                                                                            {"shared_gate", &plan.shared.gate},
+                                                                            {"shared_up", &plan.shared.up},
+                                                                            {"shared_down", &plan.shared.down},
+                                                                            {"shared_weight", &plan.shared.weight}}});
+  if (w_in.ndim() != 2 || w_in.size() == 0) {
+    refuse(name, " has shape ", text(w_in.shape()), "; expected a matrix");
+  }
+  p = form_of(name, w_in, scales_in, biases_in, q);
+  mx::array w = keep(w_in);
+  if (p.quantized) {
+    p.w.codes = w.data<uint8_t>();
+    p.w.scales = keep(*scales_in).data<void>();
+    p.w.biases = biases_in ? keep(*biases_in).data<void>() : nullptr;
+  } else {
+    p.plain = w.data<void>();
+  }
+  if (bias) {
+    p.bias = keep_floats(*bias, {p.n}, name + "'s bias");
+  }
+}
+
+void Experts::router(const RouterSettings& settings, const std::optional<mx::array>& correction) {
+  auto& router = held_->plan.router;
+  int experts = router.gate.n;
+  router.score = named("score", settings.score, kScores);
+  router.group_score = named("group_score", settings.group_score, kGroupScores);
+  router.ranks = settings.ranks;
+  router.groups = router.group_score == RouterPlan::GroupScore::none ? 1 : settings.groups;
+  router.groups_kept = settings.groups_kept;
+  router.softmax_chosen = settings.softmax_chosen;
+  router.normalize = settings.normalize;
+  router.epsilon = settings.epsilon;
+  router.scale = settings.scale;
+  if (settings.ranks < 1 || settings.ranks > experts) {
+    refuse("a router chooses ", settings.ranks, " of ", experts, " experts; expected from 1 to all");
+  }
+  if (router.groups < 1 || experts % router.groups != 0 || (router.groups > 1 && experts / router.groups < 2) ||
+      router.groups_kept < 1 || router.groups_kept > router.groups) {
+    refuse("a router keeps ", router.groups_kept, " of ", router.groups, " groups of ", experts,
+           " experts; expected equal groups of two or more");
+  }
+  if (correction) {
+    router.correction = keep_floats(*correction, {experts}, "the router's correction");
+  }
+}
+
+void Experts::finish() {
+  auto& plan = held_->plan;
+  plan.experts = static_cast<int>(plan.up.at.size());
+  plan.hidden = plan.up.form.k;
+  plan.inner = plan.up.form.n;
+  auto fit = [&](const char* name, const Projection& p, int n, int k) {
+    if (p.n != n || p.k != k) {
+      refuse(name, " is [", p.n, ", ", p.k, "]; expected [", n, ", ", k, "]");
+    }
+  };
+  if (plan.experts == 0 || plan.gate.present() != is_gated(plan.activation)) {
+    refuse("the activation takes ", is_gated(plan.activation) ? "gate and up" : "up alone", "; got ",
+           plan.gate.present() ? "a gate" : "no gate", " and ", plan.experts, " ups");
+  }
+  for (auto* p : {&plan.gate, &plan.down}) {
+    if (p->present() && p->at.size() != plan.up.at.size()) {
+      refuse("there are ", p->at.size(), " gates or downs and ", plan.experts, " ups; expected the same");
+    }
+  }
+  if (plan.gate.present()) {
+    fit("gate", plan.gate.form, plan.inner, plan.hidden);
+  }
+  fit("down", plan.down.form, plan.hidden, plan.inner);
+  if (plan.router.ranks > 0) {
+    fit("router", plan.router.gate, plan.experts, plan.hidden);
+  }
+  if (plan.shared.present()) {
+    fit("shared_down", plan.shared.down, plan.hidden, plan.shared.up.n);
+    fit("shared_up", plan.shared.up, plan.shared.down.k, plan.hidden);
+    fit("shared_gate", plan.shared.gate, plan.shared.down.k, plan.hidden);
+    if (plan.shared.weight.n > 0) {
+      fit("shared_weight", plan.shared.weight, 1, plan.hidden);
+    }
+    if (plan.router.ranks == 0) {
+      refuse("a shared expert goes with a router");
+    }
+  }
+  finish_plan(plan);
+  finished_ = true;
+}
+
+bool Experts::applies(const mx::array& x) const {
+  mx::Stream stream = mx::default_stream(mx::default_device());
+  return finished_ && x.ndim() >= 1 && x.dtype() == mx::float32 && x.size() > 0 && x.shape(-1) == held_->plan.hidden &&
+      stream.device == mx::Device(mx::Device::cpu) && !x.is_tracer();
+}
+
+} // namespace edger1

@@ -1,0 +1,228 @@
+#include <sstream>
+
+#include "latent.h"
+#include "ops_common.h"
+#include "rope.h"
+
+namespace edger1 {
+namespace {
+
+template <class... Parts>
+[[noreturn]] void refuse(const Parts&... parts) {
+  std::ostringstream out;
+  out << "latent attention: ";
+  (out << ... << parts);
+  throw std::invalid_argument(out.str());
+}
+
+ScaleType scale_type(mx::Dtype dtype) {
+  return dtype == mx::float32 ? ScaleType::f32 : dtype == mx::float16 ? ScaleType::f16 : ScaleType::bf16;
+}
+
+// One head of a stack of matrices.
+Projection head_of(const Projection& stack, int head, int rows) {
+  Projection p = stack;
+  int64_t first = int64_t{head} * rows;
+  p.n = rows;
+  if (p.quantized) {
+    p.w.n = rows;
+    p.w.codes += first * p.w.row_bytes;
+    p.w.scales = static_cast<const char*>(p.w.scales) + first * p.w.scale_stride;
+    p.w.biases = p.w.fp4 ? nullptr : static_cast<const char*>(p.w.biases) + first * p.w.bias_stride;
+  } else {
+    p.plain = offset(p.plain, p.plain_type, first * p.plain_stride);
+  }
+  return p;
+}
+
+} // namespace
+
+LatentAttention::LatentAttention(const LatentSettings& settings) : held_(std::make_shared<Held>()) {
+  auto& plan = held_->plan;
+  plan.heads = settings.heads;
+  plan.nope = settings.nope;
+  plan.rope = settings.rope;
+  plan.rank = settings.rank;
+  plan.value = settings.value;
+  plan.scale = settings.scale;
+  if (plan.heads < 1 || plan.nope < 1 || plan.rope < 0 || plan.rank < 1 || plan.value < 1) {
+    refuse(plan.heads, " heads of ", plan.nope, " + ", plan.rope, " over a rank of ", plan.rank, " with values of ",
+           plan.value, "; expected positive numbers");
+  }
+  if (settings.precision != "exact" && settings.precision != "fast") {
+    refuse("precision is \"", settings.precision, "\"; expected \"exact\" or \"fast\"");
+  }
+  plan.fast = settings.precision == "fast";
+}
+
+mx::array LatentAttention::keep(const mx::array& a) {
+  mx::array kept = a;
+  kept.eval();
+  if (!kept.flags().row_contiguous) {
+    kept = mx::contiguous(kept, false, mx::Device::cpu);
+    kept.eval();
+  }
+  held_->arrays.push_back(kept);
+  return kept;
+}
+
+const float* LatentAttention::keep_floats(const mx::array& a, int n, const std::string& what) {
+  if (!is_float(a.dtype()) || a.ndim() != 1 || a.shape(0) != n) {
+    refuse(what, " has ", a.ndim(), " axes, ", a.size(), " elements and dtype ", a.dtype(), "; expected ", n, " floats");
+  }
+  return keep(mx::astype(a, mx::float32, mx::Device::cpu)).data<float>();
+}
+
+// All rows of a matrix, or of a stack of them.
+Projection LatentAttention::whole_matrix(const std::string& name, const mx::array& w_in,
+                                         const std::optional<mx::array>& scales_in,
+                                         const std::optional<mx::array>& biases_in, int group_size, int bits,
+                                         const std::string& mode) {
+  Projection p;
+  p.n = static_cast<int>(w_in.size() / w_in.shape(-1));
+  p.quantized = scales_in.has_value();
+  if (!p.quantized) {
+    if (!is_float(w_in.dtype())) {
+      refuse(name, " has dtype ", w_in.dtype(), "; expected float32, float16 or bfloat16");
+    }
+    mx::array w = keep(w_in);
+    p.k = w.shape(-1);
+    p.plain = w.data<void>();
+    p.plain_type = float_of(w.dtype());
+    p.plain_stride = p.k;
+    return p;
+  }
+  bool fp4 = mode == "mxfp4";
+  bool known = fp4 ? bits == 4 && group_size == 32
+                   : mode == "affine" && ((bits >= 2 && bits <= 6) || bits == 8) &&
+                         (group_size == 32 || group_size == 64 || group_size == 128);
+  int64_t code_bits = int64_t{w_in.shape(-1)} * 32;
+  if (!known || w_in.dtype() != mx::uint32 || code_bits % (int64_t{bits} * group_size) != 0) {
+    refuse(name, ": quantization ", mode, ", ", bits, " bits in groups of ", group_size, ", is not one of the kernels'");
+  }
+  p.k = static_cast<int>(code_bits / bits);
+  mx::Shape expected = w_in.shape();
+  expected.back() = p.k / group_size;
+  bool scales_fit = scales_in->shape() == expected && (fp4 ? scales_in->dtype() == mx::uint8 : is_float(scales_in->dtype()));
+  bool biases_fit = fp4 ? !biases_in
+                        : biases_in && biases_in->shape() == expected && biases_in->dtype() == scales_in->dtype();
+  if (!scales_fit || !biases_fit) {
+    refuse(name, ": scales or biases do not fit codes for [", p.n, ", ", p.k, "] in groups of ", group_size);
+  }
+  mx::array w = keep(w_in), scales = keep(*scales_in);
+  p.w.codes = w.data<uint8_t>();
+  p.w.row_bytes = int64_t{w.shape(-1)} * 4;
+  p.w.scales = scales.data<void>();
+  p.w.scale_stride = static_cast<int64_t>(scales.itemsize()) * expected.back();
+  p.w.type = fp4 ? ScaleType::e8m0 : scale_type(scales.dtype());
+  if (!fp4) {
+    p.w.biases = keep(*biases_in).data<void>();
+    p.w.bias_stride = p.w.scale_stride;
+  }
+  p.w.n = p.n;
+  p.w.k = p.k;
+  p.w.group = group_size;
+  p.w.bits = bits;
+  p.w.fp4 = fp4;
+  return p;
+}
+
+void LatentAttention::project(const std::string& name, const mx::array& w, const std::optional<mx::array>& scales,
+                              const std::optional<mx::array>& biases, const std::optional<mx::array>& bias,
+                              int group_size, int bits, const std::string& mode) {
+  auto& plan = held_->plan;
+  bool embed = name == "embed", stacked = embed || name == "unembed";
+  if (w.ndim() != (stacked ? 3 : 2) || w.size() == 0) {
+    refuse(name, " has ", w.ndim(), " axes and ", w.size(), " elements; expected ", stacked ? "a matrix a head" : "a matrix");
+  }
+  Projection p = whole_matrix(name, w, scales, biases, group_size, bits, mode);
+  if (stacked) {
+    int n = embed ? plan.rank : plan.value, k = embed ? plan.nope : plan.rank;
+    if (w.shape(0) != plan.heads || w.shape(1) != n || p.k != k || bias) {
+      refuse(name, " is [", w.shape(0), ", ", w.shape(1), ", ", p.k, bias ? "] with a bias" : "]", "; expected [",
+             plan.heads, ", ", n, ", ", k, "]");
+    }
+    auto& heads = embed ? plan.embed : plan.unembed;
+    heads.clear();
+    for (int h = 0; h < plan.heads; h++) {
+      heads.push_back(head_of(p, h, n));
+    }
+    return;
+  }
+  if (bias) {
+    p.bias = keep_floats(*bias, p.n, name + "'s bias");
+  }
+  if (name == "q_a") {
+    plan.q_a = p;
+  } else if (name == "q") {
+    plan.q = p;
+  } else if (name == "kv_a") {
+    plan.kv_a = p;
+  } else if (name == "o") {
+    plan.o = p;
+  } else {
+    refuse("no projection is called \"", name, "\"");
+  }
+}
+
+void LatentAttention::norm(const std::string& name, const mx::array& weight, float eps) {
+  if (name == "q") {
+    held_->plan.q_norm = {keep_floats(weight, held_->plan.q_a.n, "q's norm"), eps};
+  } else if (name == "kv") {
+    held_->plan.kv_norm = {keep_floats(weight, held_->plan.rank, "kv's norm"), eps};
+  } else {
+    refuse("no norm is called \"", name, "\"");
+  }
+}
+
+void LatentAttention::rope(int dims, bool interleaved, std::optional<float> base, const std::optional<mx::array>& freqs,
+                           float scale, float multiplier) {
+  auto& plan = held_->plan;
+  int half = dims / 2;
+  if (dims < 2 || dims % 2 != 0 || dims > plan.rope || base.has_value() == freqs.has_value()) {
+    refuse("a rotation of ", dims, " of ", plan.rope, " elements by ", base ? "a base" : "no base", " and ",
+           freqs ? "frequencies" : "no frequencies", "; expected an even number of them and one of the two");
+  }
+  plan.rope_dims = dims;
+  plan.rope_interleaved = interleaved;
+  plan.rope_scale = scale;
+  plan.rope_multiplier = multiplier;
+  const float* given = freqs ? keep_floats(*freqs, half, "rope's frequencies") : nullptr;
+  plan.inverse_freqs.clear();
+  for (int i = 0; i < half; i++) {
+    plan.inverse_freqs.push_back(given ? 1.0f / given[i] : inverse_frequency(*base, i, half));
+  }
+}
+
+void LatentAttention::finish(bool whole) {
+  auto& plan = held_->plan;
+  if (plan.embed.empty() || plan.unembed.empty()) {
+    refuse("the matrices of keys (embed) and values (unembed) are needed");
+  }
+  if (whole) {
+    plan.hidden = plan.kv_a.k;
+    int q_in = plan.q_a.n > 0 ? plan.q_a.n : plan.hidden;
+    struct Fit {
+      const char* name;
+      const Projection& p;
+      int n, k;
+    } fits[] = {{"q_a", plan.q_a, plan.q_a.n, plan.q_a.n > 0 ? plan.hidden : 0},
+                {"q", plan.q, plan.heads * (plan.nope + plan.rope), q_in},
+                {"kv_a", plan.kv_a, plan.rank + plan.rope, plan.hidden},
+                {"o", plan.o, plan.hidden, plan.heads * plan.value}};
+    for (const Fit& fit : fits) {
+      if (fit.p.n != fit.n || fit.p.k != fit.k || (fit.n == 0 && fit.k != 0)) {
+        refuse(fit.name, " is [", fit.p.n, ", ", fit.p.k, "]; expected [", fit.n, ", ", fit.k, "]");
+      }
+    }
+    if (plan.hidden < 1 || !plan.kv_norm.weight || (plan.q_a.n > 0 && !plan.q_norm.weight)) {
+      refuse("norms of the latents and, with q_a, of its result are needed");
+    }
+  }
+  // Like int8 rows, bf16 is for layers whose weights were rounded more than that.
+  plan.tiles = plan.fast && plan.embed[0].quantized && plan.unembed[0].quantized;
+  plan.whole = whole;
+  finished_ = true;
+}
+
+} // namespace edger1

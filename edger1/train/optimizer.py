@@ -1,0 +1,111 @@
+"""AdamW and Muon over a flat table of f32 weights, with clipping by the global norm.
+
+Muon (Jordan 2024; scaled as in arXiv 2502.16982) takes the matrices inside the layers: each update is the momentum with its
+singular values brought to about one by five Newton-Schulz steps, batched over stacked experts. AdamW takes the rest:
+embedding, head, norms, routers. Weight decay is decoupled, and spares vectors.
+
+MLX's own optimizers run each of a dozen operations a weight over all of memory, and its Muon takes a stack of experts for
+one long matrix.
+"""
+
+from __future__ import annotations
+
+import math
+from types import ModuleType
+
+import mlx.core as mx
+
+from edger1.train.ops import Ops, extension
+from edger1.train.settings import Settings
+
+Table = dict[str, mx.array]
+
+# Quintic of Newton-Schulz and its number of steps, from Jordan's Muon.
+_A, _B, _C = 3.4445, -4.7750, 2.0315
+_STEPS = 5
+_MOMENTUM = 0.95
+_EPSILON = 1e-8
+
+
+def takes_muon(name: str, weight: mx.array) -> bool:
+    """Whether Muon updates a weight: a matrix inside a layer, or a stack of them, that is no router."""
+    outside = name.startswith(("lm_head.", "model.embed_tokens.")) or ".mlp.gate." in name
+    return weight.ndim >= 2 and not outside
+
+
+def trained(name: str) -> bool:
+    """Whether gradients move a weight; a router's correction bias moves by its experts' load instead."""
+    return not name.endswith("e_score_correction_bias")
+
+
+class Optimizer:
+    """Updates weights in place of their table; `state` is all that a run which goes on needs, with the step count."""
+
+    def __init__(self, weights: Table, settings: Settings, ops: Ops) -> None:
+        self.settings = settings
+        self.ops = ops
+        self.kernels: ModuleType | None = extension()
+        self.step = 0
+        names = [name for name in weights if trained(name)]
+        self.muon = [n for n in names if settings.optimizer == "muon" and takes_muon(n, weights[n])]
+        self.adam = [n for n in names if n not in set(self.muon)]
+        self.state: Table = {f"m.{n}": mx.zeros_like(weights[n]) for n in names}
+        self.state |= {f"v.{n}": mx.zeros_like(weights[n]) for n in self.adam}
+
+    def update(self, weights: Table, gradients: Table, share: float, norm: float) -> Table:
+        """Return the weights after a step at `share` of the peak rates; `norm` is the gradients' global norm."""
+        s = self.settings
+        self.step += 1
+        scale = min(1.0, s.clip / (norm + 1e-6)) if s.clip else 1.0
+        found: Table = {}
+        for name in self.adam:
+            found[name] = self._adamw(name, weights[name], gradients[name], share * s.learning_rate, scale)
+        for name in self.muon:
+            found[name] = self._muon(name, weights[name], gradients[name], share * s.muon_rate, scale)
+        return found
+
+    def _adamw(self, name: str, weight: mx.array, gradient: mx.array, rate: float, scale: float) -> mx.array:
+        s = self.settings
+        decay = s.weight_decay if weight.ndim >= 2 else 0.0
+        m, v = self.state.pop(f"m.{name}"), self.state.pop(f"v.{name}")
+        first, second = 1 - s.beta1**self.step, 1 - s.beta2**self.step
+        if self.kernels is not None and hasattr(self.kernels, "adamw"):
+            weight, m, v = self.kernels.adamw(
+                weight, gradient, m, v, scale, rate, s.beta1, s.beta2, _EPSILON, decay, first, second
+            )
+        else:
+            gradient = gradient * scale
+            m = s.beta1 * m + (1 - s.beta1) * gradient
+            v = s.beta2 * v + (1 - s.beta2) * gradient * gradient
+            weight = weight * (1 - rate * decay) - rate * (m / first) / (mx.sqrt(v / second) + _EPSILON)
+        self.state[f"m.{name}"], self.state[f"v.{name}"] = m, v
+        return weight
+
+    def _muon(self, name: str, weight: mx.array, gradient: mx.array, rate: float, scale: float) -> mx.array:
+        momentum = _MOMENTUM * self.state[f"m.{name}"] + (1 - _MOMENTUM) * scale * gradient
+        self.state[f"m.{name}"] = momentum
+        update = orthogonal((1 - _MOMENTUM) * scale * gradient + _MOMENTUM * momentum, self.ops)
+        # Orthogonal updates have a root mean square of max(rows, columns)^-1/2; this makes it that of rows = columns.
+        rows, columns = weight.shape[-2:]
+        return weight * (1 - rate * self.settings.weight_decay) - rate * math.sqrt(max(1.0, rows / columns)) * update
+
+
+def orthogonal(matrices: mx.array, ops: Ops) -> mx.array:
+    """Bring the singular values of matrices [..., M, N] near one, keeping their singular vectors."""
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.swapaxes(-1, -2) if tall else matrices
+    x = x / (mx.sqrt((x * x).sum(axis=(-2, -1), keepdims=True)) + 1e-7)
+    for _ in range(_STEPS):
+        a = ops.matmul(x, x.swapaxes(-1, -2))
+        x = _A * x + ops.matmul(_B * a + _C * ops.matmul(a, a), x)
+    return x.swapaxes(-1, -2) if tall else x
+
+
+def global_norm(gradients: Table, kernels: ModuleType | None = None) -> mx.array:
+    """Return the root of the sum of all squares."""
+    square = kernels.squared_norm if kernels is not None and hasattr(kernels, "squared_norm") else _squared_norm
+    return mx.sqrt(sum((square(g) for g in gradients.values()), mx.array(0.0)))
+
+
+def _squared_norm(gradient: mx.array) -> mx.array:
+    return (gradient * gradient).sum()
