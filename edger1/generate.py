@@ -6,8 +6,9 @@ Each call of `step` does one chunk or one token and returns, so that the schedul
 between. The prompt's last token is fed apart from the chunks: their logits are then never needed, and MLX, being lazy,
 never computes them.
 
-On a GPU the next token's graph is built and started before the last one is read back, so that the device never waits
-for Python. On a CPU there is nothing to overlap, and the forward pass after the last token would be wasted.
+Where Python takes a good part of a token's time (on a GPU, and with small models on a CPU), the next token's graph is
+built and started before the last one is read back, so that the device never waits for Python. With large models on a
+CPU there is nothing to gain, and the forward pass after the last token would be a waste that is noticed.
 """
 
 from __future__ import annotations
@@ -29,6 +30,9 @@ from edger1.messages import Done, Event, Figures, Generate, Message, Progress, T
 from edger1.mlx_runtime import on_gpu
 from edger1.sampling import RandomState, Sampler
 from edger1.thinking import Splitter, begins_in_thought
+
+# Weights up to which a CPU reads them in some tens of milliseconds.
+_SMALL_MODEL_BYTES = 1 << 30
 
 ROLES = ("system", "user", "assistant", "tool", "developer")
 
@@ -131,7 +135,7 @@ class Generation:
         self._random = RandomState.seeded(chosen.seed)
         self._splitter = Splitter(model.markers, request.stop, in_thought)
         self._detokenizer = model.tokenizer.detokenizer
-        self._run_ahead = on_gpu() and not self._sampler.looks_back
+        self._run_ahead = _runs_ahead(model) and not self._sampler.looks_back
 
         self._caches: list[Any] | None = None
         self._cached = 0
@@ -304,6 +308,10 @@ class Generation:
             context_used=len(self._prompt) + len(self._output.tokens),
             context_size=self._model.context,
         )
+
+
+def _runs_ahead(model: LiveModel) -> bool:
+    return on_gpu() or model.plan.resident_bytes <= _SMALL_MODEL_BYTES
 
 
 class RandomTurn:

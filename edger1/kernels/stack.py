@@ -84,11 +84,11 @@ def _stacked(original: Any) -> type:
 
     def call(self: Any, inputs: mx.array, cache: Any = None, *args: Any, **kwargs: Any) -> Any:
         stack = self._stack
-        if stack is not None and cache is not None and inputs.ndim == 2 and 0 < inputs.size <= _MOST_ROWS:
-            if all(a is None for a in (*args, *kwargs.values())):
-                done = stack.run(self, inputs, cache)
-                if done is not None:
-                    return done
+        few = cache is not None and inputs.ndim == 2 and 0 < inputs.size <= _MOST_ROWS
+        if stack is not None and few and all(a is None for a in (*args, *kwargs.values())):
+            done = stack.run(self, inputs, cache)
+            if done is not None:
+                return done
         return call_original(self, inputs, cache, *args, **kwargs)
 
     return type(original.__name__, (original,), {"__call__": call, "__module__": original.__module__})
@@ -97,13 +97,14 @@ def _stacked(original: Any) -> type:
 def _make_room(caches: Any, length: int) -> bool:
     """Grow the caches that `length` positions do not fit into as mlx-lm does; False if there were none."""
     grown = False
-    for cache in caches:
-        end = getattr(cache, "_idx", getattr(cache, "offset", None))
-        if type(cache) not in (KVCache, BatchKVCache) or cache.keys is None or end + length <= cache.keys.shape[2]:
+    for held in caches:
+        if type(held) not in (KVCache, BatchKVCache) or held.keys is None:
             continue
-        more = (cache.step + length - 1) // cache.step * cache.step
-        cache.keys, cache.values = (_grown(a, end, more) for a in (cache.keys, cache.values))
-        grown = True
+        end = held._idx if type(held) is BatchKVCache else held.offset
+        if end + length > held.keys.shape[2]:
+            more = (held.step + length - 1) // held.step * held.step
+            held.keys, held.values = (_grown(a, end, more) for a in (held.keys, held.values))
+            grown = True
     return grown
 
 
@@ -143,13 +144,15 @@ class _Listener:
 
     def __init__(self, layer: Any) -> None:
         self._layer = layer
-        self.heard: Any = None
+        self.x: Any = None
+        self.masks: list[Any] = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._layer, name)
 
     def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> Any:
-        self.heard = x
+        self.x = x
+        self.masks = [v for v in (*args, *kwargs.values()) if isinstance(v, mx.array | str)]
         return self._layer(x, *args, **kwargs)
 
 
@@ -159,19 +162,24 @@ def _tokens(module: Any) -> list[mx.array]:
 
 
 def _scale(module: Any) -> float:
-    """Return what the module multiplies embeddings with before its first layer."""
+    """Return what the module multiplies embeddings with before its first layer.
+
+    Raises _UnfitError also where it gives a layer another mask than the causal one: a window, say.
+    """
     layers, tokens = module["layers"], _tokens(module)[0]
-    first, listener = layers[0], _Listener(layers[0])
-    layers[0] = listener
+    listeners = [_Listener(layer) for layer in layers]
+    originals, layers[:] = layers[:], listeners
     try:
         module(tokens, [KVCache() for _ in layers])
     except (TypeError, ValueError, AttributeError, RuntimeError, IndexError) as error:
         raise _UnfitError from error
     finally:
-        layers[0] = first
-    if not isinstance(listener.heard, mx.array):
+        layers[:] = originals
+    if any(isinstance(mask, mx.array) or mask != "causal" for each in listeners for mask in each.masks):
         raise _UnfitError
-    embedded, heard = module.embed_tokens(tokens), listener.heard
+    if not isinstance(listeners[0].x, mx.array):
+        raise _UnfitError
+    embedded, heard = module.embed_tokens(tokens), listeners[0].x
     ratio = float(((heard * embedded).sum() / mx.square(embedded).sum()).item())
     # Models state a round number, or the root of the width; the ratio is only near it.
     usual = (1.0, float(round(ratio)), round(ratio, 3), math.sqrt(embedded.shape[-1]), ratio)

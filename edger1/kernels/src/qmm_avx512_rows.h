@@ -31,7 +31,7 @@ inline const float* part(const void* prepared, int64_t offset) {
 
 // How far ahead of its use a weight is asked for: the processor's own prefetchers do not keep enough lines in flight to
 // hide memory behind this much arithmetic a line. Reading ahead of the end of a matrix has no effect.
-constexpr int kPrefetchBytes = 3072;
+constexpr int kPrefetchBytes = 6144;
 
 // The same for scales or biases, which are fewer.
 inline void ahead(const void* base, int64_t index, ScaleType type) {
