@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
@@ -74,6 +74,8 @@ class Anatomy:
     norms: dict[str, str] | None
     """Role -> name; None where the layer's norms are none of the known ones."""
     residual_scale: float
+    known_norms: dict[int, tuple[mx.array, mx.array | None, bool]] = field(default_factory=dict)
+    """Norms that were looked at, by their id: a layer is described more than once."""
 
     @property
     def attention(self) -> nn.Module:
@@ -173,11 +175,11 @@ def build(anatomy: Anatomy, form: Form, runs: str, precision: str, extension: Mo
     for projection in projections:
         projection.add(call, called)
     for name, key in _qk_norms(attention):
-        _add_norm(call, name, attention, key, called)
+        _add_norm(call, name, attention, key, called, anatomy.known_norms)
     if not alone:
         for role, key in (anatomy.norms or {}).items():
             if role != "mlp_post" or runs == "layer":
-                _add_norm(call, role, layer, key, called)
+                _add_norm(call, role, layer, key, called, anatomy.known_norms)
         call.watch(None, anatomy.attention_key, attention)
     sinks = next((attention[k] for k in _SINKS if isinstance(attention.get(k), mx.array)), None)
     if sinks is not None:
@@ -306,9 +308,11 @@ def _qk_norms(attention: nn.Module) -> list[tuple[str, str]]:
     return []
 
 
-def _add_norm(call: Any, name: str, owner: nn.Module, key: str, called: nn.Module) -> None:
+def _add_norm(call: Any, name: str, owner: nn.Module, key: str, called: nn.Module, known: dict[int, Any]) -> None:
     norm = owner[key]
-    weight, bias, centered = _norm(norm)
+    if id(norm) not in known:
+        known[id(norm)] = _norm(norm)
+    weight, bias, centered = known[id(norm)]
     call.norm(name, weight, _epsilon(norm), centered, bias)
     _watch(call, owner, key, called)
     for part in ("weight", "bias"):
