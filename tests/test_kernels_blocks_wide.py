@@ -220,6 +220,24 @@ def test_a_rotating_cache_goes_through_the_states_that_mlx_lm_puts_it_in(prompt:
             assert mx.allclose(a, b, rtol=1e-4, atol=1e-4), step
 
 
+@pytest.mark.parametrize("family", WINDOWED)
+def test_windows_hold_in_plain_caches_too(family: str) -> None:
+    """Windows wider than what a stack of layers was tried with, in caches that somebody made by himself."""
+    model = build(family, quantize=True)
+    inner = model.model
+    for name in ("window_size", "sliding_window"):
+        if hasattr(inner, name):
+            setattr(inner, name, 16)
+
+    def run() -> Any:
+        return greedy(model, 20, [KVCache() for _ in model.layers], [(7 * i) % 190 for i in range(30)])[1]
+
+    with installed(model, fuse=False):
+        expected = run()
+    with installed(model):
+        assert relative_error(run(), expected) <= TOLERANCE
+
+
 def test_a_ring_of_ones_own_is_written_in_place_and_a_copied_one_is_not() -> None:
     import numpy as np
 
