@@ -1,0 +1,163 @@
+"""All layers of a model as one operation: the same bits as a layer at a time, alone and in mlx-lm's batches."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+
+mx = pytest.importorskip("mlx.core")
+
+from mlx_lm.models.cache import BatchKVCache, KVCache, make_prompt_cache, trim_prompt_cache  # noqa: E402
+
+from edger1 import kernels  # noqa: E402
+
+if not kernels.state().available or mx.default_device().type != mx.cpu:
+    pytest.skip(f"CPU kernels: {kernels.state().reason}", allow_module_level=True)
+
+from edger1.kernels import _load  # noqa: E402
+from edger1.kernels.stack import _stacked, uninstall  # noqa: E402
+from tests.test_kernels_blocks import FAMILIES, address, build, greedy, installed  # noqa: E402
+
+
+@pytest.mark.parametrize("precision", ["exact", "fast"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_stack_has_the_bits_of_its_layers(family: str, precision: str) -> None:
+    model = build(family)
+    with installed(model, precision) as state:
+        assert len(state._stacks) == 1
+        tokens, logits = greedy(model, 300)
+        uninstall(state._stacks)
+        expected, expected_logits = greedy(model, 300)
+    assert tokens == expected
+    assert mx.array_equal(logits, expected_logits)
+
+
+PROMPTS = [[5], [5, 6, 7, 200, 31], list(range(40, 80)), [(7 * i) % 250 for i in range(270)]]
+
+
+def prefilled(model: Any, prompt: list[int]) -> Any:
+    caches = make_prompt_cache(model)
+    model(mx.array([prompt]), cache=caches)
+    mx.eval([c.state for c in caches])
+    return caches
+
+
+def merged(rows: list[Any]) -> list[Any]:
+    return [BatchKVCache.merge([row[i] for row in rows]) for i in range(len(rows[0]))]
+
+
+@pytest.mark.parametrize("precision", ["exact", "fast"])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_a_batch_of_unequal_lengths_has_the_bits_of_its_rows_alone(precision: str, threads: int) -> None:
+    extension = _load()[0]
+    assert extension is not None
+    before = extension.threads()
+    model = build()
+    try:
+        extension.set_threads(threads)
+        with installed(model, precision):
+            rows = [prefilled(model, prompt) for prompt in PROMPTS]
+            batch = merged(rows)
+            alone = [greedy(model, 20, row, [9]) for row in rows]
+            x = mx.full((len(rows), 1), 9)
+            for step in range(20):
+                logits = model(x, cache=batch)[:, -1, :]
+                assert mx.array_equal(logits, mx.stack([single[step] for _, single in alone]))
+                x = mx.argmax(logits, -1)[:, None]
+            lengths = [len(p) + 20 for p in PROMPTS]
+            assert batch[0]._idx == max(lengths)
+            assert batch[-1].offset.tolist() == lengths
+            assert batch[-1].left_padding.tolist() == [max(lengths) - n for n in lengths]
+    finally:
+        extension.set_threads(before)
+
+
+def test_several_positions_a_row_and_batches_that_change() -> None:
+    model = build()
+    with installed(model):
+        rows = [prefilled(model, prompt) for prompt in PROMPTS[:3]]
+        batch = merged(rows)
+        ahead = mx.array([[1, 2, 3], [4, 5, 6], [7, 8, 9]])
+        expected = mx.concatenate([model(ahead[i : i + 1], cache=row) for i, row in enumerate(rows)])
+        assert mx.array_equal(model(ahead, cache=batch), expected)
+        for cache in batch:
+            cache.filter(mx.array([0, 2]))
+        expected = mx.concatenate([model(mx.array([[11]]), cache=rows[i]) for i in (0, 2)])
+        assert mx.array_equal(model(mx.array([[11], [11]]), cache=batch), expected)
+        more = merged([prefilled(model, PROMPTS[1])])
+        for cache, other in zip(batch, more, strict=True):
+            cache.extend(other)
+        again = prefilled(model, PROMPTS[1])
+        expected = mx.concatenate([model(mx.array([[12]]), cache=c) for c in (rows[0], rows[2], again)])
+        assert mx.array_equal(model(mx.array([[12]] * 3), cache=batch), expected)
+
+
+def test_the_batch_generator_gives_what_single_prompts_give() -> None:
+    from mlx_lm.generate import BatchGenerator
+
+    model = build()
+    prompts = [list(range(20, 60)), list(range(100, 145)), list(range(5, 38))]
+    with installed(model):
+        expected = [greedy(model, 12, prompt=prompt)[0] for prompt in prompts]
+        generator = BatchGenerator(model, max_tokens=12)
+        ids = generator.insert(prompts)
+        got: dict[int, list[int]] = {uid: [] for uid in ids}
+        while any(len(tokens) < 12 for tokens in got.values()):
+            for response in generator.next_generated():
+                got[response.uid].append(response.token)
+        assert [got[uid] for uid in ids] == expected
+
+
+def test_caches_of_different_kinds_and_padding_are_the_layers_own_matter() -> None:
+    model = build()
+    with installed(model):
+        batch = merged([prefilled(model, prompt) for prompt in PROMPTS[:2]])
+        batch[1].left_padding = batch[1].left_padding + 1
+        module = model.model
+        assert type(module) is _stacked(type(module).__mro__[1])
+        x = module.embed_tokens(mx.array([[1], [1]]))
+        assert module._stack.run(module, mx.array([[1], [1]]), batch) is None
+        assert module._stack.run(module, mx.array([[1]]), [KVCache() for _ in range(3)]) is None
+        mx.eval(x)
+
+
+def test_held_arrays_stay_and_ones_own_are_written_in_place() -> None:
+    model = build()
+    with installed(model):
+        caches = prefilled(model, PROMPTS[2])
+        greedy(model, 2, caches, [1])
+        mx.eval([c.state for c in caches])
+        places = [address(c.keys) for c in caches]
+        fork = copy.deepcopy(caches)
+        held = [(c.keys, c.keys + 0) for c in fork]
+        mx.eval(held)
+        expected, _ = greedy(model, 6, fork, [3])
+        for keys, then in held:
+            assert mx.array_equal(keys, then)
+        del fork, held, keys, then
+        mx.eval([c.state for c in caches])
+        assert greedy(model, 6, caches, [3])[0] == expected
+        assert trim_prompt_cache(caches, 6) == 6
+        before = [address(c.keys) for c in caches]
+        assert greedy(model, 6, caches, [3])[0] == expected
+        assert [address(c.keys) for c in caches] == before
+        assert len(places) == len(before)
+
+
+def test_an_exchanged_layer_or_weight_is_noticed() -> None:
+    model = build()
+    with installed(model):
+        caches = prefilled(model, PROMPTS[1])
+        before = model(mx.array([[3]]), cache=caches)[0, 0]
+        mx.eval(before)
+        trim_prompt_cache(caches, 1)
+        model.model.norm.weight = model.model.norm.weight * 2
+        doubled = model(mx.array([[3]]), cache=caches)[0, 0]
+        assert mx.abs(doubled - before).max().item() > 1e-3
+        model.model.norm.weight = model.model.norm.weight / 2
+        trim_prompt_cache(caches, 1)
+        model.model.layers[0], model.model.layers[1] = model.model.layers[1], model.model.layers[0]
+        swapped = model(mx.array([[3]]), cache=caches)[0, 0]
+        assert mx.abs(swapped - before).max().item() > 1e-3
