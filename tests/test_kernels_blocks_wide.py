@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ nn = pytest.importorskip("mlx.nn")
 from families import build, relative_error  # noqa: E402
 from mlx_lm.models.base import create_causal_mask  # noqa: E402
 from mlx_lm.models.cache import (  # noqa: E402
+    BatchKVCache,
     BatchRotatingKVCache,
     KVCache,
     RotatingKVCache,
@@ -359,6 +361,77 @@ def test_a_batch_in_rings_computes_what_its_rows_do() -> None:
             for row, one in zip(logits, single, strict=True):
                 assert relative_error(row, one[step]) <= TOLERANCE
             x = mx.argmax(logits, -1)[:, None]
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek", "olmoe", "falcon_h1"])
+def test_batches_of_different_lengths_compute_what_their_sequences_do(family: str) -> None:
+    """Through growth, and on when a sequence has left."""
+    model = build(family, quantize=True)
+    if family == "falcon_h1":
+        model = _Attention(model.layers[0].self_attn)
+    prompts = [[(7 * i + j * j) % 190 for j in range(length)] for i, length in enumerate((252, 3, 40))]
+    steps = [[(11 * i + 5 * j) % 190 for j in range(12)] for i in range(3)]
+    with installed(model) as state:
+        assert set(state.blocks.counts) <= {LAYER, HALF, ATTENTION}
+        caches, expected = [], []
+        for prompt, tokens in zip(prompts, steps, strict=True):
+            caches.append(make_prompt_cache(model))
+            model(mx.array([prompt]), cache=caches[-1])
+            alone = copy.deepcopy(caches[-1])
+            expected.append([model(mx.array([[t]]), cache=alone)[0, -1] for t in tokens])
+        batch = [type(layers[0]).merge(list(layers)) for layers in zip(*caches, strict=True)]
+        assert all(type(c) is BatchKVCache for c in batch)
+        calls = _watched(model)
+        rows = [0, 1, 2]
+        for step in range(12):
+            if step == 8:
+                rows = [1, 2]
+                for c in batch:
+                    c.filter([1, 2])
+            logits = model(mx.array([[steps[row][step]] for row in rows]), cache=batch)[:, -1, :]
+            for got, row in zip(logits, rows, strict=True):
+                assert relative_error(got, expected[row][step]) <= TOLERANCE
+        # Once in each cache there was no room at first.
+        assert sum(done is not None for done in calls) == 12 * len(batch)
+
+
+class _Attention(nn.Module):
+    """A model of one attention layer."""
+
+    def __init__(self, attention: Any) -> None:
+        super().__init__()
+        self.embed = mx.random.normal((200, 128), key=mx.random.key(5))
+        self.layers = [_Alone(attention)]
+
+    def __call__(self, tokens: Any, cache: Any) -> Any:
+        x = self.embed[tokens]
+        mask = cache[0].make_mask(x.shape[1], return_array=False, window_size=None)
+        return self.layers[0].self_attn(x, mask=mask, cache=cache[0])
+
+
+class _Alone(nn.Module):
+    def __init__(self, attention: Any) -> None:
+        super().__init__()
+        self.self_attn = attention
+
+
+def _watched(model: Any) -> list[Any]:
+    """What the operations of a model's blocks answer from now on."""
+    answers: list[Any] = []
+    for module in model.modules():
+        if vars(module).get("_block") is not None:
+            held = vars(module)["_block"]
+            object.__setattr__(module, "_block", dataclasses.replace(held, call=_Noting(held.call, answers)))
+    return answers
+
+
+class _Noting:
+    def __init__(self, call: Any, answers: list[Any]) -> None:
+        self._call, self._answers = call, answers
+
+    def __call__(self, *arguments: Any) -> Any:
+        self._answers.append(self._call(*arguments))
+        return self._answers[-1]
 
 
 def test_the_experts_half_is_the_modules_own() -> None:

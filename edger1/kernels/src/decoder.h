@@ -27,6 +27,9 @@ struct CachePlace {
   int offset = 0;                    // the first new position, as the rotation counts
   int first_slot = 0;
   std::optional<int> count;          // offset + L where not given
+  // int32 [B]: what is in slots starts[b] .. offset - 1 are the positions of sequence b from 0 on, and what precedes them is
+  // padding; not together with the two above.
+  std::optional<mx::array> starts;
 };
 
 struct DecoderOutputs {
