@@ -149,6 +149,7 @@ def _cases(extension: Any, large: bool) -> Iterator[_Case]:
     yield from _choosing_cases(extension, logits)
     yield from _stored_cases(extension, 1024 if large else 100)
     yield from _gather_cases(extension, 128 if large else 32)
+    yield from _expert_cases(extension, 512 if large else 64)
     if not large:
         yield from _gradient_cases(extension)
 
@@ -272,6 +273,29 @@ def _gather_cases(extension: Any, size: int) -> Iterator[_Case]:
         lambda: quantized.gather_qmm(x, *parts, **settings),
         lambda: mx.gather_qmm(x, *parts, **settings),
     )
+
+
+def _expert_cases(extension: Any, size: int) -> Iterator[_Case]:
+    """Experts with their weighted sum, some rows an expert and many."""
+    weights = {name: _random(8, 2 * size, size) / size**0.5 for name in ("gate", "up")}
+    weights["down"] = _random(8, size, 2 * size) / size**0.5
+    parts: dict[str, Any] = {name: mx.quantize(w, 32, 4) for name, w in weights.items()}
+    for rows in (3, 80):
+        x, shares = _random(rows, size), mx.random.uniform(shape=(rows, 2))
+        chosen = mx.random.randint(0, 8, (rows, 2)).astype(mx.uint32)
+
+        def theirs(x: mx.array = x, shares: mx.array = shares, chosen: mx.array = chosen) -> mx.array:
+            gathered = partial(mx.gather_qmm, rhs_indices=chosen, group_size=32, bits=4)
+            up, gate = (gathered(x[:, None, None], *parts[name]) for name in ("up", "gate"))
+            down = gathered(gate * mx.sigmoid(gate) * up, *parts["down"])[..., 0, :]
+            return (down * shares[..., None]).sum(axis=-2)
+
+        for precision, limit in (("exact", EXACT_LIMIT), ("fast", FAST_LIMIT)):
+            experts = extension.Experts(precision=precision)
+            for name, part in parts.items():
+                experts.project(name, *part, group_size=32)
+            experts.finish()
+            yield _Case(f"experts {precision} {rows} rows", partial(experts, x, chosen, shares), theirs, limit)
 
 
 def _gradient_cases(extension: Any) -> Iterator[_Case]:
