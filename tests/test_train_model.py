@@ -175,3 +175,16 @@ def test_the_hubs_names_are_read_back_with_the_mtp_layer(tmp_path: Path) -> None
     assert weights.keys() == expected.keys()
     for name, value in weights.items():
         assert np.allclose(np.array(value.astype(mx.float32)), np.array(expected[name]), atol=1e-3), name
+
+
+def test_the_recipes_models_are_of_the_sizes_they_promise() -> None:
+    from edger1.train import settings
+
+    sizes, active = {}, {}
+    for name in ("nano-moe", "nano-dense"):
+        config, _ = settings.read(Path(__file__).parents[1] / "recipes" / "nano" / "configs" / f"{name}.toml")
+        made = model.build(config, 2048)
+        sizes[name] = sum(weight.size for weight in model.parameters(made).values())
+        active[name] = model.active_parameters(model.complete(config, {"vocab_size": 2048}))
+    assert 2 * sizes["nano-moe"] < 45e6
+    assert active["nano-dense"] == pytest.approx(active["nano-moe"], rel=0.02)

@@ -59,6 +59,10 @@ class Ops:
         """Return a [..., M, K] times b [..., K, N]; has no gradient."""
         return self.kernels.mixed_matmul(a, b) if self.kernels is not None and self.mixed else a @ b
 
+    def blend(self, x: mx.array, a: float, y: mx.array, b: float) -> mx.array:
+        """Return a x + b y of two arrays of one shape; has no gradient."""
+        return self.kernels.blend(x, a, y, b) if self.kernels is not None else a * x + b * y
+
     def add_norm(self, x: mx.array, y: mx.array, norm: nn.RMSNorm) -> tuple[mx.array, mx.array]:
         """Return x + y and its norm, all [..., D]."""
         if self.kernels is None:
@@ -75,7 +79,8 @@ class Ops:
         """Return causal attention within documents, [B, L, H, V].
 
         q is [B, L, H, N + R] and kv [B, L, H / G, N + V]; R dimensions are rotated by their positions, and those of
-        keys are apart: rope [B, L, 1 or H / G, R]. Position i sees positions starts[b, i] .. i, starts being int32 [B, L].
+        keys are apart: rope [B, L, 1 or H / G, R]. Position i sees positions starts[b, i] .. i, starts being
+        int32 [B, L].
         """
         if self.kernels is None:
             return _plain_attention(q, kv, rope, starts, scale, turning)

@@ -82,22 +82,25 @@ class Optimizer:
         return weight
 
     def _muon(self, name: str, weight: mx.array, gradient: mx.array, rate: float, scale: float) -> mx.array:
-        momentum = _MOMENTUM * self.state[f"m.{name}"] + (1 - _MOMENTUM) * scale * gradient
+        blend, fresh = self.ops.blend, (1 - _MOMENTUM) * scale
+        momentum = blend(self.state.pop(f"m.{name}"), _MOMENTUM, gradient, fresh)
         self.state[f"m.{name}"] = momentum
-        update = orthogonal((1 - _MOMENTUM) * scale * gradient + _MOMENTUM * momentum, self.ops)
-        # Orthogonal updates have a root mean square of max(rows, columns)^-1/2; this makes it that of rows = columns.
+        # Nesterov's look ahead.
+        update = orthogonal(blend(gradient, fresh, momentum, _MOMENTUM), self.ops)
+        # An orthogonal M x N matrix has a root mean square of max(M, N)^-1/2; tall ones are brought to that of M = N.
         rows, columns = weight.shape[-2:]
-        return weight * (1 - rate * self.settings.weight_decay) - rate * math.sqrt(max(1.0, rows / columns)) * update
+        rate_here = rate * math.sqrt(max(1.0, rows / columns))
+        return blend(weight, 1 - rate * self.settings.weight_decay, update, -rate_here)
 
 
 def orthogonal(matrices: mx.array, ops: Ops) -> mx.array:
     """Bring the singular values of matrices [..., M, N] near one, keeping their singular vectors."""
     tall = matrices.shape[-2] > matrices.shape[-1]
-    x = matrices.swapaxes(-1, -2) if tall else matrices
-    x = x / (mx.sqrt((x * x).sum(axis=(-2, -1), keepdims=True)) + 1e-7)
+    x = mx.contiguous(matrices.swapaxes(-1, -2)) if tall else matrices
+    x = x * mx.rsqrt((x * x).sum(axis=(-2, -1), keepdims=True) + 1e-14)
     for _ in range(_STEPS):
         a = ops.matmul(x, x.swapaxes(-1, -2))
-        x = _A * x + ops.matmul(_B * a + _C * ops.matmul(a, a), x)
+        x = ops.blend(x, _A, ops.matmul(ops.blend(a, _B, ops.matmul(a, a), _C), x), 1.0)
     return x.swapaxes(-1, -2) if tall else x
 
 

@@ -1,8 +1,8 @@
 """Documents packed into rows of one length, whole: best fit over a shuffled epoch.
 
 A document longer than a row is cut into pieces that fill rows of their own; any other stays in one piece, so that
-nothing is predicted without its beginning. What is left of a row is padding. An epoch's rows depend on its seed alone, so a run
-that goes on needs no more than the epoch and the row it stopped at.
+nothing is predicted without its beginning. What is left of a row is padding. An epoch's rows depend on its seed
+alone, so a run that goes on needs no more than the epoch and the row it stopped at.
 """
 
 from __future__ import annotations
