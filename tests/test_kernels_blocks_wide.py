@@ -226,6 +226,17 @@ def test_the_report_says_what_runs_and_why_not_more() -> None:
         assert "q_proj" in state.blocks.describe()
 
 
+@pytest.mark.parametrize("family", ["plamo", "plamo2", "gemma4", "hunyuan", "afm7", "gptj"])
+def test_what_is_built_in_another_way_runs_all_the_same(family: str) -> None:
+    """Layers within a module, layers that return more than one array, layers that are called by names."""
+    model = build(family, quantize=True)
+    expected = greedy(model, 3)[1]
+    mx.eval(expected)
+    with installed(model) as state:
+        assert len(state.blocks.found) > 0
+        assert relative_error(greedy(model, 3)[1], expected) <= TOLERANCE
+
+
 def test_uninstall_gives_every_class_back() -> None:
     for family in ("olmoe", "falcon_h1", "gemma2"):
         model = build(family)
