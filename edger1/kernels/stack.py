@@ -115,11 +115,14 @@ def _grown(a: mx.array, end: int, more: int) -> mx.array:
 def _operation(module: Any, extension: ModuleType) -> _Stack:
     """Return the operation that computes what `module` does."""
     layers, norm = module["layers"], module["norm"]
+    # Some families have a module there that holds the layers.
+    if not isinstance(layers, list):
+        raise _UnfitError
     calls = [_call_of(layer) for layer in layers]
     if not _sees_everything(module):
         raise _UnfitError
     weight, eps = norm.get("weight"), getattr(norm, "eps", None)
-    if not isinstance(layers, list) or weight is None or eps is None:
+    if weight is None or eps is None:
         raise _UnfitError
     for factor in (weight, 1.0 + weight):
         try:
