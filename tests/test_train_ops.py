@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from edger1.train import ops
-from edger1.train.optimizer import orthogonal
 
 kernels = ops.extension()
 pytestmark = pytest.mark.skipif(kernels is None, reason="the kernels are not built")
@@ -175,16 +174,19 @@ def test_adamw_is_the_papers() -> None:
         assert off(x, mx.array(expected.astype(np.float32))) < EXACT
 
 
-@pytest.mark.parametrize("shape", [(3, 24, 64), (3, 64, 24)])
-def test_muon_brings_singular_values_near_one(shape: tuple[int, ...]) -> None:
-    (matrices,) = arrays(shape)
-    found = np.array(orthogonal(matrices, ops.Ops(False)))
-    values = np.linalg.svd(found, compute_uv=False)
-    assert values.min() > 0.5
-    assert values.max() < 1.3
-    left, _, right = np.linalg.svd(np.array(matrices), full_matrices=False)
-    nearest = left @ right
-    assert (found * nearest).sum() / np.linalg.norm(found) / np.linalg.norm(nearest) > 0.97
+@pytest.mark.parametrize(("mixed", "bound"), [(False, 1e-4), (True, 0.1)])
+def test_muon_brings_singular_values_near_one(mixed: bool, bound: float) -> None:
+    for matrices, found in zip(
+        inputs := arrays((3, 24, 64), (64, 24), (2, 2, 40, 40)), ops.Ops(mixed).orthogonal(inputs), strict=True
+    ):
+        assert off(found, ops._plain_orthogonal(matrices)) < bound
+        left, values, right = np.linalg.svd(np.array(matrices), full_matrices=False)
+        got = np.linalg.svd(np.array(found), compute_uv=False)
+        # The smallest singular value of a square matrix may need more steps.
+        assert got.max() < 1.3
+        assert got[..., : values.shape[-1] // 2].min() > 0.5
+        nearest = left @ right
+        assert (np.array(found) * nearest).sum() / np.linalg.norm(found) / np.linalg.norm(nearest) > 0.9
 
 
 def test_wrong_shapes_are_refused() -> None:

@@ -55,9 +55,11 @@ class Ops:
         """Return x [..., K] times the transpose of weight [N, K]."""
         return self._linear(x, weight)
 
-    def matmul(self, a: mx.array, b: mx.array) -> mx.array:
-        """Return a [..., M, K] times b [..., K, N]; has no gradient."""
-        return self.kernels.mixed_matmul(a, b) if self.kernels is not None and self.mixed else a @ b
+    def orthogonal(self, matrices: list[mx.array]) -> list[mx.array]:
+        """Bring the singular values of matrices [..., M, N] near one, as Muon does; has no gradient."""
+        if self.kernels is not None and matrices:
+            return list(self.kernels.orthogonal(matrices, self.mixed))
+        return [_plain_orthogonal(one) for one in matrices]
 
     def blend(self, x: mx.array, a: float, y: mx.array, b: float) -> mx.array:
         """Return a x + b y of two arrays of one shape; has no gradient."""
@@ -128,6 +130,21 @@ def _linear(kernels: ModuleType | None, mixed: bool) -> Callable[[mx.array, mx.a
         return kernels.mixed_matmul(cotangent, weight), kernels.mixed_matmul(d.T, rows)
 
     return cast(Callable[..., mx.array], linear)
+
+
+# Quintic of Newton-Schulz and its number of steps, from Jordan's Muon.
+_A, _B, _C = 3.4445, -4.7750, 2.0315
+_STEPS = 5
+
+
+def _plain_orthogonal(matrices: mx.array) -> mx.array:
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.swapaxes(-1, -2) if tall else matrices
+    x = x / (mx.sqrt((x * x).sum(axis=(-2, -1), keepdims=True)) + 1e-7)
+    for _ in range(_STEPS):
+        a = x @ x.swapaxes(-1, -2)
+        x = _A * x + (_B * a + _C * (a @ a)) @ x
+    return x.swapaxes(-1, -2) if tall else x
 
 
 def _add_norm(kernels: ModuleType, eps: float) -> Callable[..., mx.array]:

@@ -31,6 +31,7 @@ void bind_train(nb::module_& m) {
   m.def("best_experts", &best_experts, "scores"_a, "chosen"_a);
   m.def("adamw", &adamw, "weights"_a, "gradient"_a, "m"_a, "v"_a, "gradient_scale"_a, "rate"_a, "beta1"_a, "beta2"_a,
         "epsilon"_a, "decay"_a, "first"_a, "second"_a);
+  m.def("orthogonal", &orthogonal, "matrices"_a, "mixed"_a);
   m.def("blend", &blend, "x"_a, "a"_a, "y"_a, "b"_a, "a x + b y.");
   m.def("squared_norm", &squared_norm, "x"_a);
 }

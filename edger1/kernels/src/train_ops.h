@@ -56,6 +56,8 @@ mx::array best_experts(const mx::array& scores, int chosen);
 std::vector<mx::array> adamw(const mx::array& w, const mx::array& g, const mx::array& m, const mx::array& v,
                              float gradient_scale, float rate, float beta1, float beta2, float epsilon, float decay,
                              float first, float second);
+// Matrices, or stacks of them, of any sizes, each with its singular values brought near one by Muon's Newton-Schulz steps.
+std::vector<mx::array> orthogonal(const std::vector<mx::array>& matrices, bool mixed);
 // a x + b y, all f32 of one shape.
 mx::array blend(const mx::array& x, float a, const mx::array& y, float b);
 // The sum of squares of a f32 array, as a f32 scalar.
