@@ -5,28 +5,21 @@
 // for memory after every 32 columns, to be scaled. Blocks of 32 rows of x by 32 columns of the result keep four tiles
 // of sums and share their operands.
 //
-// The tile unit takes 64 cycles for 32 columns of W, and two things keep it waiting. Operands from L2 take longer than
-// that, so a panel goes through in chunks of W that stay in L1, with the sums put down in between. And a tile's store
-// holds up the products behind it until the tile is complete, so each tile is stored when the next block claims it.
+// A tile's store holds up the products behind it until the tile is complete, and the lines of a new result are in no cache:
+// sums go to a small dense block, which is copied while the tiles of the next one are at work.
 #include "qmm_tables.h"
 
 #if defined(__AMX_BF16__) && defined(__AVX512BF16__)
+#include "amx_tiles.h"
 #include "qmm_avx512_panel.h"
 
 namespace edger1 {
 namespace {
 
-constexpr int kTileRows = 32;
-constexpr int kSlabRows = 512;      // rows of x whose sums scratch holds
-constexpr int kChunkSteps = 9;      // steps of 32 columns of W, 2 KiB each, that pass before the next rows of x
 constexpr int kUnpackColumns = 512; // columns of W that pass through bytes at a time
 
 int64_t packed_bytes(const QuantMatrix& w, bool fast) {
   return fast ? static_cast<int64_t>(w.k) * kTileRows * 2 : packed_x_bytes(w, false);
-}
-
-inline __m512i to_bf16(__m512 first, __m512 second) {
-  return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second, first));
 }
 
 // [32 columns of W][32 rows][32 bf16]
@@ -46,26 +39,8 @@ int64_t tile_scratch_bytes(const QuantMatrix& w, bool fast) {
     return panel_scratch_bytes(w, false);
   }
   return 2 * static_cast<int64_t>(w.k / w.group) * 32 * 4 + int64_t{w.k} * 32 * 2 + int64_t{kUnpackColumns} * 32 +
-      int64_t{kSlabRows} * kPanel * 4;
+      2 * int64_t{kTileRows} * kPanel * 4;
 }
-
-// Two columns of W for 16 rows as the pairs of bf16 that a tile product takes.
-struct Pairing {
-  __m512i order;
-
-  Pairing() {
-    alignas(64) uint16_t from[32];
-    for (int i = 0; i < 16; i++) {
-      from[2 * i] = static_cast<uint16_t>(i);
-      from[2 * i + 1] = static_cast<uint16_t>(16 + i);
-    }
-    order = _mm512_load_si512(from);
-  }
-
-  __m512i operator()(__m512 even, __m512 odd) const {
-    return _mm512_permutexvar_epi16(order, to_bf16(even, odd));
-  }
-};
 
 // Where columns k, k + 1 of rows 16 * half .. of a panel lie: [k / 32][2 halves][16 pairs of columns][16 rows][2] bf16.
 inline uint16_t* pairs_at(uint16_t* pairs, int k, int half) {
@@ -133,99 +108,31 @@ void unpack_pairs_nibbles(const QuantMatrix& w, int n0, int n1, const float* sca
   }
 }
 
-struct alignas(64) TileShapes {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-// Not local: GCC 12 thinks that _tile_loadconfig reads eight bytes of it and may drop stores to the rest as dead.
-const TileShapes kTileShapes;
-
-// 32 rows of the result; `stride` in floats.
-struct Block {
-  float* at = nullptr;
-  int64_t stride = 0;
-
-  float* tile(int i) const {
-    return at + i / 2 * 16 * stride + i % 2 * 16;
-  }
-};
-
-// Tile I of the block before goes to its place and begins the next block. A macro: tile numbers are assembly text.
-#define EDGER1_NEXT_BLOCK(I)                                    \
-  if (before.at) {                                              \
-    _tile_stored(I, before.tile(I), before.stride * 4);         \
-  }                                                             \
-  if (first) {                                                  \
-    _tile_zero(I);                                              \
-  } else {                                                      \
-    _tile_loadd(I, sums.tile(I), sums.stride * 4);              \
-  }
-
-// Tiles 0..3 become the products of 32 rows of x and `steps` times 32 columns of W, plus `sums` unless these are the
-// `first`; what they held goes to `before`, if anywhere.
-inline void multiply(const uint16_t* x, const uint16_t* pairs, int steps, bool first, Block sums, Block before) {
-  _tile_loadd(4, x, 64);
-  _tile_loadd(6, pairs, 64);
-  EDGER1_NEXT_BLOCK(0)
-  _tile_dpbf16ps(0, 4, 6);
-  _tile_loadd(7, pairs + 512, 64);
-  EDGER1_NEXT_BLOCK(1)
-  _tile_dpbf16ps(1, 4, 7);
-  _tile_loadd(5, x + 512, 64);
-  EDGER1_NEXT_BLOCK(2)
-  _tile_dpbf16ps(2, 5, 6);
-  EDGER1_NEXT_BLOCK(3)
-  _tile_dpbf16ps(3, 5, 7);
-  for (int i = 1; i < steps; i++) {
-    x += 1024;
-    pairs += 1024;
-    _tile_loadd(4, x, 64);
-    _tile_loadd(6, pairs, 64);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(7, pairs + 512, 64);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_loadd(5, x + 512, 64);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
-  }
-}
-#undef EDGER1_NEXT_BLOCK
-
-// A new result is in no cache, and the tile unit would wait for each of its lines.
-inline void prefetch_block(Block block) {
-  for (int i = 0; i < kTileRows; i++) {
-    _mm_prefetch(block.at + i * block.stride, _MM_HINT_ET0);
-    _mm_prefetch(block.at + i * block.stride + 16, _MM_HINT_ET0);
-  }
-}
-
-// Up to kSlabRows rows against a whole panel. Blocks that the result has not room for end in `sums` and are copied.
-void multiply_slab(const uint16_t* x, const uint16_t* pairs, int k, int rows, int columns, float* out, int64_t stride,
-                   float* sums) {
-  const int steps = k / 32, chunks = (steps + kChunkSteps - 1) / kChunkSteps, chunk = (steps + chunks - 1) / chunks;
-  const int direct = columns == kPanel ? rows / kTileRows * kTileRows : 0;
-  Block before;
-  for (int step = 0; step < steps; step += chunk) {
-    bool last = step + chunk >= steps;
-    for (int i = 0; i < rows; i += kTileRows) {
-      Block block{sums + i * kPanel, kPanel};
-      if (last && i < direct) {
-        prefetch_block(Block{out + i * stride, stride});
-      }
-      multiply(x + static_cast<int64_t>(i) * k + int64_t{step} * 1024, pairs + int64_t{step} * 1024,
-               last ? steps - step : chunk, step == 0, block, before);
-      before = last && i < direct ? Block{out + i * stride, stride} : block;
-    }
-  }
-  _tile_stored(0, before.tile(0), before.stride * 4);
-  _tile_stored(1, before.tile(1), before.stride * 4);
-  _tile_stored(2, before.tile(2), before.stride * 4);
-  _tile_stored(3, before.tile(3), before.stride * 4);
+// The rows of a block from dense sums to where they go, `stride` floats apart.
+inline void copy_sums(const float* sums, int rows, int columns, float* out, int64_t stride) {
   __mmask16 low = first16(columns), high = first16(columns > 16 ? columns - 16 : 0);
-  for (int i = direct; i < rows; i++) {
+  for (int i = 0; i < rows; i++) {
     _mm512_mask_storeu_ps(out + i * stride, low, _mm512_load_ps(sums + i * kPanel));
     _mm512_mask_storeu_ps(out + i * stride + 16, high, _mm512_load_ps(sums + i * kPanel + 16));
+  }
+}
+
+// All rows against a whole panel. A block's sums are copied while the tiles of the next one are at work.
+void multiply_rows(const uint16_t* x, const uint16_t* pairs, int k, int rows, int columns, float* out, int64_t stride,
+                   float* sums) {
+  constexpr int kBlockFloats = kTileRows * kPanel;
+  for (int i = 0, turn = 0; i < rows + kTileRows; i += kTileRows, turn ^= 1) {
+    if (i < rows) {
+      zero_sums();
+      add_products(x + static_cast<int64_t>(i) * k, pairs, k / 32);
+    }
+    if (i > 0) {
+      int before = i - kTileRows, count = rows - before < kTileRows ? rows - before : kTileRows;
+      copy_sums(sums + (turn ^ 1) * kBlockFloats, count, columns, out + before * stride, stride);
+    }
+    if (i < rows) {
+      store_sums(sums + turn * kBlockFloats, kPanel);
+    }
   }
 }
 
@@ -248,10 +155,7 @@ void panel_tiles(const QuantMatrix& w, const void* packed_x, int m, int n0, int 
   // Nor does GCC 12 know that _tile_loadd reads memory: what was unpacked shall be there.
   __asm__ volatile("" ::: "memory");
   _tile_loadconfig(&kTileShapes);
-  for (int i = 0; i < m; i += kSlabRows) {
-    multiply_slab(static_cast<const uint16_t*>(packed_x) + static_cast<int64_t>(i) * w.k, pairs, w.k,
-                  m - i < kSlabRows ? m - i : kSlabRows, n1 - n0, out + i * stride, stride, sums);
-  }
+  multiply_rows(static_cast<const uint16_t*>(packed_x), pairs, w.k, m, n1 - n0, out, stride, sums);
   _tile_release();
 }
 

@@ -1,0 +1,36 @@
+// What processors with matrix tiles for bf16 (AMX) do better than by way of f32 while many rows pass a layer.
+#pragma once
+
+#include <cstdint>
+
+#include "ops_table.h"
+
+namespace edger1 {
+
+// Queries of all heads that share a key head, at `length` positions from `first` on, against the keys 0 .. their own
+// position.
+struct AttentionSlice {
+  const float* queries = nullptr; // [group][length][dim], heads head_stride apart
+  int64_t head_stride = 0;
+  int group = 1, length = 1, first = 0, dim = 0;
+  float scale = 1;
+  const float* keys = nullptr;    // [positions][dim]
+  const float* values = nullptr;
+  float* out = nullptr;           // [length][group][dim], positions out_stride apart
+  int64_t out_stride = 0;
+};
+
+struct TileOps {
+  // How many positions a slice should have, and what working memory it takes.
+  int (*slice_length)(int group);
+  int64_t (*slice_bytes)(int group, int length, int dim);
+  void (*attend)(const AttentionSlice& slice, void* scratch);
+
+  // 32 columns of activation(gates) * ups, both [rows][32], as a product packs them: 32 rows to a tile, each tile_bytes.
+  void (*gate)(Gate activation, float* gates, const float* ups, int rows, void* packed, int64_t tile_bytes);
+};
+
+// Null where there are no such tiles.
+const TileOps* tile_ops();
+
+} // namespace edger1
