@@ -3,8 +3,7 @@
 #include "prefill_tiles.h"
 
 #if defined(__AMX_BF16__) && defined(__AVX512BF16__)
-#include "amx_tiles.h"
-#include "qmm_avx512_panel.h"
+#include "amx_panel.h"
 
 namespace edger1 {
 namespace {
@@ -52,18 +51,59 @@ inline __m512 silu(__m512 x) {
   return _mm512_mul_ps(x, inverse);
 }
 
-void gate(Gate activation, float* gates, const float* ups, int rows, void* packed, int64_t tile_bytes) {
-  if (activation != Gate::swiglu) {
-    ops().gate(activation, gates, gates, ups, int64_t{rows} * 32, 0, 0);
-  }
-  for (int i = 0; i < rows; i++) {
-    __m512 v[2];
-    for (int half = 0; half < 2; half++) {
-      __m512 g = _mm512_load_ps(gates + i * 32 + half * 16);
-      v[half] = activation == Gate::swiglu ? _mm512_mul_ps(silu(g), _mm512_load_ps(ups + i * 32 + half * 16)) : g;
+inline __m512 load_bias(const float* bias, int from, int n) {
+  return bias ? _mm512_maskz_loadu_ps(first16(greater(n - from, 0)), bias + from) : _mm512_setzero_ps();
+}
+
+void product_add(const QuantMatrix& w, const float* bias, const void* packed_x, int m, int n0, int n1, const float* base,
+                 float factor, float* out, int64_t stride, void* scratch) {
+  const int n = n1 - n0;
+  const __mmask16 masks[2] = {first16(n), first16(greater(n - 16, 0))};
+  const __m512 biases[2] = {load_bias(bias ? bias + n0 : nullptr, 0, n), load_bias(bias ? bias + n0 : nullptr, 16, n)};
+  const __m512 times = _mm512_set1_ps(factor);
+  TilePanel(w, n0, n1, scratch).multiply(packed_x, m, [&](int row, int count, const float* sums) {
+    for (int i = 0; i < count; i++) {
+      for (int half = 0; half < 2; half++) {
+        int64_t at = (row + i) * stride + half * 16;
+        __m512 found = _mm512_add_ps(_mm512_load_ps(sums + i * kPanel + half * 16), biases[half]);
+        found = _mm512_fmadd_ps(found, times, _mm512_maskz_loadu_ps(masks[half], base + at));
+        _mm512_mask_storeu_ps(out + at, masks[half], found);
+      }
     }
-    _mm512_store_si512(static_cast<char*>(packed) + i / kTileRows * tile_bytes + i % kTileRows * 64, to_bf16(v[0], v[1]));
-  }
+  }, [&](int row) {
+    for (int i = 0; i < kTileRows; i++) {
+      for (int half = 0; half < 2; half++) {
+        int64_t at = (row + i) * stride + half * 16;
+        _mm_prefetch(out + at, _MM_HINT_ET0);
+        _mm_prefetch(base + at, _MM_HINT_T0);
+      }
+    }
+  });
+}
+
+void product_gate(const QuantMatrix& w, const float* bias, const void* packed_x, int m, int n0, int n1, Gate activation,
+                  const float* gates, void* packed, int64_t tile_bytes, void* scratch) {
+  const __m512 biases[2] = {load_bias(bias ? bias + n0 : nullptr, 0, n1 - n0),
+                            load_bias(bias ? bias + n0 : nullptr, 16, n1 - n0)};
+  TilePanel(w, n0, n1, scratch).multiply(packed_x, m, [&](int row, int count, const float* sums) {
+    char* to = static_cast<char*>(packed) + row / kTileRows * tile_bytes + n0 / 32 * 2048;
+    alignas(64) float buffer[kTileRows * kPanel];
+    const float* own = gates + int64_t{row} * kPanel;
+    if (activation != Gate::swiglu) {
+      fill(buffer, 1.0f, count * kPanel);
+      ops().gate(activation, buffer, own, buffer, count * kPanel, 0, 0);
+      own = buffer;
+    }
+    for (int i = 0; i < count; i++) {
+      __m512 v[2];
+      for (int half = 0; half < 2; half++) {
+        __m512 g = _mm512_load_ps(own + i * kPanel + half * 16);
+        __m512 up = _mm512_add_ps(_mm512_load_ps(sums + i * kPanel + half * 16), biases[half]);
+        v[half] = _mm512_mul_ps(activation == Gate::swiglu ? silu(g) : g, up);
+      }
+      _mm512_store_si512(to + i * 64, to_bf16(v[0], v[1]));
+    }
+  }, [](int) {});
 }
 
 int slice_length(int group) {
@@ -255,7 +295,7 @@ void attend(const AttentionSlice& slice, void* scratch) {
   }
 }
 
-const TileOps kOps{slice_length, slice_bytes, attend, gate};
+const TileOps kOps{slice_length, slice_bytes, attend, product_add, product_gate};
 
 } // namespace
 

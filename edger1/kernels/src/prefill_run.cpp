@@ -16,7 +16,7 @@
 namespace edger1 {
 namespace {
 
-constexpr int kPartRows = 512;   // rows that are packed for a product at a time: in bf16, they stay in the second cache
+constexpr int kPartRows = 256;   // rows that are packed for a product at a time: in bf16, they stay in the second cache
 constexpr int kLeastRows = 128;  // rows for which unpacking a panel of W is worth it
 constexpr int kPackRows = 24;    // rows that one piece of work packs at least
 
@@ -324,12 +324,12 @@ class Prefill {
     auto* gates = reinterpret_cast<float*>(scratch + scratch_bytes);
     float* ups = gates + block;
     product(packed, plan_.gate, rows, n0, n1, gates, kPanel, scratch);
-    product(packed, plan_.up, rows, n0, n1, ups, kPanel, scratch);
     if (tiles_) {
-      char* to = gated.at(0, rows.begin) + int64_t{panel} * kPanel * 64;
-      tiles_->gate(plan_.activation, gates, ups, rows.count(), to, gated.tile_bytes(0));
+      tiles_->product_gate(plan_.up.w, plan_.up.bias, packed.at(plan_.up.form, rows.begin), rows.count(), n0, n1,
+                           plan_.activation, gates, gated.at(0, rows.begin), gated.tile_bytes(0), scratch);
       return;
     }
+    product(packed, plan_.up, rows, n0, n1, ups, kPanel, scratch);
     for (int i = 0; i < rows.count(); i++) {
       ops().gate(plan_.activation, gates_ + int64_t{rows.begin + i} * plan_.inner + n0, gates + int64_t{i} * kPanel,
                  ups + int64_t{i} * kPanel, n, 0, 0);
@@ -343,6 +343,12 @@ class Prefill {
     each_piece((p.n + kPanel - 1) / kPanel, count, packed.tile(), [&](int panel, RowRange rows) {
       int n0 = panel * kPanel, n1 = std::min(n0 + kPanel, p.n);
       auto* scratch = static_cast<char*>(thread_scratch(0, size_t(scratch_bytes + int64_t{rows.count()} * kPanel * 4)));
+      if (tiles_ && !post.weight) {
+        int64_t at = int64_t{first + rows.begin} * plan_.hidden + n0;
+        tiles_->product_add(p.w, p.bias, packed.at(p.form, rows.begin), rows.count(), n0, n1, base + at,
+                            plan_.residual_scale, call_.out + at, plan_.hidden, scratch);
+        return;
+      }
       auto* found = reinterpret_cast<float*>(scratch + scratch_bytes);
       product(packed, p, rows, n0, n1, found, kPanel, scratch);
       for (int i = 0; i < rows.count(); i++) {

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "ops_table.h"
+#include "qmm_kernels.h"
 
 namespace edger1 {
 
@@ -26,8 +27,13 @@ struct TileOps {
   int64_t (*slice_bytes)(int group, int length, int dim);
   void (*attend)(const AttentionSlice& slice, void* scratch);
 
-  // 32 columns of activation(gates) * ups, both [rows][32], as a product packs them: 32 rows to a tile, each tile_bytes.
-  void (*gate)(Gate activation, float* gates, const float* ups, int rows, void* packed, int64_t tile_bytes);
+  // Products as QmmKernels::panel_fast computes them, of m packed rows and n0 <= n < n1 <= n0 + kPanel, with what follows.
+  // out = base + factor * (product + bias); rows of both are `stride` floats apart.
+  void (*product_add)(const QuantMatrix& w, const float* bias, const void* packed_x, int m, int n0, int n1,
+                      const float* base, float factor, float* out, int64_t stride, void* scratch);
+  // activation(gates) * (product + bias), gates [m][kPanel], as packed columns n0 .. n1 - 1 of a product's tiles.
+  void (*product_gate)(const QuantMatrix& w, const float* bias, const void* packed_x, int m, int n0, int n1,
+                       Gate activation, const float* gates, void* packed, int64_t tile_bytes, void* scratch);
 };
 
 // Null where there are no such tiles.
