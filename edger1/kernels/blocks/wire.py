@@ -11,6 +11,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import BatchKVCache, KVCache, RotatingKVCache
 
+from edger1.kernels.prefill import FEW_ROWS, prefill
+
 if TYPE_CHECKING:
     from edger1.kernels.blocks.probe import Plan
 
@@ -103,6 +105,8 @@ def _run_half(block: _Held, layer: Any, x: mx.array, mask: Any, cache: Any) -> m
 def _advance(call: Any, module: Any, x: mx.array, mask: Any, cache: Any) -> Any:
     """Run the operation and take the new positions into the cache; None, and the cache as it was, if it cannot."""
     kind = type(cache)
+    if kind is KVCache and x.ndim == 3 and x.shape[1] > FEW_ROWS:
+        return prefill(call, module, x, mask, cache)
     if kind is KVCache:
         done = call(module, x, mask, cache.keys, cache.values, cache.offset)
         if done is None and _make_room(cache, x):

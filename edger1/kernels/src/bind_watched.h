@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "decoder.h"
+#include "prefill.h"
 
 namespace edger1 {
 
@@ -68,6 +69,13 @@ class WatchedLayer {
     }
     return done->normed ? nb::cast(std::tuple(done->out, done->keys, done->values, *done->normed))
                         : nb::cast(std::tuple(done->out, done->keys, done->values));
+  }
+
+  // Many rows at once; see prefill_layer. None where that does not apply.
+  nb::object prefill(nb::handle module, const mx::array& x, const std::optional<mx::array>& keys,
+                     const std::optional<mx::array>& values, int offset, int capacity) const {
+    auto done = watches.unchanged(module) ? prefill_layer(layer.plan(), x, keys, values, offset, capacity) : std::nullopt;
+    return done ? nb::cast(*done) : nb::none();
   }
 
   DecoderLayer layer;

@@ -62,11 +62,12 @@ class Claim : public CpuPrimitive {
   }
 };
 
+} // namespace
+
 mx::array claim(const mx::array& a, mx::Stream stream) {
   return mx::array(a.shape(), a.dtype(), std::make_shared<Claim>(stream), {a});
 }
 
-} // namespace
 
 // Inputs x, keys, values and perhaps a mask and starts; outputs out, keys and values in the inputs' buffers, and perhaps the MLP's input.
 // The inputs keys and values are claimed.
