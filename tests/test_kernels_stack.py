@@ -93,10 +93,11 @@ def test_fast_keeps_its_caches_in_16_bits_and_exact_in_32() -> None:
             assert caches[0].offset == len(PROMPTS[3]) + 20 + len(PROMPTS[2]) + 1
         finally:
             state.uninstall()
-    model = build()
     with installed(model, "fast", narrow_caches=False):
-        wide = greedy(model, 20, prefilled(model, PROMPTS[3]), [9])[1]
-    assert 0 < mx.abs(answers["fast"][0] - wide[0]).max().item() < 1e-2 * mx.abs(wide[0]).max().item()
+        wide = greedy(model, 1, prefilled(model, PROMPTS[3]), [9])[1]
+    from_caches = mx.abs(answers["fast"][0] - wide[0]).max().item()
+    from_activations = mx.abs(answers["exact"][0] - wide[0]).max().item()
+    assert 0 < from_caches < from_activations
 
 
 def test_several_positions_a_row_and_batches_that_change() -> None:
