@@ -14,11 +14,13 @@ from benchmarks import kept
 from benchmarks.common import RESULTS, print_table
 
 DISTURBED_SPREAD = 0.25
-"""Readings that lie further apart than this, or a read bandwidth that does, mean that the machine was not quiet."""
+"""Readings that lie further apart than this, or a read bandwidth so far below the best that this machine showed in any
+kept part, mean that the machine was not quiet."""
 
 
 def report(name: str) -> None:
     """Print one kept result, part by part: where and when it was measured, then its table."""
+    best = best_bandwidth()
     for part_name, part in kept.parts(name).items():
         machine = part["machine"]
         print(
@@ -26,7 +28,7 @@ def report(name: str) -> None:
             f"{' with uncommitted changes' if part['uncommitted_changes'] else ''}; {machine['cpu']}, "
             f"{machine['physical_cores']} cores, {machine['memory_bytes'] / 1e9:.0f} GB, {machine['os']}; "
             + ", ".join(f"{package} {version}" for package, version in machine["versions"].items())
-            + f"; {quietness(part)}\n"
+            + f"; {quietness(part, best.get(machine['cpu'], 0.0))}\n"
         )
         print_table(kept.comparisons(part))
         for note in part["notes"]:
@@ -34,15 +36,25 @@ def report(name: str) -> None:
         print()
 
 
-def quietness(part: dict[str, Any]) -> str:
-    """Say how quiet the machine was while a part was measured."""
+def best_bandwidth() -> dict[str, float]:
+    """Return the highest read bandwidth in GB/s among all kept parts, for each kind of processor."""
+    best: dict[str, float] = {}
+    for path in RESULTS.glob("*.json"):
+        for part in kept.parts(path.stem).values():
+            cpu = part["machine"]["cpu"]
+            best[cpu] = max([best.get(cpu, 0.0), *(part["conditions"].get("read_bandwidth_gb_s") or [])])
+    return best
+
+
+def quietness(part: dict[str, Any], best: float = 0.0) -> str:
+    """Say how quiet the machine was while a part was measured; `best` is its read bandwidth when it is, in GB/s."""
     rates = part["conditions"].get("read_bandwidth_gb_s") or []
     worst = max((side.spread for line in kept.comparisons(part) for side in (line.ours, line.peer)), default=0.0)
     said = [f"read bandwidth {min(rates):.1f} to {max(rates):.1f} GB/s"] if rates else []
     said.append(f"readings within {worst:.0%}")
     if "stolen_share" in part["conditions"]:
         said.append(f"{part['conditions']['stolen_share']:.1%} of processor time taken by the host")
-    if worst > DISTURBED_SPREAD or (rates and (max(rates) - min(rates)) / max(rates) > DISTURBED_SPREAD):
+    if worst > DISTURBED_SPREAD or (rates and 1 - min(rates) / max(best, *rates) > DISTURBED_SPREAD):
         said.append("DISTURBED: measure it again")
     return ", ".join(said)
 

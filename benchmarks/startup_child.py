@@ -8,9 +8,11 @@ Moments are readings of the system's monotonic clock, which parent and child sha
 from __future__ import annotations
 
 import json
+import resource
 import sys
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 
@@ -57,6 +59,17 @@ def mlx_lm(folder: str, dtype: str, max_tokens: int, prompt: str) -> Mapping[str
     }
 
 
+def peak_bytes() -> int:
+    """Return the most memory this process was resident with, as the kernel counted it."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        # getrusage gives a child the peak of the process that started it, where that was larger.
+        lines = (line.split() for line in status.read_text().splitlines())
+        return next(int(words[1]) * 1024 for words in lines if words and words[0] == "VmHWM:")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
 if __name__ == "__main__":
     answer_by = {"edger1": edger1, "mlx-lm": mlx_lm}[sys.argv[1]]
-    print(json.dumps(dict(answer_by(sys.argv[2], sys.argv[3], int(sys.argv[4]), sys.argv[5]))))
+    told = dict(answer_by(sys.argv[2], sys.argv[3], int(sys.argv[4]), sys.argv[5]))
+    print(json.dumps(told | {"peak_bytes": peak_bytes()}))

@@ -125,9 +125,10 @@ class Sampler:
         from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
         self.greedy = not sampling.temperature
-        penalty = sampling.repetition_penalty or 1.0
+        self._penalty = sampling.repetition_penalty or 1.0
         self._processors = make_logits_processors(
-            repetition_penalty=None if penalty == 1.0 else penalty, repetition_context_size=REPETITION_WINDOW
+            repetition_penalty=None if self._penalty == 1.0 else self._penalty,
+            repetition_context_size=REPETITION_WINDOW,
         )
         top_k = sampling.top_k or 0
         self._settings = {
@@ -149,22 +150,16 @@ class Sampler:
         """Draw from `logits` (1, vocabulary) after `tokens`; returns token ids of shape (1,), not yet evaluated."""
         import mlx.core as mx
 
-        for process in self._processors:
-            logits = process(tokens, logits)
+        extension = _kernels(logits)
+        if extension is not None and self._processors and tokens:
+            logits = extension.penalized(logits, tokens[-REPETITION_WINDOW:], self._penalty)
+        elif extension is None:
+            for process in self._processors:
+                logits = process(tokens, logits)
         if self.greedy:
             return mx.argmax(logits, axis=-1)
-        drawn = self._draw_with_kernels(logits)
-        return self._draw(logits - mx.logsumexp(logits, axis=-1, keepdims=True)) if drawn is None else drawn
-
-    def _draw_with_kernels(self, logits: mx.array) -> mx.array | None:
-        """Draw in one operation where models run on the CPU kernels, advancing MLX's random state; else None."""
-        import mlx.core as mx
-
-        from edger1.kernels import functions
-
-        extension = functions.installed()
-        if extension is None or logits.dtype != mx.float32 or logits.shape[0] != 1:
-            return None
+        if extension is None:
+            return self._draw(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
         state: Any = mx.random.state
         following, key = extension.split_key(_as_int(state[0]))
         mx.random.seed(following)
@@ -172,6 +167,15 @@ class Sampler:
             logits, key, inverse_temperature=self._inverse_temperature, **self._settings
         )
         return drawn
+
+
+def _kernels(logits: mx.array) -> Any:
+    """Return the extension where models run on the CPU kernels and it takes these logits, else None."""
+    import mlx.core as mx
+
+    from edger1.kernels import functions
+
+    return functions.installed() if logits.dtype == mx.float32 and logits.shape[0] == 1 else None
 
 
 def _as_int(key: mx.array) -> int:

@@ -1,10 +1,10 @@
 """Build the kernels with sanitizers and run their tests on every instruction set of this processor.
 
-    python scripts/sanitize.py                      # address and undefined behaviour, then threads
-    python scripts/sanitize.py thread -k pool       # one of them; what follows goes to pytest
+    python scripts/sanitize.py                       # address and undefined behaviour, then threads
+    python scripts/sanitize.py thread avx2 -k pool   # one of them, on one instruction set; the rest goes to pytest
 
-The extension is built beside the installed one, under build/, and stands in for it in the tests' process. Needs GCC,
-cmake, ninja and what the package's build needs.
+Every source of the extension is built so, beside the installed one, under build/, and stands in for it in the process
+of tests/test_kernels_*.py. Needs GCC, cmake, ninja and what the package's build needs.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,19 +42,25 @@ def library(name: str) -> str:
     return found.stdout.strip()
 
 
-def run(kind: str, extension: Path, arguments: list[str]) -> int:
+def instruction_sets() -> list[str]:
+    """Return the names of what this processor offers."""
+    listed = "from edger1 import kernels; print(*kernels.state().instruction_sets)"
+    return subprocess.run([sys.executable, "-c", listed], capture_output=True, text=True, check=True).stdout.split()
+
+
+def run(kind: str, extension: Path, names: list[str], arguments: list[str]) -> int:
     """Run the kernels' tests on each instruction set; return how many runs failed."""
     # The C++ library too: a sanitizer's runtime looks for what it intercepts when the process begins.
     preload = ":".join(library(name) for name in (RUNTIMES[kind], "libstdc++.so.6"))
-    listed = "from edger1 import kernels; print(*kernels.state().instruction_sets)"
-    names = subprocess.run([sys.executable, "-c", listed], capture_output=True, text=True, check=True).stdout.split()
     failed = 0
     for name in names:
         print(f"{kind} on {name}:", flush=True)
         environment = {**os.environ, **OPTIONS, "LD_PRELOAD": preload, "EDGER1_ISA": name}
         environment |= {"EDGER1_TEST_EXAMPLES": "40", "EDGER1_THREADS": "3"}
         command = [sys.executable, __file__, "--inside", str(extension), *arguments]
+        began = time.monotonic()
         failed += subprocess.run(command, env=environment, cwd=ROOT, check=False).returncode != 0
+        print(f"  {time.monotonic() - began:.0f} s", flush=True)
     return failed
 
 
@@ -80,9 +87,16 @@ def main() -> int:
     arguments = sys.argv[1:]
     if arguments[:1] == ["--inside"]:
         return inside(arguments[1], arguments[2:])
-    kinds = [kind for kind in RUNTIMES if arguments and arguments[0] in kind.split(",")]
-    rest = arguments[1:] if kinds else arguments
-    failed = sum(run(kind, build(kind), rest) for kind in kinds or RUNTIMES)
+    offered = instruction_sets()
+    kinds, names = [], []
+    while arguments:
+        found = [kind for kind in RUNTIMES if arguments[0] in kind.split(",")]
+        if not found and arguments[0] not in offered:
+            break
+        kinds += found
+        names += [] if found else [arguments[0]]
+        arguments = arguments[1:]
+    failed = sum(run(kind, build(kind), names or offered, arguments) for kind in kinds or RUNTIMES)
     print("clean" if failed == 0 else f"{failed} runs failed")
     return 1 if failed else 0
 

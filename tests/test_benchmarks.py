@@ -70,6 +70,14 @@ def test_a_disturbed_part_is_recognised(
     assert ("DISTURBED" in report.quietness(json.loads(path.read_text())["parts"]["p"])) is disturbed
 
 
+def test_a_machine_that_is_slow_all_through_a_part_is_recognised(tmp_path: Path) -> None:
+    lines = [Comparison("x", side(10.0, 10.5), side(10.0))]
+    path = kept.save("x", "p", lines, notes=[], conditions={"read_bandwidth_gb_s": [16.0, 15.8]}, folder=tmp_path)
+    part = json.loads(path.read_text())["parts"]["p"]
+    assert "DISTURBED" not in report.quietness(part)
+    assert "DISTURBED" in report.quietness(part, best=30.0)
+
+
 @pytest.mark.skipif(not common.RESULTS.exists(), reason="a source package has no results")
 def test_the_readme_says_what_the_results_say() -> None:
     text = readme.README.read_text("utf-8")

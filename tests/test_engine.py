@@ -148,10 +148,10 @@ def test_astream_leaves_the_loop_free(model: edger1.Model) -> None:
             nonlocal ticks
             while True:
                 ticks += 1
-                await asyncio.sleep(0.001)
+                await asyncio.sleep(0)
 
         ticking = asyncio.create_task(tick())
-        seen = [event async for event in model.astream("Hello", max_tokens=20)]
+        seen = [event async for event in model.astream("Hello", max_tokens=100)]
         ticking.cancel()
         return ticks, seen
 

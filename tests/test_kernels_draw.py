@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p, make_sampler
+from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p, make_repetition_penalty, make_sampler
 
 from edger1 import kernels
 
@@ -149,3 +149,27 @@ def test_what_does_not_fit_is_refused() -> None:
     ):
         with pytest.raises(ValueError, match="draw_token takes"):
             extension.draw_token(scores, 1, **settings_)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    n=st.integers(1, 400),
+    seed=st.integers(0, 1000),
+    penalty=st.sampled_from([0.5, 1.1, 3.0]),
+    count=st.integers(0, 70),
+    strided=st.booleans(),
+)
+def test_penalties_are_mlx_lm_s(n: int, seed: int, penalty: float, count: int, strided: bool) -> None:
+    scores = mx.random.normal((1, 2 * n if strided else n), key=mx.random.key(seed))
+    scores = scores[:, ::2] if strided else scores
+    tokens = np.random.default_rng(seed).integers(0, n, count).tolist()
+    before = scores + 0
+    ours = extension.penalized(scores, tokens, penalty)
+    assert mx.array_equal(scores, before)
+    assert mx.allclose(ours, make_repetition_penalty(penalty, 100)(tokens, scores + 0), rtol=1e-6, atol=0)
+
+
+def test_a_penalty_on_what_is_no_token_is_refused() -> None:
+    for tokens in ([4], [-1, 2]):
+        with pytest.raises(ValueError, match="penalized takes tokens of the vocabulary"):
+            extension.penalized(mx.zeros((1, 4)), tokens, 1.1)

@@ -452,6 +452,21 @@ def test_new_weights_an_adapter_or_a_copy_are_what_runs() -> None:
         assert difference(holder.mlp(x)[0], 2 * changed[0]) <= 1e-5
 
 
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
+def test_fewer_experts_are_fewer(family: str) -> None:
+    holder = moe(family)
+    x = mx.random.normal((1, 2, HIDDEN), key=mx.random.key(3))
+    with installed(holder) as state:
+        assert state.experts.layers
+        routes = holder.mlp if family == "qwen3_moe" else holder.mlp.gate
+        all_of_them = holder.mlp(x)
+        routes.top_k = 1
+        got = holder.mlp(x)
+        assert difference(got[0], all_of_them[0]) > 1e-2
+    with installed(holder, fuse=False):
+        assert difference(holder.mlp(x)[0], got[0]) <= 1e-5
+
+
 def test_lora_over_experts_learns_as_without_the_operation() -> None:
     holder = moe()
     x = mx.random.normal((1, 5, HIDDEN), key=mx.random.key(3))

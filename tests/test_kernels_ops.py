@@ -159,6 +159,14 @@ ROW_OPERATIONS: dict[str, tuple[Operation, Operation]] = {
         lambda x, w, b: extension.layer_norm(x, w, b, 1e-5),
         lambda x, w, b: mx.fast.layer_norm(x, w, b, 1e-5),
     ),
+    "layer_norm_weighted": (
+        lambda x, w, _: extension.layer_norm(x, w, None, 1e-5),
+        lambda x, w, _: mx.fast.layer_norm(x, w, None, 1e-5),
+    ),
+    "layer_norm_biased": (
+        lambda x, _, b: extension.layer_norm(x, None, b, 1e-5),
+        lambda x, _, b: mx.fast.layer_norm(x, None, b, 1e-5),
+    ),
     "softmax": (lambda x, *_: extension.softmax(x, -1), lambda x, *_: mx.softmax(x, -1)),
     "logsumexp": (lambda x, *_: extension.logsumexp(x, -1), lambda x, *_: mx.logsumexp(x, -1)),
     "silu": (lambda x, *_: extension.silu(x), lambda x, *_: x * mx.sigmoid(x)),
@@ -295,13 +303,17 @@ def test_attention(shape: tuple[int, ...], dtype: mx.Dtype, with_sinks: bool) ->
 def test_gradients_of_attention(kind: str, shape: tuple[int, ...], with_sinks: bool) -> None:
     batch, heads, key_heads, queries, keys, size, value_size = shape
     options = {"scale": 0.25, "mask": masks_for(queries, keys, batch, heads)[kind]}
-    options["sinks"] = normal(heads) if with_sinks else None
+
+    def with_options(attention: Operation) -> Operation:
+        return lambda q, k, v, *sinks: attention(q, k, v, sinks=sinks[0] if sinks else None, **options)
+
     assert_same_gradients(
-        lambda *qkv: extension.scaled_dot_product_attention(*qkv, **options),
-        lambda *qkv: mx.fast.scaled_dot_product_attention(*qkv, **options),
+        with_options(extension.scaled_dot_product_attention),
+        with_options(mx.fast.scaled_dot_product_attention),
         normal(batch, heads, queries, size),
         normal(batch, key_heads, keys, size),
         normal(batch, key_heads, keys, value_size),
+        *([normal(heads)] if with_sinks else []),
     )
 
 

@@ -74,3 +74,40 @@ def test_each_request_keeps_its_own_random_state() -> None:
     first = numbers(one, None)
     numbers(other, one)
     assert first + numbers(one, other) == expected
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        Sampling(temperature=0.8),
+        Sampling(temperature=0.8, top_p=0.9),
+        Sampling(temperature=0.8, top_k=20),
+        Sampling(temperature=0.8, min_p=0.1),
+        Sampling(temperature=0.8, top_p=0.95, top_k=40, min_p=0.02, repetition_penalty=1.2),
+    ],
+    ids=str,
+)
+def test_a_seed_gives_the_same_tokens_with_kernels_and_without(settings: Sampling) -> None:
+    import mlx.core as mx
+
+    from edger1 import kernels
+    from edger1.kernels import functions
+    from edger1.mlx_runtime import prepare
+
+    extension = kernels._load()[0]
+    if extension is None:
+        pytest.skip("the kernels are not built")
+    prepare()
+    rows = [3 * mx.random.normal((1, 300), key=mx.random.key(i)) for i in range(40)]
+    sampler = Sampler(settings, 300)
+
+    def answer() -> list[int]:
+        RandomState.seeded(11).enter(None)
+        return [int(sampler(row + 0, list(range(i))).item()) for i, row in enumerate(rows)]
+
+    plain = answer()
+    functions.acquire(extension)
+    try:
+        assert answer() == plain
+    finally:
+        functions.release()

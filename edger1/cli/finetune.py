@@ -34,8 +34,9 @@ def finetune_command(
 ) -> None:
     """Train a model.
 
-    `pretrain` teaches a small model from nothing: all weights, on packed documents. The run's folder gets config.toml with
-    every setting, log.jsonl, loss.svg, experts.svg, checkpoints and, at the end, model/, which `edger1 run` takes.
+    `pretrain` teaches a small model from nothing: all weights, on packed documents. The run's folder gets
+    config.toml with every setting, log.jsonl, loss.svg, experts.svg, checkpoints and, at the end, model/, which
+    `edger1 run` takes.
     Ctrl-C ends the step and saves. With --resume the run's own config.toml is taken unless another is given.
 
     Examples:

@@ -24,7 +24,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from edger1.kernels import experts_layer
-from edger1.kernels.experts_fit import PROJECTIONS, Fit, Held, UnfitError
+from edger1.kernels.experts_fit import PROJECTIONS, Fit, Held, UnfitError, numbers
 
 
 @dataclass
@@ -157,7 +157,7 @@ def install(model: nn.Module, precision: str, extension: ModuleType) -> FusedExp
             held.ranked = probe.sums_ranks(held)
             layer = experts_layer.operation(probe, fit) if held.ranked else None
             if layer is not None:
-                fused._swap(owner, experts_layer.fused(kind), "_layer", Held(layer))
+                fused._swap(owner, experts_layer.fused(kind), "_layer", Held(layer, numbers=numbers(owner)))
                 layers[kind.__name__] += 1
                 continue
             experts[kind.__name__] += 1

@@ -43,6 +43,14 @@ class Held:
     seen: list[tuple[mx.array, mx.array, mx.array]] | None = None
     """While a module is tried out: x, indices and weights of each sum that became the operation."""
 
+    numbers: tuple[tuple[str, Any], ...] = ()
+    """Attributes of the module that the operation was made with."""
+
+    def stands(self, module: nn.Module) -> bool:
+        """Say whether the module is still what the operation was made from."""
+        attributes = vars(module)
+        return all(attributes.get(name) is value for name, value in self.numbers) and bool(self.call.unchanged(module))
+
     def __deepcopy__(self, _: Any) -> None:
         return None
 
@@ -56,6 +64,8 @@ class Fit:
     def __init__(self, precision: str, extension: ModuleType) -> None:
         self.precision, self.extension = precision, extension
         self._activations: dict[tuple[str, ...], list[str]] = {}
+        self.routers: dict[type, int] = {}
+        """Class of a module -> which of the routers that it may have was its."""
 
     def experts(self, switch: nn.Module) -> Any:
         """Return the operation of a switch layer. Raises UnfitError where there is none."""
@@ -134,6 +144,11 @@ def _switch_linear(switch: nn.Module, name: str) -> Any:
 
 
 _OUR_NAMES = ("QuantizedSwitchLinear", "KernelQuantizedSwitchLinear", "QuantizedLinear", "KernelQuantizedLinear")
+
+
+def numbers(module: nn.Module) -> tuple[tuple[str, Any], ...]:
+    """Return the numbers that a module holds as attributes."""
+    return tuple((name, value) for name, value in vars(module).items() if isinstance(value, int | float))
 
 
 def add_projection(call: Any, name: str, linear: Any) -> None:

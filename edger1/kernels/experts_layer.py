@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from edger1.kernels.experts_fit import SAME, SCALES, Fit, Held, UnfitError, add_projection, difference
+from edger1.kernels.experts_fit import SAME, SCALES, Fit, Held, UnfitError, add_projection, difference, numbers
 
 _TOLERANCE = 1e-5
 """Largest difference between two routers' weights, relative to the largest."""
@@ -32,74 +33,71 @@ _SCORES: tuple[dict[str, Any], ...] = (
 
 
 class Probe:
-    """What a module with experts answers to random input."""
+    """What a module with experts answers to random input: few rows, since each of them reads experts of its own."""
 
     def __init__(self, owner: nn.Module, switch: nn.Module) -> None:
         self.owner, self.switch = owner, switch
         first: Any = next(m for m in switch.children().values() if hasattr(m, "input_dims"))
         self.experts: int = first.num_experts
-        rows = mx.random.normal((1, 3 * len(SCALES), first.input_dims), key=mx.random.key(2))
-        self.x = rows * mx.array(SCALES * 3)[:, None]
+        rows = mx.random.normal((1, 4 * len(SCALES), first.input_dims), key=mx.random.key(2))
+        self.many = rows * mx.array(SCALES * 4)[:, None]
+        self.x = self.many[:, : len(SCALES)]
         self.indices = self.weights = mx.array(0)
-        self.expected = self._answer(self.x)
+        self.expected = self._evaluated(self.x)
 
     def _answer(self, *arguments: mx.array) -> mx.array | None:
+        answer: Any = self.owner(*arguments)
+        return answer if isinstance(answer, mx.array) else None
+
+    def _evaluated(self, *arguments: mx.array) -> mx.array | None:
         try:
-            answer: Any = self.owner(*arguments)
+            answer = self._answer(*arguments)
             mx.eval(answer)
         except Exception:  # whatever a module raises that is called in another way
             return None
-        return answer if isinstance(answer, mx.array) else None
+        return answer
 
     def sums_ranks(self, held: Held) -> bool:
         """Say whether the module's answer is the same, and the experts' weighted sum in it, when it gets `Ranks`."""
         if self.expected is None:
             return False
         held.ranked, held.seen = True, []
-        answer = self._answer(self.x)
-        seen, held.ranked, held.seen = held.seen, False, None
-        if len(seen) != 1 or answer is None or difference(answer, self.expected) > SAME:
-            return False
-        rows = self.x.shape[1]
-        _, indices, weights = seen[0]
-        self.indices, self.weights = indices.reshape(rows, -1), weights.reshape(rows, -1)
-        return True
+        answer = self._evaluated(self.x)
+        if len(held.seen) == 1 and answer is not None and difference(answer, self.expected) <= SAME:
+            # Where tokens go is worth seeing for more rows. What the experts make of those is never computed.
+            self.owner(self.many)
+            _, indices, weights = held.seen[-1]
+            rows = self.many.shape[1]
+            self.indices, self.weights = indices.reshape(rows, -1), weights.reshape(rows, -1)
+        else:
+            held.ranked = False
+        held.seen = None
+        return held.ranked
 
     def takes_routing(self, call: Any) -> bool:
         """Say whether the module, given x, indices and weights, answers with the experts' weighted sum."""
         x = self.x[0]
         indices = mx.random.randint(0, self.experts, (x.shape[0], 2), key=mx.random.key(3)).astype(mx.uint32)
         weights = mx.random.uniform(shape=indices.shape, key=mx.random.key(4))
-        answer, sums = self._answer(x, indices, weights), call(x, indices, weights)
+        answer, sums = self._evaluated(x, indices, weights), call(x, indices, weights)
         return answer is not None and sums is not None and difference(sums, answer) <= SAME
 
 
 def operation(probe: Probe, fit: Fit) -> Any:
     """Return the operation of the whole module that `probe` has tried out, or None where there is none."""
-    owner = probe.owner
-    if getattr(owner, "sharding_group", None) is not None:
+    if getattr(probe.owner, "sharding_group", None) is not None:
         return None
-    for gate_owner, gate in _gates(owner):
-        for routing in _routings(owner, gate_owner, probe):
-            try:
-                call = _build(probe, fit, gate_owner, gate, routing, None)
-                scale = _scale(owner, gate_owner, _ratio(call, probe))
-                if scale is None:
-                    continue
-                if scale != 1:
-                    call = _build(probe, fit, gate_owner, gate, {**routing, "scale": scale}, None)
-            except (UnfitError, ValueError):
-                continue
-            if _agrees(call, probe):
-                return call
-            for shared in _shared(owner, probe.switch):
-                try:
-                    call = _build(probe, fit, gate_owner, gate, {**routing, "scale": scale}, shared)
-                except (UnfitError, ValueError):
-                    continue
-                if _agrees(call, probe):
-                    return call
-            return None
+    router = _router(probe, fit)
+    if router is None:
+        return None
+    for shared in (None, *_shared(probe.owner, probe.switch)):
+        try:
+            call = _build(probe, fit, router, shared)
+        except (UnfitError, ValueError):
+            continue
+        got = call.layer(probe.x)
+        if got is not None and probe.expected is not None and difference(got, probe.expected) <= SAME:
+            return call
     return None
 
 
@@ -110,7 +108,7 @@ def fused(original: Any) -> type:
 
     def call(self: Any, x: mx.array, *args: Any, **kwargs: Any) -> Any:
         held = self._layer
-        if held is not None and not args and not kwargs and held.call.unchanged(self):
+        if held is not None and not args and not kwargs and held.stands(self):
             done = held.call.layer(x)
             if done is not None:
                 return done
@@ -146,9 +144,48 @@ def sum_operation(probe: Probe, fit: Fit) -> Any:
     return call if probe.expected is None and probe.takes_routing(call) else None
 
 
-def _agrees(call: Any, probe: Probe) -> bool:
-    got = call.layer(probe.x)
-    return got is not None and probe.expected is not None and difference(got, probe.expected) <= SAME
+@dataclass(frozen=True)
+class _Router:
+    """What may be a module's router: its matrix, the module that is called for routing, and how it chooses."""
+
+    owner: nn.Module
+    gate: Any
+    correction: tuple[nn.Module, str] | None
+    settings: dict[str, Any]
+
+
+def _router(probe: Probe, fit: Fit) -> _Router | None:
+    """Return the router whose weights are closest to the module's, None where none gives the same."""
+    candidates = [router for owner, gate in _gates(probe.owner) for router in _routers(probe, owner, gate)]
+    kind = type(probe.owner)
+    # The next module of a kind probably routes as the last did.
+    last = candidates[fit.routers[kind] :][:1] if kind in fit.routers else []
+    for some in (last, candidates):
+        tried = [(*found, n) for n, router in enumerate(some) if (found := _tried(probe, fit, router)) is not None]
+        if tried:
+            _, best, number = min(tried, key=lambda t: t[0])
+            if some is candidates:
+                fit.routers[kind] = number
+            return best
+    return None
+
+
+def _tried(probe: Probe, fit: Fit, router: _Router) -> tuple[float, _Router] | None:
+    """Return how far a router is from the module's, with the scale that it needs; None if that is too far."""
+    try:
+        indices, weights = _build(probe, fit, router, None).route(probe.many[0])
+    except (UnfitError, ValueError):
+        return None
+    got = _table(indices, weights, probe.experts)
+    expected = _table(probe.indices, probe.weights, probe.experts)
+    scale = _scale(probe.owner, router.owner, (expected.sum() / got.sum()).item())
+    if scale is None:
+        return None
+    off = mx.abs(got * scale - expected).max(axis=-1) / mx.maximum(expected.max(axis=-1), 1e-30)
+    if not (off.max() <= _TOLERANCE).item():
+        return None
+    mean: Any = off.mean().item()
+    return float(mean), replace(router, settings={**router.settings, "scale": scale})
 
 
 def _gates(owner: nn.Module) -> Iterator[tuple[nn.Module, Any]]:
@@ -175,38 +212,38 @@ def _number(name: str, *owners: Any) -> Any:
     return None
 
 
-def _routings(owner: nn.Module, gate_owner: nn.Module, probe: Probe) -> Iterator[dict[str, Any]]:
-    """Yield settings of the router that may be the module's, the likeliest first."""
-    corrections: list[Any] = [
+def _routers(probe: Probe, gate_owner: nn.Module, gate: Any) -> Iterator[_Router]:
+    """Yield what may be the module's router, the likeliest first."""
+    corrections = [
         (holder, key)
-        for holder in {id(m): m for m in (gate_owner, owner)}.values()
+        for holder in {id(m): m for m in (gate_owner, probe.owner)}.values()
         for key, a in holder.items()
         if isinstance(a, mx.array) and a.shape == (probe.experts,)
     ]
     groups: list[dict[str, Any]] = [{}]
     for names in _GROUPS:
-        n, kept = (_number(name, gate_owner, owner) for name in names)
+        n, kept = (_number(name, gate_owner, probe.owner) for name in names)
         if n is not None and kept is not None and n > 1:
             settings = {"groups": int(n), "groups_kept": int(kept)}
             groups = [{**settings, "group_score": kind} for kind in ("best_two", "best")] + groups
     for correction, grouped, score in itertools.product([*corrections, None], groups, _SCORES):
-        yield {"ranks": probe.indices.shape[1], **score, **grouped, "correction": correction}
+        yield _Router(gate_owner, gate, correction, {"ranks": probe.indices.shape[1], **score, **grouped})
 
 
-def _build(probe: Probe, fit: Fit, gate_owner: nn.Module, gate: Any, routing: dict[str, Any], shared: Any) -> Any:
-    owner, switch = probe.owner, probe.switch
-    call = fit.start(switch, fit.activation(switch))
+def _build(probe: Probe, fit: Fit, router: _Router, shared: Any) -> Any:
+    owner, gate = probe.owner, router.gate
+    call = fit.start(probe.switch, fit.activation(probe.switch))
     if isinstance(gate, nn.Linear | nn.QuantizedLinear):
         add_projection(call, "router", gate)
     else:
         call.project("router", gate["weight"])
         call.watch(gate, "weight", gate["weight"])
-    correction = routing["correction"]
-    if correction is not None:
-        holder, key = correction
-        call.watch(None if holder is owner else holder, key, holder[key])
-        routing = {**routing, "correction": holder[key]}
-    call.router(**routing)
+    correction = None
+    if router.correction is not None:
+        holder, key = router.correction
+        correction = holder[key]
+        call.watch(None if holder is owner else holder, key, correction)
+    call.router(**router.settings, correction=correction)
     if shared is not None:
         expert, weight = shared
         for name in ("gate", "up", "down"):
@@ -214,13 +251,15 @@ def _build(probe: Probe, fit: Fit, gate_owner: nn.Module, gate: Any, routing: di
             call.watch(expert, f"{name}_proj", expert[f"{name}_proj"])
         if weight is not None:
             add_projection(call, "shared_weight", weight)
-    for key, child in owner.items():
-        if isinstance(child, nn.Module):
-            call.watch(None, key, child)
-    if gate_owner is not owner:
-        for key, child in gate_owner.items():
+    for holder in {id(m): m for m in (owner, router.owner)}.values():
+        for key, child in holder.items():
             if isinstance(child, nn.Module):
-                call.watch(gate_owner, key, child)
+                call.watch(None if holder is owner else holder, key, child)
+    # How many experts are chosen may be changed, too. The module's own numbers are left to `Held`: holding what they
+    # stand in would be a cycle that is never collected.
+    if router.owner is not owner:
+        for key, number in numbers(router.owner):
+            call.watch(vars(router.owner), key, number)
     call.finish()
     return call
 
@@ -230,28 +269,13 @@ def _table(indices: mx.array, weights: mx.array, experts: int) -> mx.array:
     return mx.put_along_axis(mx.zeros((indices.shape[0], experts)), indices, weights, axis=-1)
 
 
-def _ratio(call: Any, probe: Probe) -> float | None:
-    """Return by how much the module's weights are larger than the router's, None if they do not agree otherwise."""
-    route = call.route(probe.x[0])
-    if route is None:
-        return None
-    indices, weights = route
-    got = _table(indices, weights, probe.experts)
-    expected = _table(probe.indices, probe.weights, probe.experts)
-    ratio: Any = (expected.sum() / got.sum()).item()
-    off = mx.abs(got * ratio - expected).max(axis=-1) / mx.maximum(expected.max(axis=-1), 1e-30)
-    return float(ratio) if (off.max() <= _TOLERANCE).item() else None
-
-
-def _scale(owner: nn.Module, gate_owner: nn.Module, ratio: float | None) -> float | None:
+def _scale(owner: nn.Module, gate_owner: nn.Module, ratio: Any) -> float | None:
     """Return the factor, 1 or a number that the module holds, that `ratio` is but for rounding."""
-    if ratio is None:
-        return None
     if abs(ratio - 1) <= _TOLERANCE:
         return 1.0
     for name in ("routed_scaling_factor", "route_scale", "router_scaling_factor"):
         number = _number(name, gate_owner, owner)
-        if number is not None and abs(ratio / number - 1) <= _TOLERANCE:
+        if number and abs(ratio / number - 1) <= _TOLERANCE:
             return float(number)
     return None
 

@@ -245,7 +245,7 @@ def _difference(layer: nn.Module, precision: str, extension: ModuleType) -> str:
             vars(layer).pop("_latent", None)
     worst = 0.0
     for a, b in zip(found, expected, strict=True):
-        off = (mx.abs(a - b).max() / mx.maximum(mx.abs(b).max(), 1e-30)).item()
+        off = abs((mx.abs(a - b).max() / mx.maximum(mx.abs(b).max(), 1e-30)).item())
         # What is no number would pass for small.
         worst = max(worst, off if off == off else float("inf"))
     return "" if worst <= _SAME else f"it computes something else than its parts suggest (off by {worst:.1g})"

@@ -146,7 +146,10 @@ def _cases(extension: Any, large: bool) -> Iterator[_Case]:
     logits = _random(1, vocabulary)
     yield _Case("argmax", lambda: extension.argmax(logits, -1), lambda: mx.argmax(logits, -1))
     yield _Case("logsumexp", lambda: extension.logsumexp(logits, -1), lambda: mx.logsumexp(logits, -1))
+    yield from _choosing_cases(extension, logits)
+    yield from _stored_cases(extension, 1024 if large else 100)
     yield from _gather_cases(extension, 128 if large else 32)
+    yield from _expert_cases(extension, 512 if large else 64)
     if not large:
         yield from _gradient_cases(extension)
 
@@ -218,6 +221,43 @@ def _quantized_cases(m: int, k: int, n: int) -> Iterator[_Case]:
             yield _Case(f"quantized_matmul {precision} {m} x {k} x {n} {mode} {bits} bits", ours, theirs, limit)
 
 
+def _choosing_cases(extension: Any, logits: mx.array) -> Iterator[_Case]:
+    k = min(40, logits.shape[-1] - 1)
+    yield _Case("sort", lambda: extension.sort(logits), lambda: mx.sort(logits))
+    yield _Case("argsort", lambda: extension.argsort(logits), lambda: mx.argsort(logits))
+    yield _Case("topk", lambda: extension.topk(logits, k).sum(-1), lambda: mx.topk(logits, k).sum(-1))
+
+    def likeliest() -> mx.array:
+        # With so little of the mass kept one token is left, whatever the random number.
+        return extension.draw_token(logits.reshape(1, -1), 1, top_p=1e-6)
+
+    yield _Case("draw_token", likeliest, lambda: mx.argmax(logits.reshape(1, -1), axis=-1))
+
+
+def _stored_cases(extension: Any, keys: int) -> Iterator[_Case]:
+    """What is kept quantized and read back: embeddings and KV caches."""
+    w, scales, biases = mx.quantize(_random(256, 512), 32, 4)
+    at = mx.arange(3, 7)
+    yield _Case(
+        "embedding 4 bits",
+        lambda: extension.dequantized_rows(w, scales, biases, at, group_size=32, bits=4),
+        lambda: mx.dequantize(w[at], scales[at], biases[at], 32, 4),
+    )
+    q, k, v = _random(1, 9, 1, 64), _random(1, 3, keys, 64), _random(1, 3, keys, 64)
+    stored = [tuple(mx.quantize(a, 64, 8)) for a in (k, v)]
+
+    def theirs() -> mx.array:
+        scores = mx.quantized_matmul(q.reshape(1, 3, 3, 64) / 8, *stored[0], group_size=64, bits=8)
+        weights = mx.softmax(scores, axis=-1)
+        return mx.quantized_matmul(weights, *stored[1], transpose=False, group_size=64, bits=8).reshape(1, 9, 1, 64)
+
+    yield _Case(
+        f"attention over 8-bit keys, {keys} keys",
+        lambda: extension.quantized_attention(q, *stored, 1 / 8, None, 64, 8),
+        theirs,
+    )
+
+
 def _gather_cases(extension: Any, size: int) -> Iterator[_Case]:
     x, w = _random(3, 1, 1, size), _random(8, 2 * size, size)
     chosen = mx.array([[0, 3], [3, 7], [1, 0]])
@@ -233,6 +273,29 @@ def _gather_cases(extension: Any, size: int) -> Iterator[_Case]:
         lambda: quantized.gather_qmm(x, *parts, **settings),
         lambda: mx.gather_qmm(x, *parts, **settings),
     )
+
+
+def _expert_cases(extension: Any, size: int) -> Iterator[_Case]:
+    """Experts with their weighted sum, some rows an expert and many."""
+    weights = {name: _random(8, 2 * size, size) / size**0.5 for name in ("gate", "up")}
+    weights["down"] = _random(8, size, 2 * size) / size**0.5
+    parts: dict[str, Any] = {name: mx.quantize(w, 32, 4) for name, w in weights.items()}
+    for rows in (3, 80):
+        x, shares = _random(rows, size), mx.random.uniform(shape=(rows, 2))
+        chosen = mx.random.randint(0, 8, (rows, 2)).astype(mx.uint32)
+
+        def theirs(x: mx.array = x, shares: mx.array = shares, chosen: mx.array = chosen) -> mx.array:
+            gathered = partial(mx.gather_qmm, rhs_indices=chosen, group_size=32, bits=4)
+            up, gate = (gathered(x[:, None, None], *parts[name]) for name in ("up", "gate"))
+            down = gathered(gate * mx.sigmoid(gate) * up, *parts["down"])[..., 0, :]
+            return (down * shares[..., None]).sum(axis=-2)
+
+        for precision, limit in (("exact", EXACT_LIMIT), ("fast", FAST_LIMIT)):
+            experts = extension.Experts(precision=precision)
+            for name, part in parts.items():
+                experts.project(name, *part, group_size=32)
+            experts.finish()
+            yield _Case(f"experts {precision} {rows} rows", partial(experts, x, chosen, shares), theirs, limit)
 
 
 def _gradient_cases(extension: Any) -> Iterator[_Case]:

@@ -127,9 +127,14 @@ def _grown(a: mx.array, end: int, more: int) -> mx.array:
 def _operation(module: Any, cache_dtype: mx.Dtype, extension: ModuleType) -> _Stack:
     """Return the operation that computes what `module` does."""
     layers, norm = module["layers"], module["norm"]
+    # Some families have a module there that holds the layers.
+    if not isinstance(layers, list):
+        raise _UnfitError
     calls = [_call_of(layer) for layer in layers]
+    if not _sees_everything(module):
+        raise _UnfitError
     weight, eps = norm.get("weight"), getattr(norm, "eps", None)
-    if not isinstance(layers, list) or weight is None or eps is None:
+    if weight is None or eps is None:
         raise _UnfitError
     for factor in (weight, 1.0 + weight):
         try:
@@ -166,6 +171,30 @@ class _Listener:
         self.x = x
         self.masks = [v for v in (*args, *kwargs.values()) if isinstance(v, mx.array | str)]
         return self._layer(x, *args, **kwargs)
+
+
+class _Deaf(_Listener):
+    """Stands in for a layer, keeps its mask and does nothing."""
+
+    def __call__(self, x: mx.array, mask: Any = None, *args: Any, **kwargs: Any) -> Any:
+        self.heard = mask
+        return x
+
+
+def _sees_everything(module: Any) -> bool:
+    """Whether a late token in plain caches sees all before it in every layer: no window is too wide to show."""
+    layers = list(module["layers"])
+    deaf, caches = [_Deaf(layer) for layer in layers], [KVCache() for _ in layers]
+    for plain in caches:
+        plain.offset = 1 << 20
+    module["layers"][:] = deaf
+    try:
+        module(_tokens(module)[2], caches)
+        return all(d.heard is None or mx.all(d.heard).item() for d in deaf)
+    except (TypeError, ValueError, AttributeError, RuntimeError, IndexError):
+        return False
+    finally:
+        module["layers"][:] = layers
 
 
 def _tokens(module: Any) -> list[mx.array]:

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 
@@ -35,7 +35,7 @@ class Progress:
     step: int = 0
     tokens: int = 0
     """Tokens of documents that were predicted from, padding not counted."""
-    place: Place = Place()
+    place: Place = field(default_factory=Place)
     seconds: float = 0.0
     """Time spent in steps."""
 
@@ -77,7 +77,7 @@ def load(folder: Path) -> tuple[Progress, dict[str, mx.array]]:
         if about.pop("format") != _FORMAT:
             raise FormatError(f"{folder} was saved by another version of EdgeR1; start the run afresh.")
         place = Place(**about.pop("place"))
-        state = mx.load(str(folder / "training.safetensors"))
+        state = cast(dict[str, mx.array], mx.load(str(folder / "training.safetensors")))
         mx.eval(list(state.values()))
         return Progress(place=place, **about), state
     except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:

@@ -9,9 +9,9 @@ more *.jsonl files, read in the order of their names. A line is one document,
 without a split it is for training. A text becomes its tokens between the tokenizer's first and last special token;
 messages go through the chat template, with assistant turns marked.
 
-Tokens are kept under `tokens/` in the folder as NumPy arrays that are mapped into memory, under a name made of what they
-came from, so that the corpus is encoded once: for each split `ids` (uint16, or uint32 above 65,536 entries), `starts`
-(int64, one more than documents), `counted` (bool: tokens of assistant turns; all of a text) and `tasks` (uint16).
+Tokens are kept under `tokens/` in the folder as NumPy arrays that are mapped into memory, under a name made of what
+they came from, so that the corpus is encoded once: for each split `ids` (uint16, or uint32 above 65,536 entries),
+`starts` (int64, one more than documents), `counted` (bool: tokens of assistant turns; all of a text) and `tasks` (uint16).
 """
 
 from __future__ import annotations
@@ -61,6 +61,9 @@ class Corpus:
     vocabulary: int
     pad: int
     """A token to fill rows with; it never counts."""
+    first: int | None
+    last: int
+    """The tokens that texts begin and end with."""
     task_names: tuple[str, ...]
     train: Split
     held_out: Split
@@ -86,7 +89,9 @@ def open_corpus(folder: Path, on_progress: Progress | None = None) -> Corpus:
     train, held_out = (_open_split(kept, name) for name in SPLITS)
     if not len(train):
         raise UsageError(f"{folder} holds no document for training: every line is held out or empty.")
-    return Corpus(folder, about["vocabulary"], about["pad"], tuple(about["tasks"]), train, held_out)
+    return Corpus(
+        folder, about["vocabulary"], about["pad"], about["first"], about["last"], tuple(about["tasks"]), train, held_out
+    )
 
 
 def _fingerprint(folder: Path, shards: list[Path]) -> str:
@@ -218,7 +223,8 @@ def _encode_all(folder: Path, shards: list[Path], kept: Path, on_progress: Progr
             np.save(working / f"{name}.counted.npy", np.concatenate(counted) if counted else np.zeros(0, bool))
             np.save(working / f"{name}.starts.npy", starts)
             np.save(working / f"{name}.tasks.npy", np.array(of_task, np.uint16))
-        about = {"vocabulary": encoder.vocabulary, "pad": encoder.pad, "tasks": list(tasks)}
+        about: dict[str, Any] = {"vocabulary": encoder.vocabulary, "tasks": list(tasks)}
+        about |= {"pad": encoder.pad, "first": encoder.first, "last": encoder.last}
         (working / "corpus.json").write_text(json.dumps(about), encoding="utf-8")
         working.rename(kept)
     except BaseException:

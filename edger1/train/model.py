@@ -23,13 +23,14 @@ def build(config: dict[str, Any], vocabulary: int | None = None, std: float = 0.
 
     `vocabulary` is the tokenizer's size; it stands in where the config has no vocab_size and is checked where it has.
 
-    Raises UsageError for an architecture that cannot be trained from nothing and for a config that does not hang together.
+    Raises UsageError for an architecture that cannot be trained from nothing and for a config that does not hang
+    together.
     """
     prepare()
-    config = dict(config)
     if vocabulary is not None:
-        config.setdefault("vocab_size", vocabulary)
+        config = {"vocab_size": vocabulary, **config}
     check(config, vocabulary)
+    config = complete(config)
     args_class, model_class = _classes(config["model_type"])
     model = model_class(args_class.from_dict(config))
     _initialize(model, std, mx.random.key(seed))
@@ -37,10 +38,19 @@ def build(config: dict[str, Any], vocabulary: int | None = None, std: float = 0.
     return model
 
 
-def complete(config: dict[str, Any], vocabulary: int) -> dict[str, Any]:
-    """Return a config as config.json holds it: with the vocabulary and what transformers needs to know the class."""
+def complete(config: dict[str, Any], tokenizer: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Return a config as config.json holds it, with all that mlx-lm and transformers would each assume otherwise.
+
+    `tokenizer` adds what the tokenizer knows: vocab_size where the config has none, and the special tokens' ids.
+    """
     _, (name, _) = _kind(config["model_type"])
-    return {"architectures": [name], **config, "vocab_size": config.get("vocab_size", vocabulary), "dtype": "bfloat16"}
+    heads = config["num_attention_heads"]
+    common = {"num_key_value_heads": heads, "hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 10000.0}
+    if config["model_type"] == "llama":
+        own: dict[str, Any] = {"head_dim": config["hidden_size"] // heads, "tie_word_embeddings": True}
+    else:
+        own = _DEEPSEEK_DEFAULTS
+    return {"architectures": [name], **common, **own, **(tokenizer or {}), **config, "dtype": "bfloat16"}
 
 
 def parameters(model: Any) -> dict[str, mx.array]:
@@ -54,7 +64,7 @@ def assign(model: Any, weights: dict[str, mx.array]) -> None:
 
 
 def active_parameters(config: dict[str, Any]) -> int:
-    """Return how many weights of matrices a token passes: the head and the chosen experts count, embedding and MTP not."""
+    """Return how many weights of matrices a token passes: the head and chosen experts count, embedding and MTP not."""
     d, layers = config["hidden_size"], config["num_hidden_layers"]
     heads = config["num_attention_heads"]
     head = config["vocab_size"] * d
@@ -104,6 +114,21 @@ _DEEPSEEK = (
     "qk_nope_head_dim",
     "v_head_dim",
 )
+_DEEPSEEK_DEFAULTS: dict[str, Any] = {
+    "q_lora_rank": None,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 0,
+    "moe_layer_freq": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "topk_method": "noaux_tc",
+    "scoring_func": "sigmoid",
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 1.0,
+    "attention_bias": False,
+    "num_nextn_predict_layers": 0,
+    "tie_word_embeddings": False,
+}
 _OPTIONAL = ("q_lora_rank", "n_shared_experts", "num_key_value_heads", "head_dim", "n_group", "topk_group")
 _COUNTS = ("num_nextn_predict_layers", "first_k_dense_replace")
 
@@ -112,7 +137,7 @@ def check(config: dict[str, Any], vocabulary: int | None = None) -> None:
     """Raise UsageError for the first thing in a config that is missing, no size, or at odds with another."""
     model_type, (_, needed) = _kind(config["model_type"])
     for name in needed:
-        if name not in config:
+        if config.get(name) is None:
             raise UsageError(f"The model's config has no {name}, which {model_type} needs.")
     for name in (*needed, *_OPTIONAL):
         value = config.get(name)
@@ -126,6 +151,11 @@ def check(config: dict[str, Any], vocabulary: int | None = None) -> None:
         raise UsageError(
             f"vocab_size is {config['vocab_size']}, and the tokenizer has {vocabulary} tokens; give at least that many."
         )
+    if model_type == "deepseek_v3" and config.get("tie_word_embeddings"):
+        raise UsageError("tie_word_embeddings is true; deepseek_v3 has a head of its own.")
+    for name in ("rope_scaling", "attention_bias", "mlp_bias"):
+        if config.get(name):
+            raise UsageError(f"{name} is {config[name]!r}; training from nothing does without it, leave it out.")
     (_check_llama if model_type == "llama" else _check_deepseek)(config)
 
 

@@ -7,11 +7,13 @@ tiles in the processor, everything is f32 either way.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from edger1.kernels import _load
 
@@ -29,6 +31,14 @@ def has_tiles() -> bool:
     return found is not None and found.active_instruction_set() == "amx"
 
 
+@dataclass(frozen=True)
+class Turning:
+    """How positions rotate: by which base, and whether pairs of dimensions are neighbours or halves of a head."""
+
+    base: float
+    interleaved: bool
+
+
 class Ops:
     """The operations in one precision."""
 
@@ -36,7 +46,8 @@ class Ops:
         self.kernels = extension()
         self.mixed = mixed and has_tiles()
         self._linear = _linear(self.kernels, self.mixed)
-        self._attention: dict[float, Callable[..., mx.array]] = {}
+        self._attention: dict[tuple[float, Turning], Callable[..., mx.array]] = {}
+        self._add_norm: dict[float, Callable[..., mx.array]] = {}
         self._experts = _experts(self.kernels, self.mixed)
         self._cross_entropy = _cross_entropy(self.kernels, self.mixed)
 
@@ -44,31 +55,57 @@ class Ops:
         """Return x [..., K] times the transpose of weight [N, K]."""
         return self._linear(x, weight)
 
-    def matmul(self, a: mx.array, b: mx.array) -> mx.array:
-        """Return a [..., M, K] times b [..., K, N]; has no gradient."""
-        return self.kernels.mixed_matmul(a, b) if self.kernels is not None and self.mixed else a @ b
+    def orthogonal(self, matrices: list[mx.array]) -> list[mx.array]:
+        """Bring the singular values of matrices [..., M, N] near one, as Muon does; has no gradient."""
+        if self.kernels is not None and matrices:
+            return list(self.kernels.orthogonal(matrices, self.mixed))
+        return [_plain_orthogonal(one) for one in matrices]
 
-    def attention(self, q: mx.array, k: mx.array, v: mx.array, starts: mx.array, scale: float) -> mx.array:
+    def blend(self, x: mx.array, a: float, y: mx.array, b: float) -> mx.array:
+        """Return a x + b y of two arrays of one shape; has no gradient."""
+        return self.kernels.blend(x, a, y, b) if self.kernels is not None else a * x + b * y
+
+    def add_norm(self, x: mx.array, y: mx.array, norm: nn.RMSNorm) -> tuple[mx.array, mx.array]:
+        """Return x + y and its norm, all [..., D]."""
+        if self.kernels is None:
+            total = x + y
+            return total, norm(total)
+        if norm.eps not in self._add_norm:
+            self._add_norm[norm.eps] = _add_norm(self.kernels, norm.eps)
+        total, normed = self._add_norm[norm.eps](x, y, norm.weight)
+        return total, normed
+
+    def attention(
+        self, q: mx.array, kv: mx.array, rope: mx.array, starts: mx.array, scale: float, turning: Turning
+    ) -> mx.array:
         """Return causal attention within documents, [B, L, H, V].
 
-        q is [B, L, H, D], k [B, L, H / G, D], v [B, L, H / G, V]; position i sees positions starts[b, i] .. i, starts
-        being int32 [B, L].
+        q is [B, L, H, N + R] and kv [B, L, H / G, N + V]; R dimensions are rotated by their positions, and those of
+        keys are apart: rope [B, L, 1 or H / G, R]. Position i sees positions starts[b, i] .. i, starts being
+        int32 [B, L].
         """
         if self.kernels is None:
-            return _plain_attention(q, k, v, starts, scale)
-        if scale not in self._attention:
-            self._attention[scale] = _kernel_attention(self.kernels, scale, self.mixed)
-        return self._attention[scale](q, k, v, starts)
+            return _plain_attention(q, kv, rope, starts, scale, turning)
+        kind = (scale, turning)
+        if kind not in self._attention:
+            self._attention[kind] = _kernel_attention(self.kernels, scale, turning, self.mixed)
+        return self._attention[kind](q, kv, rope, starts)
 
-    def experts(
-        self, x: mx.array, indices: mx.array, shares: mx.array, gate: mx.array, up: mx.array, down: mx.array
-    ) -> mx.array:
+    def best(self, scores: mx.array, count: int) -> mx.array:
+        """Return the indices uint32 [..., count] of the highest scores [..., E]; has no gradient."""
+        scores = mx.stop_gradient(scores)
+        if self.kernels is not None:
+            return self.kernels.best_experts(scores, count)
+        return mx.argpartition(-scores, kth=count - 1, axis=-1)[..., :count]
+
+    def experts(self, x: mx.array, indices: mx.array, shares: mx.array, weights: list[mx.array]) -> mx.array:
         """Return the weighted sum of each token's experts, [T, D].
 
-        x is [T, D], indices uint32 [T, k], shares [T, k], gate and up [E, M, D], down [E, D, M]. The experts' results
-        are summed in rank order, and their gradients by token order, however the work is split.
+        x is [T, D], indices uint32 [T, k], shares [T, k]; weights are gate and up [E, M, D], down [E, D, M], and
+        perhaps those of an expert for every token, [S, D], [S, D] and [D, S]. Results are summed in the order of
+        experts, however the work is split.
         """
-        return self._experts(x, indices, shares, gate, up, down)
+        return self._experts(x, indices, shares, *weights)
 
     def cross_entropy(self, x: mx.array, head: mx.array, targets: mx.array, weights: mx.array) -> mx.array:
         """Return the weighted sum of all positions' cross entropy in nats, without holding all logits.
@@ -92,10 +129,55 @@ def _linear(kernels: ModuleType | None, mixed: bool) -> Callable[[mx.array, mx.a
         rows, d = x.reshape(-1, x.shape[-1]), cotangent.reshape(-1, weight.shape[0])
         return kernels.mixed_matmul(cotangent, weight), kernels.mixed_matmul(d.T, rows)
 
-    return linear
+    return cast(Callable[..., mx.array], linear)
 
 
-def _plain_attention(q: mx.array, k: mx.array, v: mx.array, starts: mx.array, scale: float) -> mx.array:
+# Quintic of Newton-Schulz and its number of steps, from Jordan's Muon.
+_A, _B, _C = 3.4445, -4.7750, 2.0315
+_STEPS = 5
+
+
+def _plain_orthogonal(matrices: mx.array) -> mx.array:
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.swapaxes(-1, -2) if tall else matrices
+    x = x / (mx.sqrt((x * x).sum(axis=(-2, -1), keepdims=True)) + 1e-7)
+    for _ in range(_STEPS):
+        a = x @ x.swapaxes(-1, -2)
+        x = _A * x + (_B * a + _C * (a @ a)) @ x
+    return x.swapaxes(-1, -2) if tall else x
+
+
+def _add_norm(kernels: ModuleType, eps: float) -> Callable[..., mx.array]:
+    @mx.custom_function
+    def add_norm(x: mx.array, y: mx.array, weight: mx.array) -> list[mx.array]:
+        return kernels.add_norm(x, y, weight, eps)
+
+    @add_norm.vjp
+    def add_norm_vjp(
+        primals: list[mx.array], cotangents: list[mx.array], outputs: list[mx.array]
+    ) -> tuple[mx.array, ...]:
+        dx, d_weight = kernels.add_norm_vjp(outputs[0], primals[2], *cotangents, eps)
+        return dx, dx, d_weight
+
+    return cast(Callable[..., mx.array], add_norm)
+
+
+def _plain_attention(
+    q: mx.array, kv: mx.array, rope: mx.array, starts: mx.array, scale: float, turning: Turning
+) -> mx.array:
+    rotated = rope.shape[-1]
+    plain = q.shape[-1] - rotated
+
+    def turn(a: mx.array) -> mx.array:
+        # From the row's start and not the document's, which attention cannot tell apart.
+        out = mx.fast.rope(
+            a.swapaxes(1, 2), rotated, traditional=turning.interleaved, base=turning.base, scale=1.0, offset=0
+        )
+        return out.swapaxes(1, 2)
+
+    q = mx.concatenate([q[..., :plain], turn(q[..., plain:])], axis=-1)
+    keys = mx.broadcast_to(turn(rope), (*kv.shape[:-1], rotated))
+    k, v = mx.concatenate([kv[..., :plain], keys], axis=-1), kv[..., plain:]
     at = mx.arange(q.shape[1])
     mask = (at[None, None, :] <= at[None, :, None]) & (at[None, None, :] >= starts[:, :, None])
     out = mx.fast.scaled_dot_product_attention(
@@ -104,23 +186,23 @@ def _plain_attention(q: mx.array, k: mx.array, v: mx.array, starts: mx.array, sc
     return out.swapaxes(1, 2)
 
 
-def _kernel_attention(kernels: ModuleType, scale: float, mixed: bool) -> Callable[..., mx.array]:
+def _kernel_attention(kernels: ModuleType, scale: float, turning: Turning, mixed: bool) -> Callable[..., mx.array]:
+    kind = (scale, turning.base, turning.interleaved, mixed)
+
     @mx.custom_function
-    def attention(q: mx.array, k: mx.array, v: mx.array, starts: mx.array) -> mx.array:
-        return kernels.document_attention(q, k, v, starts, scale, mixed)
+    def attention(q: mx.array, kv: mx.array, rope: mx.array, starts: mx.array) -> mx.array:
+        return kernels.document_attention(q, kv, rope, starts, *kind)
 
     @attention.vjp
     def attention_vjp(primals: list[mx.array], cotangent: mx.array, _: Any) -> tuple[mx.array, ...]:
-        q, k, v, starts = primals
-        grads = kernels.document_attention_vjp(q, k, v, starts, cotangent, scale, mixed)
-        return (*grads, mx.zeros_like(starts))
+        grads = kernels.document_attention_vjp(*primals, cotangent, *kind)
+        return (*grads, mx.zeros_like(primals[3]))
 
-    return attention
+    return cast(Callable[..., mx.array], attention)
 
 
-def _plain_experts(
-    x: mx.array, indices: mx.array, shares: mx.array, gate: mx.array, up: mx.array, down: mx.array
-) -> mx.array:
+def _plain_experts(x: mx.array, indices: mx.array, shares: mx.array, *weights: mx.array) -> mx.array:
+    gate, up, down, *shared = weights
     per_token = indices.shape[-1]
     flat = indices.flatten()
     order = mx.argsort(flat)
@@ -133,7 +215,11 @@ def _plain_experts(
     g = product(rows, gate)
     y = product(g * mx.sigmoid(g) * product(rows, up), down)
     y = mx.unflatten(y.squeeze(-2)[mx.argsort(order)], 0, indices.shape)
-    return (y * shares[..., None]).sum(axis=-2)
+    out = (y * shares[..., None]).sum(axis=-2)
+    if shared:
+        g = x @ shared[0].T
+        out = out + (g * mx.sigmoid(g) * (x @ shared[1].T)) @ shared[2].T
+    return out
 
 
 def _experts(kernels: ModuleType | None, mixed: bool) -> Callable[..., mx.array]:
@@ -141,18 +227,16 @@ def _experts(kernels: ModuleType | None, mixed: bool) -> Callable[..., mx.array]
         return _plain_experts
 
     @mx.custom_function
-    def experts(
-        x: mx.array, indices: mx.array, shares: mx.array, gate: mx.array, up: mx.array, down: mx.array
-    ) -> mx.array:
-        return kernels.experts(x, indices, shares, gate, up, down, mixed)
+    def experts(x: mx.array, indices: mx.array, shares: mx.array, *weights: mx.array) -> mx.array:
+        return kernels.experts(x, indices, shares, weights, mixed)
 
     @experts.vjp
     def experts_vjp(primals: list[mx.array], cotangent: mx.array, _: Any) -> tuple[mx.array, ...]:
-        x, indices, shares, gate, up, down = primals
-        dx, d_shares, d_gate, d_up, d_down = kernels.experts_vjp(x, indices, shares, gate, up, down, cotangent, mixed)
-        return dx, mx.zeros_like(indices), d_shares, d_gate, d_up, d_down
+        x, indices, shares, *weights = primals
+        dx, d_shares, *d_weights = kernels.experts_vjp(x, indices, shares, weights, cotangent, mixed)
+        return dx, mx.zeros_like(indices), d_shares, *d_weights
 
-    return experts
+    return cast(Callable[..., mx.array], experts)
 
 
 def _plain_cross_entropy(x: mx.array, head: mx.array, targets: mx.array, weights: mx.array) -> mx.array:
@@ -177,4 +261,5 @@ def _cross_entropy(kernels: ModuleType | None, mixed: bool) -> Callable[..., mx.
         factor = cotangents[0]
         return outputs[1] * factor, outputs[2] * factor, mx.zeros_like(primals[2]), mx.zeros_like(primals[3])
 
-    return lambda x, head, targets, weights: with_gradients(x, head, targets, weights)[0]
+    function = cast(Callable[..., list[mx.array]], with_gradients)
+    return lambda x, head, targets, weights: function(x, head, targets, weights)[0]

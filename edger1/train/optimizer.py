@@ -1,11 +1,11 @@
 """AdamW and Muon over a flat table of f32 weights, with clipping by the global norm.
 
-Muon (Jordan 2024; scaled as in arXiv 2502.16982) takes the matrices inside the layers: each update is the momentum with its
-singular values brought to about one by five Newton-Schulz steps, batched over stacked experts. AdamW takes the rest:
-embedding, head, norms, routers. Weight decay is decoupled, and spares vectors.
+Muon (Jordan 2024) takes the matrices inside the layers: each update is the momentum with its singular values brought
+to about one by five Newton-Schulz steps, batched over stacked experts. AdamW takes the rest: embedding, head, norms,
+routers. Weight decay is decoupled, and spares vectors.
 
-MLX's own optimizers run each of a dozen operations a weight over all of memory, and its Muon takes a stack of experts for
-one long matrix.
+MLX's own optimizers run each of a dozen operations a weight over all of memory, and its Muon takes a stack of experts
+for one long matrix.
 """
 
 from __future__ import annotations
@@ -20,9 +20,6 @@ from edger1.train.settings import Settings
 
 Table = dict[str, mx.array]
 
-# Quintic of Newton-Schulz and its number of steps, from Jordan's Muon.
-_A, _B, _C = 3.4445, -4.7750, 2.0315
-_STEPS = 5
 _MOMENTUM = 0.95
 _EPSILON = 1e-8
 
@@ -60,9 +57,7 @@ class Optimizer:
         found: Table = {}
         for name in self.adam:
             found[name] = self._adamw(name, weights[name], gradients[name], share * s.learning_rate, scale)
-        for name in self.muon:
-            found[name] = self._muon(name, weights[name], gradients[name], share * s.muon_rate, scale)
-        return found
+        return found | self._muon(weights, gradients, share * s.muon_rate, scale)
 
     def _adamw(self, name: str, weight: mx.array, gradient: mx.array, rate: float, scale: float) -> mx.array:
         s = self.settings
@@ -81,24 +76,21 @@ class Optimizer:
         self.state[f"m.{name}"], self.state[f"v.{name}"] = m, v
         return weight
 
-    def _muon(self, name: str, weight: mx.array, gradient: mx.array, rate: float, scale: float) -> mx.array:
-        momentum = _MOMENTUM * self.state[f"m.{name}"] + (1 - _MOMENTUM) * scale * gradient
-        self.state[f"m.{name}"] = momentum
-        update = orthogonal((1 - _MOMENTUM) * scale * gradient + _MOMENTUM * momentum, self.ops)
-        # Orthogonal updates have a root mean square of max(rows, columns)^-1/2; this makes it that of rows = columns.
-        rows, columns = weight.shape[-2:]
-        return weight * (1 - rate * self.settings.weight_decay) - rate * math.sqrt(max(1.0, rows / columns)) * update
-
-
-def orthogonal(matrices: mx.array, ops: Ops) -> mx.array:
-    """Bring the singular values of matrices [..., M, N] near one, keeping their singular vectors."""
-    tall = matrices.shape[-2] > matrices.shape[-1]
-    x = matrices.swapaxes(-1, -2) if tall else matrices
-    x = x / (mx.sqrt((x * x).sum(axis=(-2, -1), keepdims=True)) + 1e-7)
-    for _ in range(_STEPS):
-        a = ops.matmul(x, x.swapaxes(-1, -2))
-        x = _A * x + ops.matmul(_B * a + _C * ops.matmul(a, a), x)
-    return x.swapaxes(-1, -2) if tall else x
+    def _muon(self, weights: Table, gradients: Table, rate: float, scale: float) -> Table:
+        blend, fresh = self.ops.blend, (1 - _MOMENTUM) * scale
+        ahead: list[mx.array] = []
+        for name in self.muon:
+            momentum = blend(self.state.pop(f"m.{name}"), _MOMENTUM, gradients[name], fresh)
+            self.state[f"m.{name}"] = momentum
+            # Nesterov's look ahead.
+            ahead.append(blend(gradients[name], fresh, momentum, _MOMENTUM))
+        found: Table = {}
+        for name, update in zip(self.muon, self.ops.orthogonal(ahead), strict=True):
+            # An orthogonal M x N matrix has a root mean square of max(M, N)^-1/2; tall ones are brought to that of M = N.
+            rows, columns = weights[name].shape[-2:]
+            rate_here = rate * math.sqrt(max(1.0, rows / columns))
+            found[name] = blend(weights[name], 1 - rate * self.settings.weight_decay, update, -rate_here)
+        return found
 
 
 def global_norm(gradients: Table, kernels: ModuleType | None = None) -> mx.array:

@@ -1,8 +1,8 @@
 """Documents packed into rows of one length, whole: best fit over a shuffled epoch.
 
-A document longer than a row is cut into pieces that fill rows of their own; any other stays in one piece, so that nothing
-is predicted without its beginning. What is left of a row is padding. An epoch's rows depend on its seed alone, so a run
-that goes on needs no more than the epoch and the row it stopped at.
+A document longer than a row is cut into pieces that fill rows of their own; any other stays in one piece, so that
+nothing is predicted without its beginning. What is left of a row is padding. An epoch's rows depend on its seed
+alone, so a run that goes on needs no more than the epoch and the row it stopped at.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class _Rows:
 
 
 def pack(sizes: np.ndarray, length: int, order: np.ndarray) -> list[list[int]]:
-    """Pack documents of `sizes`, none above `length`, into rows by best fit in the given order; return rows of indices."""
+    """Pack documents of `sizes`, none above `length`, into rows by best fit in an order; return rows of indices."""
     rows: list[list[int]] = []
     # Rows with so much room left, and a number whose bits say for which there are any: the best fit is its lowest
     # set bit from the document's size on.

@@ -79,7 +79,8 @@ def heat_map(title: str, x_label: str, rows: Sequence[tuple[str, Sequence[float]
 
 
 def _document(title: str, height: float, parts: list[str]) -> str:
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" font-family="sans-serif" font-size="12">'
+    font = 'font-family="sans-serif" font-size="12"'
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" {font}>'
     back = f'<rect width="{_WIDTH}" height="{height}" fill="white"/>'
     name = f'<text x="{_WIDTH / 2}" y="16" text-anchor="middle" font-size="14">{escape(title)}</text>'
     return "\n".join([head, back, name, *parts, "</svg>"]) + "\n"

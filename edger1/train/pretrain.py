@@ -13,9 +13,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
+import numpy as np
 
 from edger1.errors import EdgeR1Error, UsageError
 from edger1.kernels.install import install
@@ -86,7 +87,8 @@ class Pretraining:
             raise UsageError(f"{run} exists and is not empty; give another --out, or --resume to go on with it.")
         self.corpus, self.settings, self.run_folder = corpus, settings, run
         self.model = model.build(config, corpus.vocabulary, settings.hidden_std, settings.seed)
-        self.config = model.complete(config, corpus.vocabulary)
+        known = {"vocab_size": corpus.vocabulary, "bos_token_id": corpus.first, "eos_token_id": corpus.last}
+        self.config = model.complete(config, known)
         self.ops = Ops(settings.precision == "mixed")
         self.optimizer = Optimizer(model.parameters(self.model), settings, self.ops)
         counted_only = settings.loss_on == "assistant"
@@ -121,8 +123,8 @@ class Pretraining:
     ) -> Result:
         """Train to the last step, until `stop` says so after a step, or for so many minutes; save and return.
 
-        Raises DivergedError where loss or gradient is not finite, before that step changes anything, and SaveError where
-        a checkpoint cannot be written. The last good checkpoint stays either way.
+        Raises DivergedError where loss or gradient is not finite, before that step changes anything, and SaveError
+        where a checkpoint cannot be written. The last good checkpoint stays either way.
         """
         self.run_folder.mkdir(parents=True, exist_ok=True)
         (self.run_folder / "config.toml").write_text(to_toml(self.config, self.settings), encoding="utf-8")
@@ -179,20 +181,20 @@ class Pretraining:
         (_, parts), gradients = self._gradient(weights, batch, schedule.mtp_weight(step, s))
         norm = global_norm(gradients, extension())
         mx.eval(parts, norm, gradients)
-        main, ahead = float(parts["main"].item()), float(parts["ahead"].item())
-        if not (math.isfinite(main + ahead) and math.isfinite(norm.item())):
+        main, ahead, length = (_number(a) for a in (parts["main"], parts["ahead"], norm))
+        if not math.isfinite(main + ahead + length):
             # The weights that the gradient was taken at are traced arrays by now.
             model.assign(self.model, weights)
-            raise self._diverged(main + ahead, norm.item())
+            raise self._diverged(main + ahead, length)
         share = schedule.rate_share(step, s)
-        model.assign(self.model, self.optimizer.update(weights, gradients, share, norm.item()))
+        model.assign(self.model, self.optimizer.update(weights, gradients, share, length))
         if parts["loads"].size:
             losses.move_biases(self.model, parts["loads"], s.balance_speed)
             self._loads.append(parts["loads"])
         del weights, gradients
         mx.eval(self.model.parameters(), self.optimizer.state)
         self.progress = replace(self.progress, place=place)
-        return main, ahead, float(norm.item()), int(batch.weights.sum().item())
+        return main, ahead, length, int(_number(batch.weights.sum()))
 
     def _loss(self, weights: Table, batch: losses.Batch, mtp_weight: float) -> tuple[mx.array, Table]:
         model.assign(self.model, weights)
@@ -209,8 +211,8 @@ class Pretraining:
             batch, place = self.held_out.next(place, min(s.rows, rows - first))
             found = losses.compute(self.model, batch, self.ops)
             for i, (loss, weights) in enumerate(((found.main, batch.weights), (found.ahead, batch.ahead_weights))):
-                count = float(weights.sum().item())
-                sums[i] += float(loss.item()) * count
+                count = _number(weights.sum())
+                sums[i] += _number(loss) * count
                 counts[i] += count
         means = [total / max(1.0, count) for total, count in zip(sums, counts, strict=True)]
         return dict(zip(("loss", "mtp_loss"), means, strict=True))
@@ -230,7 +232,7 @@ class Pretraining:
         if self._loads:
             use = mx.stack(self._loads).sum(axis=0)
             use = use / use.sum(axis=-1, keepdims=True)
-            entry["experts"] = [[round(share, 5) for share in layer] for layer in use.tolist()]
+            entry["experts"] = np.round(np.array(use), 5).tolist()
             self._loads = []
         return entry
 
@@ -273,3 +275,7 @@ class Pretraining:
         # A plot is no reason to end a run.
         with suppress(OSError):
             report.draw(self.run_folder, log.entries, list(routers(self.model)))
+
+
+def _number(value: mx.array) -> float:
+    return float(cast(float, value.item()))

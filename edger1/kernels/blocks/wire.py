@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.cache import KVCache, RotatingKVCache
+from mlx_lm.models.cache import BatchKVCache, KVCache, RotatingKVCache
+
+from edger1.kernels.prefill import FEW_ROWS, prefill
 
 if TYPE_CHECKING:
     from edger1.kernels.blocks.probe import Plan
@@ -103,6 +105,8 @@ def _run_half(block: _Held, layer: Any, x: mx.array, mask: Any, cache: Any) -> m
 def _advance(call: Any, module: Any, x: mx.array, mask: Any, cache: Any) -> Any:
     """Run the operation and take the new positions into the cache; None, and the cache as it was, if it cannot."""
     kind = type(cache)
+    if kind is KVCache and x.ndim == 3 and x.shape[1] > FEW_ROWS:
+        return prefill(call, module, x, mask, cache)
     if kind is KVCache:
         done = call(module, x, mask, cache.keys, cache.values, cache.offset)
         if done is None and _make_room(cache, x):
@@ -111,14 +115,24 @@ def _advance(call: Any, module: Any, x: mx.array, mask: Any, cache: Any) -> Any:
             cache.keys, cache.values = done[1], done[2]
             cache.offset += x.shape[1]
         return done
+    if kind is BatchKVCache:
+        end = cache._idx
+        done = call(module, x, mask, cache.keys, cache.values, end, 0, None, cache.left_padding)
+        if done is None and _make_room(cache, x):
+            done = call(module, x, mask, cache.keys, cache.values, end, 0, None, cache.left_padding)
+        if done is not None:
+            cache.keys, cache.values = done[1], done[2]
+            cache._idx += x.shape[1]
+            cache.offset = cache.offset + x.shape[1]
+        return done
     if kind is RotatingKVCache and cache.keys is not None and cache.keep == 0:
         return _turn(call, module, x, mask, cache) if x.shape[1] == 1 else _append(call, module, x, mask, cache)
     return None
 
 
-def _make_room(cache: KVCache, x: mx.array) -> bool:
-    """Grow a cache that x does not fit into as `KVCache` itself does; False if it fits or is empty."""
-    length, end = x.shape[1], cache.offset
+def _make_room(cache: KVCache | BatchKVCache, x: mx.array) -> bool:
+    """Grow a cache that x does not fit into as it does itself; False if it fits or is empty."""
+    length, end = x.shape[1], cache._idx if isinstance(cache, BatchKVCache) else cache.offset
     if cache.keys is None or end + length <= cache.keys.shape[2]:
         return False
     more = (cache.step + length - 1) // cache.step * cache.step

@@ -89,14 +89,15 @@ class Attention : public DensePrimitive {
 
   std::vector<mx::array> vjp(const std::vector<mx::array>& primals, const std::vector<mx::array>& cotangents,
                              const std::vector<int>& argnums, const std::vector<mx::array>& outputs) override {
-    bool inputs_only = true;
+    size_t sink = kind_.sinks ? primals.size() - 1 : primals.size();
+    bool ours = true;
     for (int arg : argnums) {
-      inputs_only &= arg < 3;
+      ours &= arg < 3 || static_cast<size_t>(arg) == sink;
     }
     for (int i = 0; i < 3; i++) {
-      inputs_only &= primals[i].dtype() == mx::float32;
+      ours &= primals[i].dtype() == mx::float32;
     }
-    if (!inputs_only || kind_.sinks) {
+    if (!ours) {
       return DensePrimitive::vjp(primals, cotangents, argnums, outputs);
     }
     // The weights are computed again, here with all rows at once: P = softmax(q k^T), dV = P^T dO, dS = P (dP - sum(P dP)).
@@ -114,9 +115,23 @@ class Attention : public DensePrimitive {
           ? mx::where(primals[3], scores, mx::array(-3.4028234663852886e38f), s)
           : mx::add(scores, primals[3], s);
     }
-    auto weights = mx::reshape(kind_.causal ? causal_softmax(scores, s) : softmax(scores, -1, true, s), grouped, s);
-    auto d_weights = dense_matmul(d_out, flip(v), s);
-    auto d_scores = softmax_vjp(weights, d_weights, s);
+    // A sink is a key in front of all others that every row sees and that has no value.
+    mx::Shape column{batch, heads, length, 1}, beyond{batch, heads, length, keys + 1};
+    if (kind_.sinks) {
+      auto sinks = mx::broadcast_to(mx::reshape(primals[sink], {1, heads, 1, 1}, s), column, s);
+      scores = mx::concatenate({sinks, scores}, 3, s);
+    }
+    auto without_sink = [&](const mx::array& a) {
+      return mx::reshape(kind_.sinks ? mx::slice(a, {0, 0, 0, 1}, beyond, s) : a, grouped, s);
+    };
+    auto all_weights = kind_.causal ? causal_softmax(scores, s) : softmax(scores, -1, true, s);
+    auto weights = without_sink(all_weights);
+    auto d_weights = mx::reshape(dense_matmul(d_out, flip(v), s), separate, s);
+    if (kind_.sinks) {
+      d_weights = mx::concatenate({mx::zeros(column, mx::float32, s), d_weights}, 3, s);
+    }
+    auto all_d_scores = softmax_vjp(all_weights, d_weights, s);
+    auto d_scores = without_sink(all_d_scores);
     if (kind_.masked && primals[3].dtype() == mx::bool_) {
       // A row that sees nothing weighs all keys alike, but through constants.
       auto kept = mx::where(primals[3], mx::reshape(d_scores, separate, s), mx::array(0.0f), s);
@@ -129,8 +144,11 @@ class Attention : public DensePrimitive {
         gradients.push_back(mx::multiply(d_q, mx::array(kind_.scale), s));
       } else if (arg == 1) {
         gradients.push_back(dense_matmul(flip(d_scores), queries, s));
-      } else {
+      } else if (arg == 2) {
         gradients.push_back(dense_matmul(flip(weights), d_out, s));
+      } else {
+        auto first = mx::slice(all_d_scores, {0, 0, 0, 0}, column, s);
+        gradients.push_back(mx::sum(first, std::vector<int>{0, 2, 3}, false, s));
       }
     }
     return gradients;

@@ -3,6 +3,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/variant.h>
+#include <nanobind/stl/vector.h>
 
 #include "attention_quantized.h"
 #include "bindings.h"
@@ -17,6 +18,8 @@ namespace edger1 {
 
 void bind_choose(nb::module_& m) {
   m.def("split_key", &split_key, "key"_a, "Keys for the next draws and for this one, as mx.random.split gives them.");
+  m.def("penalized", &penalized, "scores"_a, "tokens"_a, "penalty"_a, "stream"_a = nb::none(),
+        "Scores [1, vocabulary] with some tokens discouraged.");
   m.def("draw_token", [](const mx::array& scores, uint64_t key, float inverse_temperature, float top_p, float min_p,
                          int top_k, mx::StreamOrDevice s) {
     return draw_token(scores, key, {inverse_temperature, top_p, min_p, top_k}, s);

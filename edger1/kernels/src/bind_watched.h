@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "decoder.h"
+#include "prefill.h"
 
 namespace edger1 {
 
@@ -51,7 +52,8 @@ class WatchedLayer {
 
   // None where the layer does not apply; see DecoderLayer.
   nb::object call(nb::handle module, const mx::array& x, nb::handle mask, const std::optional<mx::array>& keys,
-                  const std::optional<mx::array>& values, int offset, int first_slot, std::optional<int> count) const {
+                  const std::optional<mx::array>& values, int offset, int first_slot, std::optional<int> count,
+                  const std::optional<mx::array>& starts) const {
     bool causal = mask.is_none() ? x.ndim() == 3 && x.shape(1) == 1
                                  : PyUnicode_Check(mask.ptr()) && PyUnicode_CompareWithASCIIString(mask.ptr(), "causal") == 0;
     std::optional<mx::array> rows_see;
@@ -61,12 +63,19 @@ class WatchedLayer {
     if (!keys || !values || (!causal && !rows_see) || !watches.unchanged(module)) {
       return nb::none();
     }
-    auto done = layer(x, *keys, *values, {offset, first_slot, count}, rows_see);
+    auto done = layer(x, *keys, *values, {offset, first_slot, count, starts}, rows_see);
     if (!done) {
       return nb::none();
     }
     return done->normed ? nb::cast(std::tuple(done->out, done->keys, done->values, *done->normed))
                         : nb::cast(std::tuple(done->out, done->keys, done->values));
+  }
+
+  // Many rows at once; see prefill_layer. None where that does not apply.
+  nb::object prefill(nb::handle module, const mx::array& x, const std::optional<mx::array>& keys,
+                     const std::optional<mx::array>& values, int offset, int capacity) const {
+    auto done = watches.unchanged(module) ? prefill_layer(layer.plan(), x, keys, values, offset, capacity) : std::nullopt;
+    return done ? nb::cast(*done) : nb::none();
   }
 
   DecoderLayer layer;

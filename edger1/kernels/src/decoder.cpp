@@ -1,5 +1,6 @@
 #include "decoder.h"
 
+#include <algorithm>
 #include <cstring>
 #include <limits>
 #include <span>
@@ -61,18 +62,21 @@ class Claim : public CpuPrimitive {
   }
 };
 
+} // namespace
+
 mx::array claim(const mx::array& a, mx::Stream stream) {
   return mx::array(a.shape(), a.dtype(), std::make_shared<Claim>(stream), {a});
 }
 
-} // namespace
 
-// Inputs x, keys, values and perhaps a mask; outputs out, keys and values in the inputs' buffers, and perhaps the MLP's input.
+// Inputs x, keys, values and perhaps a mask and starts; outputs out, keys and values in the inputs' buffers, and perhaps the MLP's input.
 // The inputs keys and values are claimed.
 class DecoderLayerOp : public CpuPrimitive {
  public:
-  DecoderLayerOp(mx::Stream stream, std::shared_ptr<const DecoderLayer::Held> held, int offset, CacheOrder order)
-      : CpuPrimitive(stream), held_(std::move(held)), offset_(offset), order_(order) {}
+  DecoderLayerOp(mx::Stream stream, std::shared_ptr<const DecoderLayer::Held> held, int offset, CacheOrder order,
+                 bool has_mask, bool has_starts)
+      : CpuPrimitive(stream), held_(std::move(held)), offset_(offset), order_(order), has_mask_(has_mask),
+        has_starts_(has_starts) {}
 
   const char* name() const override {
     return "EdgeR1DecoderLayer";
@@ -104,7 +108,7 @@ class DecoderLayerOp : public CpuPrimitive {
     call.values = outputs[2].data<float>();
     call.order = order_;
     call.offset = offset_;
-    if (inputs.size() > 3) {
+    if (has_mask_) {
       const auto& mask = inputs[3];
       call.mask.keep = mask.dtype() == mx::bool_ ? mask.data<bool>() : nullptr;
       call.mask.add = mask.dtype() == mx::bool_ ? nullptr : mask.data<float>();
@@ -117,22 +121,29 @@ class DecoderLayerOp : public CpuPrimitive {
     if (x.shape(1) == 1) {
       call.x_stride = x.strides(0);
     }
-    auto held = held_;
-    if (rows_apart) {
-      launch(stream(), [held, call] { run_decoder_layer(held->plan, call); });
-      return;
+    const int32_t* starts = has_starts_ ? inputs.back().data<int32_t>() : nullptr;
+    int64_t start_stride = has_starts_ ? inputs.back().strides(0) : 0;
+    std::optional<Rows> rows;
+    if (!rows_apart) {
+      rows.emplace(x);
     }
-    Rows rows(x);
-    launch(stream(), [held, call, rows]() mutable {
-      for (int64_t r = 0; r < rows.map.rows(); r++) {
-        float* to = call.out + r * rows.n;
-        const float* from = rows.fetch(r, to);
+    launch(stream(), [held = held_, call, rows, starts, start_stride]() mutable {
+      for (int64_t r = 0; rows && r < rows->map.rows(); r++) {
+        float* to = call.out + r * rows->n;
+        const float* from = rows->fetch(r, to);
         if (from != to) {
-          std::memcpy(to, from, sizeof(float) * static_cast<size_t>(rows.n));
+          std::memcpy(to, from, sizeof(float) * static_cast<size_t>(rows->n));
         }
       }
-      call.x = call.out;
-      call.x_stride = rows.n;
+      if (rows) {
+        call.x = call.out;
+        call.x_stride = rows->n;
+      }
+      int first_slots[kMaxRows];
+      for (int b = 0; starts && b < call.batch; b++) {
+        first_slots[b] = std::clamp(starts[b * start_stride], 0, call.offset + call.length - 1);
+      }
+      call.first_slots = starts ? first_slots : nullptr;
       run_decoder_layer(held->plan, call);
     });
   }
@@ -141,6 +152,7 @@ class DecoderLayerOp : public CpuPrimitive {
   std::shared_ptr<const DecoderLayer::Held> held_;
   int offset_;
   CacheOrder order_;
+  bool has_mask_, has_starts_;
 };
 
 DecoderLayer::DecoderLayer(const DecoderSettings& settings) : held_(std::make_shared<Held>()) {
@@ -376,6 +388,13 @@ std::optional<DecoderOutputs> DecoderLayer::operator()(const mx::array& x, const
     }
     inputs.push_back(*mask_in);
   }
+  if (place.starts) {
+    if (place.starts->shape() != mx::Shape{x.shape(0)} || place.starts->dtype() != mx::int32 || place.starts->is_tracer() ||
+        place.first_slot != 0 || count != end) {
+      return std::nullopt;
+    }
+    inputs.push_back(*place.starts);
+  }
   refuse_if_forked();
   CacheOrder order{static_cast<int>(end - count), place.first_slot, capacity};
   std::vector<mx::Shape> shapes{x.shape(), expected, expected};
@@ -383,7 +402,8 @@ std::optional<DecoderOutputs> DecoderLayer::operator()(const mx::array& x, const
     shapes.push_back(x.shape());
   }
   auto outputs = mx::array::make_arrays(shapes, std::vector<mx::Dtype>(shapes.size(), mx::float32),
-                                        std::make_shared<DecoderLayerOp>(stream, held_, place.offset, order),
+                                        std::make_shared<DecoderLayerOp>(stream, held_, place.offset, order,
+                                                                         mask_in.has_value(), place.starts.has_value()),
                                         std::move(inputs));
   DecoderOutputs done{outputs[0], outputs[1], outputs[2], std::nullopt};
   if (outputs.size() > 3) {

@@ -1,6 +1,7 @@
 // A decoder layer, or its attention, as one lazy MLX operation over a few rows, with the KV cache written in place.
 #pragma once
 
+#include <memory>
 #include <optional>
 #include <string>
 #include <utility>
@@ -27,6 +28,9 @@ struct CachePlace {
   int offset = 0;                    // the first new position, as the rotation counts
   int first_slot = 0;
   std::optional<int> count;          // offset + L where not given
+  // int32 [B]: what is in slots starts[b] .. offset - 1 are the positions of sequence b from 0 on, and what precedes them is
+  // padding; not together with the two above.
+  std::optional<mx::array> starts;
 };
 
 struct DecoderOutputs {
@@ -62,6 +66,11 @@ class DecoderLayer {
   std::optional<DecoderOutputs> operator()(const mx::array& x, const mx::array& keys, const mx::array& values,
                                            const CachePlace& place, const std::optional<mx::array>& mask) const;
 
+  // What the layer computes, together with its arrays; null before finish().
+  std::shared_ptr<const DecoderPlan> plan() const {
+    return finished_ ? std::shared_ptr<const DecoderPlan>(held_, &held_->plan) : nullptr;
+  }
+
  private:
   mx::array keep(const mx::array& a);
   const float* keep_floats(const mx::array& a, int n, const std::string& what);
@@ -82,5 +91,8 @@ class DecoderLayer {
   friend class DecoderLayerOp;
   friend class DecoderStack;
 };
+
+// An array whose buffer is the caller's alone: the one of `a` where nobody else holds it, else a copy.
+mx::array claim(const mx::array& a, mx::Stream stream);
 
 } // namespace edger1

@@ -85,9 +85,10 @@ class Attend {
       std::fill(to, to + rows_, kMinusInfinity);
       return;
     }
-    int begin = span.first_slot + job_.order.slot(span.at + span.lead);
+    int begin = slot(span, span.lead);
     int64_t at = (pair * job_.order.capacity + begin) * dim;
-    KeyBlock block{offset(job_.keys, job_.type, at), offset(job_.values, job_.type, at), job_.type, dim, dim, span.n, job_.dim, job_.dim};
+    KeyBlock block{offset(job_.keys, job_.type, at), offset(job_.values, job_.type, at), job_.type, dim, dim, span.n,
+                   job_.dim, job_.dim};
     block.lead = span.lead;
     block.turn = span.lead + job_.order.capacity - begin;
     block.jump = -int64_t{job_.order.capacity};
@@ -98,6 +99,11 @@ class Attend {
 
   static size_t padded_to_16(size_t bytes) {
     return (bytes + 15) / 16 * 16;
+  }
+
+  // Where key j of a block is.
+  int slot(Span span, int j) const {
+    return span.first_slot + job_.order.slot(span.at + j);
   }
 
   // Masks of the block's positions in their order; false if nobody sees any of them.
@@ -115,14 +121,14 @@ class Attend {
         auto* keep = reinterpret_cast<bool*>(to) + int64_t{r} * kBlockKeys;
         std::fill(keep, keep + span.lead, false);
         for (int j = span.lead; j < span.n; j++) {
-          keep[j] = job_.mask.keep[row + job_.order.slot(span.at + j) * strides[3]];
+          keep[j] = job_.mask.keep[row + slot(span, j) * strides[3]];
           any = any || keep[j];
         }
         masks[r].keep = keep;
       } else {
         auto* add = reinterpret_cast<float*>(to) + int64_t{r} * kBlockKeys;
         for (int j = 0; j < span.n; j++) {
-          add[j] = j < span.lead ? 0 : job_.mask.add[row + job_.order.slot(span.at + j) * strides[3]];
+          add[j] = j < span.lead ? 0 : job_.mask.add[row + slot(span, j) * strides[3]];
         }
         masks[r].add = add;
       }

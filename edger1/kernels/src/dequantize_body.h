@@ -7,31 +7,62 @@
 namespace edger1 {
 namespace {
 
-typedef uint8_t vb __attribute__((vector_size(kWidth)));
 typedef uint8_t vb_unaligned __attribute__((vector_size(kWidth), aligned(1), may_alias));
 
 EDGER1_INLINE float number_at(const void* p, Float type, int64_t i) {
   if (type == Float::f32) {
     return static_cast<const float*>(p)[i];
   }
-  return type == Float::bf16 ? load_n(static_cast<const bf16*>(p) + i, 1)[0] : load_n(static_cast<const f16*>(p) + i, 1)[0];
+  uint16_t half = static_cast<const uint16_t*>(p)[i];
+  if (type == Float::bf16) {
+    uint32_t bits = static_cast<uint32_t>(half) << 16;
+    float value;
+    std::memcpy(&value, &bits, sizeof(value));
+    return value;
+  }
+#if defined(__F16C__)
+  return _cvtsh_ss(half);
+#else
+  return load_n(static_cast<const f16*>(p) + i, 1)[0];
+#endif
+}
+
+EDGER1_INLINE vi bytes_at(const uint8_t* p) {
+#if defined(__AVX512F__)
+  return (vi)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#elif defined(__AVX2__)
+  return (vi)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+#else
+  return __builtin_convertvector(*reinterpret_cast<const vb_unaligned*>(p), vi);
+#endif
 }
 
 // kWidth codes from number i on, i a multiple of kWidth; BITS divides 32.
 template <int BITS>
 EDGER1_INLINE vi codes_at(const uint8_t* codes, int64_t i) {
   if constexpr (BITS == 8) {
-    return __builtin_convertvector(*reinterpret_cast<const vb_unaligned*>(codes + i), vi);
+    return bytes_at(codes + i);
   } else {
     constexpr int per_word = 32 / BITS;
-    vu words, shifts;
-    uint32_t word[2];
-    std::memcpy(word, codes + i / per_word * 4, kWidth > per_word ? 8 : 4);
+    vu shifts;
     for (int j = 0; j < kWidth; j++) {
-      words[j] = word[kWidth > per_word ? j / per_word : 0];
       shifts[j] = static_cast<uint32_t>(j % per_word * BITS);
     }
-    shifts += static_cast<uint32_t>(i % per_word * BITS);
+    uint32_t first;
+    std::memcpy(&first, codes + i / per_word * 4, 4);
+    vu words = (vu)isplat(static_cast<int32_t>(first));
+    if constexpr (kWidth > per_word) {
+      uint32_t second;
+      std::memcpy(&second, codes + i / per_word * 4 + 4, 4);
+      vi upper;
+      for (int j = 0; j < kWidth; j++) {
+        upper[j] = j < per_word ? 0 : -1;
+      }
+      words = upper ? (vu)isplat(static_cast<int32_t>(second)) : words;
+    }
+    if constexpr (kWidth < per_word) {
+      shifts += static_cast<uint32_t>(i % per_word * BITS);
+    }
     return (vi)((words >> shifts) & ((1u << BITS) - 1u));
   }
 }

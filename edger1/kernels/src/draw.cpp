@@ -204,7 +204,67 @@ class DrawToken : public DensePrimitive {
   DrawSettings settings_;
 };
 
+class Penalized : public DensePrimitive {
+ public:
+  Penalized(mx::Stream s, std::vector<int> tokens, float penalty)
+      : DensePrimitive(s), tokens_(std::move(tokens)), penalty_(penalty) {}
+
+  const char* name() const override {
+    return "EdgeR1Penalized";
+  }
+  bool is_equivalent(const mx::Primitive& other) const override {
+    const auto& that = static_cast<const Penalized&>(other);
+    return tokens_ == that.tokens_ && penalty_ == that.penalty_;
+  }
+  std::vector<mx::Shape> output_shapes(const std::vector<mx::array>& inputs) override {
+    return {inputs[0].shape()};
+  }
+  std::vector<mx::array> fallback(const std::vector<mx::array>&) override {
+    throw std::invalid_argument("a penalty on tokens has no derivative and takes one row at a time");
+  }
+
+  void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
+    allocate(outputs[0]);
+    Rows scores(inputs[0]);
+    auto* out = outputs[0].data<float>();
+    launch(stream(), [scores, out, tokens = tokens_, penalty = penalty_] {
+      const float* from = scores.fetch(0, out);
+      if (from != out) {
+        std::copy_n(from, scores.n, out);
+      }
+      for (int token : tokens) {
+        out[token] = out[token] < 0 ? out[token] * penalty : out[token] / penalty;
+      }
+    });
+  }
+
+ private:
+  std::vector<int> tokens_;
+  float penalty_;
+};
+
+void check_row(const char* what, const mx::array& scores) {
+  if (scores.ndim() != 2 || scores.shape(0) != 1 || scores.shape(1) < 1 || scores.dtype() != mx::float32) {
+    throw std::invalid_argument(std::string(what) + " takes one row of float32 scores, [1, vocabulary]");
+  }
+}
+
 } // namespace
+
+mx::array penalized(const mx::array& scores, const std::vector<int>& tokens, float penalty, mx::StreamOrDevice s) {
+  mx::Stream stream = cpu_stream(s, "penalized");
+  check_row("penalized", scores);
+  // Each token once, however often it was said.
+  std::vector<int> once = tokens;
+  std::sort(once.begin(), once.end());
+  once.erase(std::unique(once.begin(), once.end()), once.end());
+  if (!once.empty() && (once.front() < 0 || once.back() >= scores.shape(1))) {
+    throw std::invalid_argument("penalized takes tokens of the vocabulary, got " +
+                                std::to_string(once.front() < 0 ? once.front() : once.back()) + " of " +
+                                std::to_string(scores.shape(1)));
+  }
+  return mx::array(scores.shape(), mx::float32, std::make_shared<Penalized>(stream, std::move(once), penalty), {scores});
+}
 
 std::pair<uint64_t, uint64_t> split_key(uint64_t key) {
   auto [a, c] = threefry(key, 0, 2);
@@ -214,9 +274,7 @@ std::pair<uint64_t, uint64_t> split_key(uint64_t key) {
 
 mx::array draw_token(const mx::array& scores, uint64_t key, const DrawSettings& settings, mx::StreamOrDevice s) {
   mx::Stream stream = cpu_stream(s, "draw_token");
-  if (scores.ndim() != 2 || scores.shape(0) != 1 || scores.shape(1) < 1 || scores.dtype() != mx::float32) {
-    throw std::invalid_argument("draw_token takes one row of float32 scores, [1, vocabulary]");
-  }
+  check_row("draw_token", scores);
   if (!(settings.inverse_temperature > 0) || !(settings.top_p >= 0 && settings.top_p <= 1) ||
       !(settings.min_p >= 0 && settings.min_p <= 1) || settings.top_k < 0) {
     throw std::invalid_argument("draw_token takes a positive temperature, top_p and min_p from 0 to 1, and top_k from 0");

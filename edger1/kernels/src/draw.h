@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <utility>
+#include <vector>
 
 #include "ops_common.h"
 
@@ -19,6 +20,10 @@ struct DrawSettings {
 
 // The two keys that mx.random.split gives for the key high << 32 | low: what the next draws use, and what this one uses.
 std::pair<uint64_t, uint64_t> split_key(uint64_t key);
+
+// Scores [1, V] (float32, CPU) with each of `tokens` discouraged: divided by `penalty` where positive, else multiplied by it.
+// Throws std::invalid_argument for other scores and for a token beyond them.
+mx::array penalized(const mx::array& scores, const std::vector<int>& tokens, float penalty, mx::StreamOrDevice s = {});
 
 // Draws one index (uint32, [1]) from one row of scores [1, V], float32 on the CPU: log-softmax, the filters, then
 // mx.random.categorical's random number for `key`. Throws std::invalid_argument for other arguments.

@@ -139,6 +139,84 @@ class RmsNorm : public DensePrimitive {
   float eps_;
 };
 
+// dx [..., N], dw [N] and db [N] (float32) of layer_norm from inputs x, dy and, if weighted, w. A layer norm is an RMS norm
+// of the centred row, and the gradient through the centring is to be centred itself.
+class LayerNormVjp : public CpuPrimitive {
+ public:
+  LayerNormVjp(mx::Stream s, float eps, bool weighted) : CpuPrimitive(s), eps_(eps), weighted_(weighted) {}
+
+  const char* name() const override {
+    return "EdgeR1LayerNormVjp";
+  }
+  std::vector<mx::Shape> output_shapes(const std::vector<mx::array>& inputs) override {
+    mx::Shape row{inputs[0].shape(-1)};
+    return {inputs[0].shape(), row, row};
+  }
+
+  void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
+    for (auto& out : outputs) {
+      allocate(out);
+    }
+    Rows x(inputs[0]), dy(inputs[1]), w;
+    if (weighted_) {
+      w = Rows(inputs[2]);
+    }
+    OutRows dx(outputs[0]);
+    float *dw = outputs[1].data<float>(), *db = outputs[2].data<float>();
+    launch(stream(), [=, weighted = weighted_, eps = eps_] {
+      int n = x.n;
+      // Without a weight its gradient is of no use, but a weight of ones must stand in for it to be summed up.
+      std::vector<float> weight_copy, ones(static_cast<size_t>(n), 1.0f);
+      const float* weight = weighted ? plain(w, weighted, weight_copy) : ones.data();
+      int64_t rows = x.map.rows(), grain = std::max<int64_t>(64, (rows + 31) / 32), ranges = (rows + grain - 1) / grain;
+      std::vector<float> partial(static_cast<size_t>(2 * ranges * n));
+      parallel_ranges(rows, grain, [&](int64_t begin, int64_t end) {
+        auto* scratch = static_cast<float*>(thread_scratch(0, sizeof(float) * 4 * static_cast<size_t>(n)));
+        float *centred = scratch + n, *sums = partial.data() + 2 * (begin / grain) * n;
+        for (int64_t r = begin; r < end; r++) {
+          float* to = dx.place(r, scratch);
+          const float *row = x.fetch(r, scratch + 2 * n), *above = dy.fetch(r, scratch + 3 * n);
+          std::copy_n(row, n, centred);
+          centre(centred, ones.data(), n);
+          ops().rms_norm_vjp(to, sums, centred, weight, above, n, eps);
+          centre(to, ones.data(), n);
+          ops().blend_row(sums + n, 1, above, 1, n);
+          dx.finish(r, to);
+        }
+      });
+      std::fill(dw, dw + n, 0.0f);
+      std::fill(db, db + n, 0.0f);
+      for (int64_t i = 0; i < ranges; i++) {
+        ops().blend_row(dw, 1, partial.data() + 2 * i * n, 1, n);
+        ops().blend_row(db, 1, partial.data() + (2 * i + 1) * n, 1, n);
+      }
+    });
+  }
+
+ private:
+  static void centre(float* x, const float* ones, int n) {
+    constexpr int kSums = 16;
+    float sums[kSums] = {};
+    int i = 0;
+    for (; i + kSums <= n; i += kSums) {
+      for (int j = 0; j < kSums; j++) {
+        sums[j] += x[i + j];
+      }
+    }
+    float sum = 0;
+    for (; i < n; i++) {
+      sum += x[i];
+    }
+    for (float part : sums) {
+      sum += part;
+    }
+    ops().blend_row(x, 1, ones, -sum / static_cast<float>(n), n);
+  }
+
+  float eps_;
+  bool weighted_;
+};
+
 // Inputs x [..., N], then w [N] and b [N] where present.
 class LayerNorm : public DensePrimitive {
  public:
@@ -181,6 +259,25 @@ class LayerNorm : public DensePrimitive {
         }
       });
     });
+  }
+
+  std::vector<mx::array> vjp(const std::vector<mx::array>& primals, const std::vector<mx::array>& cotangents,
+                             const std::vector<int>& argnums, const std::vector<mx::array>&) override {
+    const auto& x = primals[0];
+    std::vector<mx::array> inputs{x, cotangents[0]};
+    if (weighted_) {
+      inputs.push_back(primals[1]);
+    }
+    mx::Shape row{x.shape(-1)};
+    auto gradients = mx::array::make_arrays({x.shape(), row, row}, {x.dtype(), mx::float32, mx::float32},
+                                            std::make_shared<LayerNormVjp>(stream(), eps_, weighted_), inputs);
+    std::vector<mx::array> chosen;
+    for (int arg : argnums) {
+      // Without a weight the bias is argument 1.
+      int which = arg > 0 && !weighted_ ? 2 : arg;
+      chosen.push_back(mx::astype(gradients[which], primals[arg].dtype(), stream()));
+    }
+    return chosen;
   }
 
  private:
