@@ -81,8 +81,13 @@ def build(family: str = "llama", bits: int | None = 4, **overrides: Any) -> Any:
 
 
 @contextmanager
-def installed(model: Any, precision: str = "exact", *, fuse: bool = True) -> Iterator[Installed]:
+def installed(
+    model: Any, precision: str = "exact", *, fuse: bool = True, narrow_caches: bool = False
+) -> Iterator[Installed]:
+    """Kernels in a model; "fast" has float16 caches only where that is asked for, so that bits can be compared."""
     state = install(model, precision, fuse=fuse)
+    for module, _ in state._stacks:
+        module._stack._cache_dtype = mx.float16 if narrow_caches else mx.float32
     try:
         yield state
     finally:

@@ -17,6 +17,7 @@ if not kernels.state().available or mx.default_device().type != mx.cpu:
     pytest.skip(f"CPU kernels: {kernels.state().reason}", allow_module_level=True)
 
 from edger1.kernels import _load  # noqa: E402
+from edger1.kernels.install import install  # noqa: E402
 from edger1.kernels.stack import _stacked, uninstall  # noqa: E402
 from tests.test_kernels_blocks import FAMILIES, address, build, greedy, installed  # noqa: E402
 
@@ -57,7 +58,7 @@ def test_a_batch_of_unequal_lengths_has_the_bits_of_its_rows_alone(precision: st
     model = build()
     try:
         extension.set_threads(threads)
-        with installed(model, precision):
+        with installed(model, precision, narrow_caches=precision == "fast"):
             rows = [prefilled(model, prompt) for prompt in PROMPTS]
             batch = merged(rows)
             alone = [greedy(model, 20, row, [9]) for row in rows]
@@ -66,12 +67,37 @@ def test_a_batch_of_unequal_lengths_has_the_bits_of_its_rows_alone(precision: st
                 logits = model(x, cache=batch)[:, -1, :]
                 assert mx.array_equal(logits, mx.stack([single[step] for _, single in alone]))
                 x = mx.argmax(logits, -1)[:, None]
+            assert batch[0].keys.dtype == (mx.float16 if precision == "fast" else mx.float32)
             lengths = [len(p) + 20 for p in PROMPTS]
             assert batch[0]._idx == max(lengths)
             assert batch[-1].offset.tolist() == lengths
             assert batch[-1].left_padding.tolist() == [max(lengths) - n for n in lengths]
     finally:
         extension.set_threads(before)
+
+
+def test_fast_keeps_its_caches_in_16_bits_and_exact_in_32() -> None:
+    model = build()
+    answers = {}
+    for precision, dtype in (("fast", mx.float16), ("exact", mx.float32)):
+        state = install(model, precision)
+        try:
+            caches = prefilled(model, PROMPTS[3])
+            answers[precision] = greedy(model, 20, caches, [9])[1]
+            assert {a.dtype for c in caches for a in (c.keys, c.values)} == {dtype}
+            # More than 16 rows go through attention by itself; the next few are the stack's again.
+            model(mx.array([PROMPTS[2]]), cache=caches)
+            logits = model(mx.array([[9]]), cache=caches)
+            assert mx.isfinite(logits).all().item()
+            assert caches[0].keys.dtype == dtype
+            assert caches[0].offset == len(PROMPTS[3]) + 20 + len(PROMPTS[2]) + 1
+        finally:
+            state.uninstall()
+    with installed(model, "fast", narrow_caches=False):
+        wide = greedy(model, 1, prefilled(model, PROMPTS[3]), [9])[1]
+    from_caches = mx.abs(answers["fast"][0] - wide[0]).max().item()
+    from_activations = mx.abs(answers["exact"][0] - wide[0]).max().item()
+    assert 0 < from_caches < from_activations
 
 
 def test_several_positions_a_row_and_batches_that_change() -> None:

@@ -116,7 +116,7 @@ def install(
             installed.experts = experts.install(model, precision, extension)
             exact = {variant(precision): variant("exact") for variant in _VARIANTS.values()}
             installed.blocks = blocks.install(model, precision, extension, exact)
-            installed._stacks = stack.install(model, extension)
+            installed._stacks = stack.install(model, precision, extension)
             installed.latents = latent.install(model, precision, extension)
     except BaseException:
         # The functions are the whole process's: nobody else would give them back.

@@ -32,9 +32,10 @@ class _UnfitError(Exception):
 class _Stack:
     """The operation of one module, and what it multiplies embeddings with. A copy of the module has none."""
 
-    def __init__(self, call: Any, scale: float) -> None:
+    def __init__(self, call: Any, scale: float, cache_dtype: mx.Dtype) -> None:
         self._call = call
         self._scale = scale
+        self._cache_dtype = cache_dtype
 
     def __deepcopy__(self, _: Any) -> None:
         return None
@@ -47,21 +48,24 @@ class _Stack:
         x = module.embed_tokens(tokens)
         if self._scale != 1:
             x = x * self._scale
+        if self._cache_dtype != mx.float32:
+            _narrow(caches, self._cache_dtype)
         done: mx.array | None = self._call(module, x, module.layers, caches)
         if done is None and _make_room(caches, tokens.shape[1]):
             done = self._call(module, x, module.layers, caches)
         return done
 
 
-def install(model: nn.Module, extension: ModuleType) -> list[tuple[nn.Module, type]]:
+def install(model: nn.Module, precision: str, extension: ModuleType) -> list[tuple[nn.Module, type]]:
     """Let what `model` has of stacks of one-operation layers run as one operation each.
 
+    In precision "fast" their caches hold float16 from the first such run on.
     Returns the modules that got another class, and which they had.
     """
     changed: list[tuple[nn.Module, type]] = []
     for module in [m for m in model.modules() if "layers" in m and "embed_tokens" in m and "norm" in m]:
         try:
-            stack = _operation(module, extension)
+            stack = _operation(module, mx.float16 if precision == "fast" else mx.float32, extension)
         except _UnfitError:
             continue
         changed.append((module, type(module)))
@@ -94,6 +98,14 @@ def _stacked(original: Any) -> type:
     return type(original.__name__, (original,), {"__call__": call, "__module__": original.__module__})
 
 
+def _narrow(caches: Any, dtype: mx.Dtype) -> None:
+    """Let float32 caches hold `dtype`, one after the other, so that no second copy of all of them is ever there."""
+    for held in caches:
+        if type(held) in (KVCache, BatchKVCache) and held.keys is not None and held.keys.dtype == mx.float32:
+            held.keys, held.values = held.keys.astype(dtype), held.values.astype(dtype)
+            mx.eval(held.keys, held.values)
+
+
 def _make_room(caches: Any, length: int) -> bool:
     """Grow the caches that `length` positions do not fit into as mlx-lm does; False if there were none."""
     grown = False
@@ -112,7 +124,7 @@ def _grown(a: mx.array, end: int, more: int) -> mx.array:
     return mx.concatenate([a[..., :end, :], mx.zeros((*a.shape[:2], more, a.shape[3]), a.dtype)], axis=2)
 
 
-def _operation(module: Any, extension: ModuleType) -> _Stack:
+def _operation(module: Any, cache_dtype: mx.Dtype, extension: ModuleType) -> _Stack:
     """Return the operation that computes what `module` does."""
     layers, norm = module["layers"], module["norm"]
     # Some families have a module there that holds the layers.
@@ -131,9 +143,9 @@ def _operation(module: Any, extension: ModuleType) -> _Stack:
             raise _UnfitError from error
         for owner, key in ((None, "layers"), (None, "embed_tokens"), (None, "norm"), (norm, "weight")):
             call.watch(owner, key, (module if owner is None else owner)[key])
-        stack = _Stack(call, _scale(module))
-        if _difference(module, stack) <= _SAME:
-            return stack
+        scale = _scale(module)
+        if _difference(module, _Stack(call, scale, mx.float32)) <= _SAME:
+            return _Stack(call, scale, cache_dtype)
     raise _UnfitError
 
 

@@ -100,6 +100,29 @@ EDGER1_INLINE void weighted_values(float* out, int64_t out_stride, const float* 
   }
 }
 
+constexpr int kKeysAhead = 3 * kWidth;
+
+template <class T>
+EDGER1_INLINE void ask_for(const T* row, int n) {
+  for (int64_t at = 0; at < n; at += 64 / static_cast<int>(sizeof(T))) {
+    __builtin_prefetch(row + at);
+  }
+}
+
+// Elements of a key beyond which it is not worth widening on the stack.
+constexpr int kWidenedDim = 256;
+
+template <class T>
+EDGER1_INLINE void widen(float* to, const T* from, int n) {
+  int i = 0;
+  for (; i + kWidth <= n; i += kWidth) {
+    store(to + i, load(from + i));
+  }
+  if (i < n) {
+    store_n(to + i, load_n(from + i, n - i), n - i);
+  }
+}
+
 template <class T>
 static void attention_rows_of(float* maxima, float* sums, float* accumulated, const float* queries, int rows,
                               const KeyBlock& block, const T* keys, const T* values, const int* visible,
@@ -114,10 +137,28 @@ static void attention_rows_of(float* maxima, float* sums, float* accumulated, co
     const T* at[kWidth];
     for (int i = 0; i < kWidth; i++) {
       int key = j + i < lead ? lead : j + i < most ? j + i : most - 1;
-      at[i] = keys + (key - lead + (key < block.turn ? 0 : block.jump)) * block.key_stride;
+      int64_t row = key - lead + (key < block.turn ? 0 : block.jump);
+      at[i] = keys + row * block.key_stride;
+      // Keys for a later turn of this loop, and values for what follows it: memory is far, and all rows at once use little of it.
+      ask_for(at[i] + kKeysAhead * block.key_stride, block.head_dim);
+      ask_for(values + row * block.value_stride, block.value_dim);
     }
-    for (int r = 0; r < rows; r++) {
-      store(scores + r * stride + j, key_scores(queries + static_cast<int64_t>(r) * block.head_dim, at, block.head_dim));
+    // Narrow keys that several rows meet are widened once.
+    if (sizeof(T) == 4 || rows == 1 || block.head_dim > kWidenedDim) {
+      for (int r = 0; r < rows; r++) {
+        store(scores + r * stride + j, key_scores(queries + static_cast<int64_t>(r) * block.head_dim, at, block.head_dim));
+      }
+    } else {
+      alignas(64) float wide[kWidth * kWidenedDim];
+      const float* from[kWidth];
+      for (int i = 0; i < kWidth; i++) {
+        from[i] = wide + i * kWidenedDim;
+        widen(wide + i * kWidenedDim, at[i], block.head_dim);
+      }
+      for (int r = 0; r < rows; r++) {
+        store(scores + r * stride + j,
+              key_scores(queries + static_cast<int64_t>(r) * block.head_dim, from, block.head_dim));
+      }
     }
   }
   for (int r = 0; r < rows; r++) {
@@ -162,7 +203,11 @@ static void attention_rows_of(float* maxima, float* sums, float* accumulated, co
       for (; r + 4 <= rows; r += 4) {
         weighted_values<4, 4>(out + r * dim, dim, scores + r * stride, stride, most, from, block);
       }
-      for (; r < rows; r++) {
+      if (rows - r == 3) {
+        weighted_values<3, 4>(out + r * dim, dim, scores + r * stride, stride, most, from, block);
+      } else if (rows - r == 2) {
+        weighted_values<2, 4>(out + r * dim, dim, scores + r * stride, stride, most, from, block);
+      } else if (rows - r == 1) {
         weighted_values<1, 4>(out + r * dim, dim, scores + r * stride, stride, most, from, block);
       }
       d += 4 * kWidth;

@@ -86,9 +86,9 @@ class Attend {
       return;
     }
     int begin = slot(span, span.lead);
-    const float* keys = job_.keys + (pair * job_.order.capacity + begin) * dim;
-    const float* values = job_.values + (pair * job_.order.capacity + begin) * dim;
-    KeyBlock block{keys, values, Float::f32, dim, dim, span.n, job_.dim, job_.dim};
+    int64_t at = (pair * job_.order.capacity + begin) * dim;
+    KeyBlock block{offset(job_.keys, job_.type, at), offset(job_.values, job_.type, at), job_.type, dim, dim, span.n,
+                   job_.dim, job_.dim};
     block.lead = span.lead;
     block.turn = span.lead + job_.order.capacity - begin;
     block.jump = -int64_t{job_.order.capacity};

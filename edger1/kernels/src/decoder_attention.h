@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "ops_table.h"
+
 namespace edger1 {
 
 // Where positions lie in a cache [batch, kv_heads, capacity, head_dim]: the oldest one in slot `first_slot`, each next one
@@ -29,8 +31,9 @@ struct SlotMask {
 struct CachedAttention {
   int batch = 1, length = 1, heads = 0, kv_heads = 0, dim = 0;
   const float* queries = nullptr;  // scaled; [batch, kv_heads, heads / kv_heads, length, dim]
-  const float* keys = nullptr;     // [batch, kv_heads, capacity, dim], the new positions among them
-  const float* values = nullptr;
+  const void* keys = nullptr;      // [batch, kv_heads, capacity, dim], the new positions among them
+  const void* values = nullptr;
+  Float type = Float::f32;         // of keys and values
   CacheOrder order;
   int end = 0;                     // the position after the last
   // [batch] or null: sequence b begins in slot first_slots[b] < end with position 0, and ends in slot end - 1. `order` is

@@ -73,8 +73,9 @@ struct DecoderCall {
   int64_t x_stride = 0;
   float* out = nullptr;              // [batch * length, hidden]; may be x
   float* normed = nullptr;           // the same of m; null where the plan has an MLP
-  float* keys = nullptr;             // [batch, kv_heads, capacity, head_dim], written at positions offset .. offset + length - 1
-  float* values = nullptr;
+  void* keys = nullptr;              // [batch, kv_heads, capacity, head_dim], written at positions offset .. offset + length - 1
+  void* values = nullptr;
+  Float cache_type = Float::f32;     // of keys and values; or f16
   CacheOrder order;
   SlotMask mask;
   int offset = 0;                    // the first new position

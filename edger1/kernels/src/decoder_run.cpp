@@ -57,6 +57,7 @@ class Run {
     attention_.dim = plan.head_dim;
     attention_.keys = call.keys;
     attention_.values = call.values;
+    attention_.type = call.cache_type;
     attention_.order = call.order;
     attention_.first_slots = call.first_slots;
     attention_.end = call.offset + call.length;
@@ -254,8 +255,9 @@ class Run {
     }
   }
 
-  float* cached(float* cache, int b, int head, int slot) const {
-    return cache + ((int64_t{b} * plan_.kv_heads + head) * call_.order.capacity + slot) * plan_.head_dim;
+  void* cached(void* cache, int b, int head, int slot) const {
+    int64_t at = ((int64_t{b} * plan_.kv_heads + head) * call_.order.capacity + slot) * plan_.head_dim;
+    return offset(cache, call_.cache_type, at);
   }
 
   // One head of one row: norm, then rotation, or the other way round.
@@ -301,8 +303,10 @@ class Run {
         ops().scale_row(to, plan_.attention_scale, dim);
       }
       for (int h = 0; h < plan_.kv_heads; h++) {
-        rotate_head(cached(call_.keys, b, h, slot), k + h * dim, plan_.k_norm, angles[b].get(), l);
-        std::memcpy(cached(call_.values, b, h, slot), v + h * dim, static_cast<size_t>(dim) * 4);
+        // Where the row's queries were, which are no longer needed.
+        rotate_head(q, k + h * dim, plan_.k_norm, angles[b].get(), l);
+        ops().from_f32(cached(call_.keys, b, h, slot), call_.cache_type, q, dim);
+        ops().from_f32(cached(call_.values, b, h, slot), call_.cache_type, v + h * dim, dim);
       }
     });
   }

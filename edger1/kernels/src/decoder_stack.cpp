@@ -67,6 +67,7 @@ class DecoderStackOp : public CpuPrimitive {
       call.x_stride = x.shape(2);
       call.offset = offsets_[layer];
       call.order.capacity = inputs[1 + 2 * layer].shape(2);
+      call.cache_type = float_of(inputs[1 + 2 * layer].dtype());
       call.keys = claim(inputs[1 + 2 * layer]);
       call.values = claim(inputs[2 + 2 * layer]);
       task.calls.push_back(call);
@@ -115,29 +116,29 @@ class DecoderStackOp : public CpuPrimitive {
   };
 
   // The buffer to write a cache in: its own where nobody else holds it, else a copy's.
-  float* claim(const mx::array& cache) {
+  void* claim(const mx::array& cache) {
     mx::array out(cache.shape(), cache.dtype(), nullptr, {});
     if (cache.flags().row_contiguous && cache.data_size() == cache.size() && sole_holder(cache, stream().index)) {
       out.copy_shared_buffer(cache);
     } else {
       allocate(out);
       mx::cpu::get_command_encoder(stream()).add_temporary(out);
-      Rows from(cache);
-      OutRows to(out);
-      launch(stream(), [from, to] {
-        parallel_ranges(from.map.rows(), grain_for(from.map.rows(), from.n, 16384), [&](int64_t begin, int64_t end) {
-          for (int64_t r = begin; r < end; r++) {
-            float* place = to.place(r, nullptr);
-            const float* row = from.fetch(r, place);
-            if (row != place) {
-              std::memcpy(place, row, sizeof(float) * static_cast<size_t>(from.n));
-            }
-          }
-        });
+      int64_t row_bytes = int64_t{cache.shape(-1)} * static_cast<int64_t>(cache.itemsize());
+      launch(stream(), [from = cache.data<char>(), to = out.data<char>(), place = RowMap(cache, 1), row_bytes,
+                        step = cache.strides(-1), columns = cache.shape(-1), size = static_cast<int64_t>(cache.itemsize())] {
+        parallel_ranges(place.rows(), grain_for(place.rows(), static_cast<double>(row_bytes), 65536),
+                        [&](int64_t begin, int64_t end) {
+                          for (int64_t r = begin; r < end; r++) {
+                            for (int i = 0; i < (step == 1 ? 1 : columns); i++) {
+                              std::memcpy(to + r * row_bytes + i * size, from + (place(r) + i * step) * size,
+                                          static_cast<size_t>(step == 1 ? row_bytes : size));
+                            }
+                          }
+                        });
       });
     }
     written_->caches.push_back(out);
-    return out.data<float>();
+    return out.data<void>();
   }
 
   std::shared_ptr<const DecoderStack::Held> held_;
@@ -184,7 +185,8 @@ std::optional<DecoderStack::Result> DecoderStack::operator()(const mx::array& x,
   for (size_t i = 0; i < layers; i++) {
     const auto& plan = held_->layers[i]->plan;
     for (const auto* cache : {&caches.keys[i], &caches.values[i]}) {
-      if (cache->ndim() != 4 || cache->dtype() != mx::float32 || cache->is_tracer() ||
+      bool typed = cache->dtype() == mx::float32 || cache->dtype() == mx::float16;
+      if (cache->ndim() != 4 || !typed || cache->dtype() != caches.keys[i].dtype() || cache->is_tracer() ||
           cache->shape() != mx::Shape{x.shape(0), plan.kv_heads, caches.keys[i].shape(2), plan.head_dim}) {
         return std::nullopt;
       }

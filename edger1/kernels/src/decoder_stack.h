@@ -33,7 +33,8 @@ class DecoderStack {
     std::vector<mx::array> keys, values;
   };
 
-  // As DecoderLayer's: x [B, L, hidden] with B * L <= 16, each layer's caches [B, kv_heads, capacity, head_dim].
+  // As DecoderLayer's: x [B, L, hidden] with B * L <= 16, each layer's caches [B, kv_heads, capacity, head_dim]. A layer's
+  // caches may be float16 too.
   std::optional<Result> operator()(const mx::array& x, const StackCaches& caches) const;
 
  private:
