@@ -11,7 +11,8 @@ messages go through the chat template, with assistant turns marked.
 
 Tokens are kept under `tokens/` in the folder as NumPy arrays that are mapped into memory, under a name made of what
 they came from, so that the corpus is encoded once: for each split `ids` (uint16, or uint32 above 65,536 entries),
-`starts` (int64, one more than documents), `counted` (bool: tokens of assistant turns; all of a text) and `tasks` (uint16).
+`starts` (int64, one more than documents), `counted` (bool: tokens of assistant turns; all of a text) and `tasks`
+(uint16).
 """
 
 from __future__ import annotations
