@@ -156,6 +156,12 @@ class _Encoder:
             spans = []
             for i, message in enumerate(messages):
                 if message["role"] == "assistant":
+                    # Templates for inference drop the reasoning of turns that lie behind.
+                    if message["content"].strip() not in text:
+                        raise FormatError(
+                            f"{where}: the chat template leaves out a part of turn {i + 1}, such as its reasoning; "
+                            'give the conversation as "text", or change the template.'
+                        )
                     before, after = (
                         str(self.chat.apply_chat_template(messages[:n], tokenize=False, add_generation_prompt=opened))
                         for n, opened in ((i, True), (i + 1, False))
