@@ -245,5 +245,5 @@ def _difference(module: Any, stack: _Stack) -> float:
         if got is None:
             return float("inf")
         error = mx.abs(got - expected).max() / mx.maximum(mx.abs(expected).max(), 1e-30)
-        worst = max(worst, error.item() if mx.isfinite(error).item() else float("inf"))
+        worst = max(worst, float(error.item()) if mx.isfinite(error).item() else float("inf"))  # type: ignore[arg-type]
     return worst
