@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 
 @dataclass
@@ -37,6 +37,9 @@ class Holder(Protocol):
 
     def give_way(self) -> None:
         """Drop the cache; it is computed anew when `KVStore.hold` allows it."""
+
+
+H = TypeVar("H", bound=Holder)
 
 
 @dataclass
@@ -92,6 +95,31 @@ class KVStore:
             return False
         self._make_room(holder)
         return True
+
+    def hold_together(self, tokens: dict[H, int]) -> list[H]:
+        """Choose those whose caches, each padded to the longest of them, fit beside all else that runs; set that aside.
+
+        `tokens` says how many each has alone. Shorter ones are chosen before longer ones; where not even two fit, none
+        is. Nobody has to give way for it.
+        """
+        holds = {id(hold.holder): hold for hold in self._holds}
+        if any(id(holder) not in holds for holder in tokens):
+            return []
+        shortest = sorted(tokens, key=lambda holder: tokens[holder])
+        alone = {id(holder): self._nbytes_of(n) for holder, n in tokens.items()}
+        others = sum(hold.nbytes for hold in self._holds if id(hold.holder) not in alone)
+        for count in range(len(shortest), 1, -1):
+            padded = self._nbytes_of(tokens[shortest[count - 1]])
+            rest = sum(alone[id(holder)] for holder in shortest[count:])
+            if others + count * padded + rest <= self._budget_bytes:
+                break
+        else:
+            count, padded = 0, 0
+        for i, holder in enumerate(shortest):
+            holds[id(holder)].nbytes = padded if i < count else alone[id(holder)]
+        while self.nbytes > self._budget_bytes and self._entries:
+            self._entries.pop(0)
+        return shortest[:count]
 
     def take(self, holder: Holder, ids: list[int]) -> tuple[list[Any] | None, int] | None:
         """Set aside room for `ids`, and hand over the cache that shares most of them, trimmed to what is shared.

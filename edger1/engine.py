@@ -2,7 +2,8 @@
 
 Requests come in through a queue, events go out through a callback. The loop takes what has arrived, then gives the
 next job in turn one step (a prefill chunk, a token, a few tensors of a model being loaded), and so on: several answers
-stream side by side, and a Cancel takes effect within one step of the job it names.
+stream side by side, and a Cancel takes effect within one step of the job it names. Requests of one model that are due
+for a token have it together, where `edger1.batch` can.
 
 A request that fails answers with Failed and leaves the engine alive; whatever it had reached is dropped with it.
 """
@@ -14,6 +15,7 @@ import queue
 import sys
 import traceback
 from collections.abc import Callable, Generator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -35,6 +37,8 @@ from edger1.messages import (
 )
 
 if TYPE_CHECKING:
+    from edger1.batch import Batch
+    from edger1.generate import Generation
     from edger1.loader import LiveModel
 
 PRECISIONS = ("fast", "exact")
@@ -52,6 +56,10 @@ class Job(Protocol):
 
     def drop(self) -> None:
         """End here without a word: the job has failed, or nobody listens any more."""
+
+
+Entry = tuple[str, str, Job]
+"""A job with its request's id and the model it is for, "" where it is for none."""
 
 
 class LoadJob:
@@ -111,8 +119,9 @@ class Scheduler:
         self.emit = emit
         self._ceiling_bytes = ceiling_bytes
         self._models: dict[str, LiveModel] = {}
-        self._jobs: collections.deque[tuple[str, str, Job]] = collections.deque()
+        self._jobs: collections.deque[Entry] = collections.deque()
         self._turn: Any = None
+        self._batches: dict[str, Batch] = {}
         self.loads: list[LoadJob] = []
 
     def run(self, inbox: queue.SimpleQueue[Request | None]) -> None:
@@ -131,6 +140,7 @@ class Scheduler:
         for model in self._models.values():
             model.close()
         self._models.clear()
+        self._batches.clear()
 
     def room(self, asked_bytes: int | None) -> int:
         """Bytes that a further model may take: what it was given, within what the engine's others leave."""
@@ -178,16 +188,74 @@ class Scheduler:
         return Generation(model, request, self.emit, self._turn)
 
     def _advance(self) -> None:
-        """Give the job in front one step, and put it to the back unless it has finished."""
-        id_, model, job = self._jobs.popleft()
+        """Give the job in front one step, with those that are decoded together with it, and put them to the back."""
+        first = self._jobs[0]
+        company = self._company(first)
+        if len(company) < 2:
+            self._jobs.popleft()
+            self._step(first, first[2].step)
+            return
+        for entry, _ in company:
+            self._jobs.remove(entry)
+        late = [(entry, job) for entry, job in company if job.is_ahead]
+        for entry, job in late:
+            self._step(entry, partial(job.step, ahead=False))
+        self._step_together([pair for pair in company if pair not in late])
+
+    def _company(self, first: Entry) -> list[tuple[Entry, Generation]]:
+        """Return the jobs whose next token can be decoded together with that of `first`, which is among them."""
+        from edger1.generate import Generation
+
+        if not isinstance(first[2], Generation) or not first[2].joins:
+            return []
+        same = [(e, e[2]) for e in self._jobs if e[1] == first[1] and isinstance(e[2], Generation)]
+        return [(entry, job) for entry, job in same if job.joins]
+
+    def _step(self, entry: Entry, step: Callable[[], bool]) -> None:
+        """Go one step with a job that is in no queue, and put it to the back unless it has finished."""
+        id_, _, job = entry
         try:
-            finished = job.step()
+            finished = step()
         except Exception as error:
             job.drop()
             self._fail(id_, error)
             return
         if not finished:
-            self._jobs.append((id_, model, job))
+            self._jobs.append(entry)
+
+    def _step_together(self, company: list[tuple[Entry, Generation]]) -> None:
+        """Give each one token; those that cannot be in the batch have theirs alone."""
+        if not company:
+            return
+        model = company[0][0][1]
+        batch = self._batch_of(model)
+        together: list[Generation] = []
+        try:
+            together = batch.choose([job for _, job in company])
+            logits = batch.forward(together)
+        except Exception as error:
+            del self._batches[model]
+            for entry, job in company:
+                job.drop()
+                self._fail(entry[0], error)
+            return
+        entries = {job: entry for entry, job in company}
+        complete: list[Generation] = []
+        for i, job in enumerate(together):
+            self._step(entries[job], partial(_accept, job, logits[i : i + 1], complete))
+        # All of them at once, since whoever leaves has those that stay copied.
+        batch.give_back(complete)
+        for job in complete:
+            self._step(entries[job], partial(_finish, job))
+        for job in [job for job in entries if job not in together]:
+            self._step(entries[job], job.step)
+
+    def _batch_of(self, model: str) -> Batch:
+        from edger1.batch import Batch
+
+        if model not in self._batches:
+            self._batches[model] = Batch(self._models[model])
+        return self._batches[model]
 
     def _cancel(self, target: str) -> None:
         for entry in list(self._jobs):
@@ -201,6 +269,7 @@ class Scheduler:
         for id_, model, _ in list(self._jobs):
             if model == request.model:
                 self._cancel(id_)
+        self._batches.pop(request.model, None)
         closing = self._models.pop(request.model, None)
         if closing is not None:
             closing.close()
@@ -214,6 +283,19 @@ class Scheduler:
         self.emit(
             Failed(id_, "EngineError", f"The engine failed inside ({type(error).__name__}: {error}). This is a bug.")
         )
+
+
+def _accept(job: Generation, logits: Any, complete: list[Generation]) -> bool:
+    """Give a job its logits, and note in `complete` if that was the last of its answer."""
+    done = job.accept(logits)
+    if done:
+        complete.append(job)
+    return done
+
+
+def _finish(job: Generation) -> bool:
+    job.finish()
+    return True
 
 
 def _check_load(request: Load) -> None:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from edger1 import sampling
+from edger1.batch import Batch, batchable
 from edger1.cache import Entry
 from edger1.errors import ContextError, UsageError
 from edger1.loader import LiveModel
@@ -142,6 +143,8 @@ class Generation:
         # The tokens that are in the caches, out of prompt and answer.
         self._fed: list[int] = []
         self._next: Any = None
+        # Where the caches are while this request is decoded with others.
+        self._batch: Batch | None = None
 
     def _encode(self, text: str) -> list[int]:
         def encode(part: str) -> list[int]:
@@ -155,11 +158,12 @@ class Generation:
         # Raw text gets its special tokens at its beginning, so it is encoded as a whole.
         return encode(text) if self._raw else self._model.kv.encode(text, encode)
 
-    def step(self) -> bool:
+    def step(self, *, ahead: bool = True) -> bool:
         """Do one chunk or one token; returns True when the answer is complete and Done has been sent.
 
-        Does nothing while older requests leave no room for the KV cache.
+        Without `ahead` no token is computed before the one that is due has been sent. Does nothing while older requests leave no room for the KV cache.
         """
+        self._come_back()
         if self._caches is None and not self._begin():
             return False
         known = self._prompt + self._output.tokens
@@ -171,11 +175,56 @@ class Generation:
         if remaining > 0:
             self._prefill(known[len(self._fed) : len(self._fed) + count])
             return False
-        self._decode()
+        self._decode(ahead=ahead)
         if self._output.finish is None:
             return False
-        self._finish()
+        self.finish()
         return True
+
+    @property
+    def tokens_fed(self) -> int:
+        """How many tokens are in its caches."""
+        return len(self._fed)
+
+    @property
+    def last_token(self) -> int:
+        """The token that is fed next, where `joins`."""
+        return self._output.tokens[-1] if self._output.tokens else self._prompt[-1]
+
+    @property
+    def joins(self) -> bool:
+        """Whether its next step is a token that can be decoded together with those of other requests."""
+        if self._batch is None and (self._caches is None or not batchable(self._model, self._caches)):
+            return False
+        waiting = len(self._prompt) + len(self._output.tokens) - len(self._fed)
+        return bool(self._fed) and waiting == (self._next is None)
+
+    @property
+    def is_ahead(self) -> bool:
+        """Whether its next token is being computed already; a step without `ahead` sends that."""
+        return self._next is not None
+
+    def lend(self, batch: Batch) -> list[Any]:
+        """Hand the caches to `batch`, which gives them back by `receive` or keeps them for good where they are dropped."""
+        caches, self._caches, self._batch = self._caches, None, batch
+        assert caches is not None
+        return caches
+
+    def receive(self, caches: list[Any] | None) -> None:
+        """Take the caches back from the batch; None where it has dropped them."""
+        self._caches, self._batch = caches, None
+
+    def _come_back(self) -> None:
+        if self._batch is not None:
+            self._batch.give_back([self])
+
+    def accept(self, logits: Any) -> bool:
+        """Draw from `logits` (1, vocabulary) after `last_token`; True when the answer is complete, and `finish` is due."""
+        self._fed.append(self.last_token)
+        self._turn.take(self._random)
+        drawn = self._sampler(logits, self._prompt + self._output.tokens)
+        self._add(int(drawn.item()))
+        return self._output.finish is not None
 
     def _begin(self) -> bool:
         from mlx_lm.models.cache import make_prompt_cache
@@ -197,18 +246,24 @@ class Generation:
 
         if self._next is not None:
             mx.eval(self._next)
-        self._caches = None
+        self._let_go()
         self._fed = []
 
     def drop(self) -> None:
         """Give the KV cache back without a word."""
-        self._caches = None
+        self._let_go()
         self._model.kv.release(self)
+
+    def _let_go(self) -> None:
+        if self._batch is not None:
+            self._batch.remove(self)
+        self._caches = None
 
     def cancel(self) -> None:
         """End the answer here; what was generated stands."""
         self._output.finish = "cancelled"
-        self._finish()
+        self._come_back()
+        self.finish()
 
     def _prefill(self, chunk: list[int]) -> None:
         import mlx.core as mx
@@ -227,21 +282,24 @@ class Generation:
         self._turn.take(self._random)
         return self._sampler(logits, self._prompt + self._output.tokens)
 
-    def _decode(self) -> None:
+    def _decode(self, *, ahead: bool) -> None:
         import mlx.core as mx
 
         if self._next is None:
-            last = self._output.tokens[-1] if self._output.tokens else self._prompt[-1]
+            last = self.last_token
             self._fed.append(last)
             self._next = self._forward(mx.array([[last]]))
         current, self._next = self._next, None
-        ahead = self._run_ahead and len(self._output.tokens) + 1 < self._max_tokens
+        ahead = ahead and self._run_ahead and len(self._output.tokens) + 1 < self._max_tokens
         if ahead:
             self._next = self._forward(current[None])
             mx.async_eval(self._next)
         token = int(current.item())
         if ahead:
             self._fed.append(token)
+        self._add(token)
+
+    def _add(self, token: int) -> None:
         self._clock.last = time.perf_counter()
         if not self._output.tokens:
             self._clock.first = self._clock.last
@@ -263,7 +321,8 @@ class Generation:
         for kind, text in segments:
             self._emit(Thought(self._request.id, text) if kind == "thought" else Text(self._request.id, text))
 
-    def _finish(self) -> None:
+    def finish(self) -> None:
+        """Send what is left of a complete answer, and Done; the caches are kept for prompts that go on from it."""
         self._detokenizer.finalize()
         self._send(self._splitter.feed(self._detokenizer.last_segment))
         self._send(self._splitter.finish())

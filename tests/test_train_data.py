@@ -43,6 +43,17 @@ def test_only_assistant_turns_count_in_messages(tmp_path: Path) -> None:
     assert text_of(corpus, corpus.train.ids[corpus.train.counted]) == "a1</s>a2</s>"
 
 
+def test_a_template_that_drops_reasoning_is_refused(tmp_path: Path) -> None:
+    row = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "<think>why</think>a"}]}
+    folder = write_corpus(tmp_path / "c", [row])
+    about = folder / "tokenizer_config.json"
+    about.write_text(
+        about.read_text().replace("{{ m['content'] }}{{ eos", "{{ m['content'].split('</think>')[-1] }}{{ eos")
+    )
+    with pytest.raises(FormatError, match="line 1: the chat template leaves out a part of turn 2"):
+        open_corpus(folder)
+
+
 def test_a_corpus_is_encoded_once_and_again_when_it_changes(tmp_path: Path) -> None:
     folder = write_corpus(tmp_path / "c", [{"text": "one"}])
     seen: list[int] = []

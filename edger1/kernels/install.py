@@ -46,6 +46,11 @@ class Installed:
     _stacks: list[tuple[nn.Module, type]] = field(default_factory=list, repr=False)
 
     @property
+    def stacked(self) -> bool:
+        """Whether all layers run as one operation, whose rows have the same bits together as alone."""
+        return bool(self._stacks)
+
+    @property
     def active(self) -> bool:
         """Whether the kernels are in place."""
         return bool(self.functions)

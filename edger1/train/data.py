@@ -11,7 +11,8 @@ messages go through the chat template, with assistant turns marked.
 
 Tokens are kept under `tokens/` in the folder as NumPy arrays that are mapped into memory, under a name made of what
 they came from, so that the corpus is encoded once: for each split `ids` (uint16, or uint32 above 65,536 entries),
-`starts` (int64, one more than documents), `counted` (bool: tokens of assistant turns; all of a text) and `tasks` (uint16).
+`starts` (int64, one more than documents), `counted` (bool: tokens of assistant turns; all of a text) and `tasks`
+(uint16).
 """
 
 from __future__ import annotations
@@ -155,6 +156,12 @@ class _Encoder:
             spans = []
             for i, message in enumerate(messages):
                 if message["role"] == "assistant":
+                    # Templates for inference drop the reasoning of turns that lie behind.
+                    if message["content"].strip() not in text:
+                        raise FormatError(
+                            f"{where}: the chat template leaves out a part of turn {i + 1}, such as its reasoning; "
+                            'give the conversation as "text", or change the template.'
+                        )
                     before, after = (
                         str(self.chat.apply_chat_template(messages[:n], tokenize=False, add_generation_prompt=opened))
                         for n, opened in ((i, True), (i + 1, False))

@@ -86,7 +86,7 @@ class Optimizer:
             ahead.append(blend(gradients[name], fresh, momentum, _MOMENTUM))
         found: Table = {}
         for name, update in zip(self.muon, self.ops.orthogonal(ahead), strict=True):
-            # An orthogonal M x N matrix has a root mean square of max(M, N)^-1/2; tall ones are brought to that of M = N.
+            # The root mean square of an orthogonal M x N matrix is max(M, N)^-1/2; tall ones are brought to N^-1/2.
             rows, columns = weights[name].shape[-2:]
             rate_here = rate * math.sqrt(max(1.0, rows / columns))
             found[name] = blend(weights[name], 1 - rate * self.settings.weight_decay, update, -rate_here)
