@@ -85,7 +85,7 @@ def test_fast_keeps_its_caches_in_16_bits_and_exact_in_32() -> None:
             caches = prefilled(model, PROMPTS[3])
             answers[precision] = greedy(model, 20, caches, [9])[1]
             assert {a.dtype for c in caches for a in (c.keys, c.values)} == {dtype}
-            # More than 16 rows go through attention by itself; the next few are the stack's again.
+            # More than 16 rows are not the stack's; the next few are again.
             model(mx.array([PROMPTS[2]]), cache=caches)
             logits = model(mx.array([[9]]), cache=caches)
             assert mx.isfinite(logits).all().item()
