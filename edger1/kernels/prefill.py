@@ -21,7 +21,8 @@ def prefill(
 ) -> tuple[mx.array, mx.array, mx.array] | None:
     """Pass x [B, L, hidden] through `layer` and append to `cache`; None where this does not apply.
 
-    Returns the layer's result and the cache's arrays. `operation` is the layer's `DecoderLayer`. The cache grows in steps, as `KVCache` itself does it.
+    Returns the layer's result and the cache's arrays. `operation` is the layer's `DecoderLayer`. The cache grows in
+    steps, as `KVCache` itself does it.
     """
     if not isinstance(mask, str) or mask != "causal" or x.shape[1] <= FEW_ROWS:
         return None
