@@ -28,6 +28,9 @@ def prefill(
         return None
     end = cache.offset + x.shape[1]
     keys, values = cache.keys, cache.values
+    if keys is not None and keys.dtype == mx.float16:
+        # Decoding narrowed it, and will again without loss.
+        keys, values = keys.astype(mx.float32), values.astype(mx.float32)
     if keys is None:
         capacity = -(-end // cache.step) * cache.step
     elif end > keys.shape[2]:
