@@ -21,12 +21,16 @@ def prefill(
 ) -> tuple[mx.array, mx.array, mx.array] | None:
     """Pass x [B, L, hidden] through `layer` and append to `cache`; None where this does not apply.
 
-    Returns the layer's result and the cache's arrays. `operation` is the layer's `DecoderLayer`. The cache grows in steps, as `KVCache` itself does it.
+    Returns the layer's result and the cache's arrays. `operation` is the layer's `DecoderLayer`. The cache grows in
+    steps, as `KVCache` itself does it.
     """
     if not isinstance(mask, str) or mask != "causal" or x.shape[1] <= FEW_ROWS:
         return None
     end = cache.offset + x.shape[1]
     keys, values = cache.keys, cache.values
+    if keys is not None and keys.dtype == mx.float16:
+        # Decoding narrowed it, and will again without loss.
+        keys, values = keys.astype(mx.float32), values.astype(mx.float32)
     if keys is None:
         capacity = -(-end // cache.step) * cache.step
     elif end > keys.shape[2]:

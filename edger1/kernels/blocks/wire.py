@@ -105,7 +105,7 @@ def _run_half(block: _Held, layer: Any, x: mx.array, mask: Any, cache: Any) -> m
 def _advance(call: Any, module: Any, x: mx.array, mask: Any, cache: Any) -> Any:
     """Run the operation and take the new positions into the cache; None, and the cache as it was, if it cannot."""
     kind = type(cache)
-    if kind is KVCache and x.ndim == 3 and x.shape[1] > FEW_ROWS:
+    if kind is KVCache and x.ndim == 3 and x.shape[1] > FEW_ROWS and hasattr(call, "prefill"):
         return prefill(call, module, x, mask, cache)
     if kind is KVCache:
         done = call(module, x, mask, cache.keys, cache.values, cache.offset)
