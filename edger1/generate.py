@@ -219,7 +219,7 @@ class Generation:
             self._batch.give_back([self])
 
     def accept(self, logits: Any) -> bool:
-        """Draw from `logits` (1, vocabulary) after `last_token`; True when the answer is complete, and `finish` is due."""
+        """Draw from `logits` (1, vocabulary) after `last_token`; True when that completes the answer: `finish` is due."""
         self._fed.append(self.last_token)
         self._turn.take(self._random)
         drawn = self._sampler(logits, self._prompt + self._output.tokens)
