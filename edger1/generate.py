@@ -223,7 +223,7 @@ class Generation:
         """Draw what follows `last_token` from `logits` (1, vocabulary); True when it completes the answer."""
         self._fed.append(self.last_token)
         self._turn.take(self._random)
-        drawn = self._sampler(logits, self._prompt + self._output.tokens)
+        drawn: Any = self._sampler(logits, self._prompt + self._output.tokens)
         self._add(int(drawn.item()))
         return self._output.finish is not None
 

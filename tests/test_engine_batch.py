@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ ROOM = 20_000
 
 
 @pytest.fixture
-def rows(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+def rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many rows each step together had."""
     counts: list[int] = []
     forward = Batch.forward
@@ -36,7 +35,7 @@ def rows(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         return forward(self, asked)
 
     monkeypatch.setattr(Batch, "forward", counted)
-    yield counts
+    return counts
 
 
 def several(n: int, tokens: int = 40) -> list[tuple[str, dict[str, Any]]]:
