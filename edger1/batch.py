@@ -1,9 +1,8 @@
 """Several requests of a model decoded together: their KV caches side by side, padded to the longest.
 
-On a CPU a step for sixteen rows takes little longer than one for a single row, since the weights are read once. mlx-lm's
-batched caches hold the rows; joining and leaving copies them, a layer at a time, so that no second copy of all is ever
-there, and a token copies nothing. Rows of the kernels do not depend on each other: what a request is answered has the
-same bits as alone.
+The weights are read once for all rows. mlx-lm's batched caches hold the rows; joining and leaving copies them, a layer
+at a time, so that no second copy of all is ever there, and a token copies nothing. Rows of the kernels do not depend on
+each other: what a request is answered has the same bits as alone.
 """
 
 from __future__ import annotations

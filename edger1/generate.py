@@ -161,7 +161,8 @@ class Generation:
     def step(self, *, ahead: bool = True) -> bool:
         """Do one chunk or one token; returns True when the answer is complete and Done has been sent.
 
-        Without `ahead` no token is computed before the one that is due has been sent. Does nothing while older requests leave no room for the KV cache.
+        Without `ahead` no token is computed before the one that is due has been sent. Does nothing while older
+        requests leave no room for the KV cache.
         """
         self._come_back()
         if self._caches is None and not self._begin():
@@ -205,7 +206,7 @@ class Generation:
         return self._next is not None
 
     def lend(self, batch: Batch) -> list[Any]:
-        """Hand the caches to `batch`, which gives them back by `receive` or keeps them for good where they are dropped."""
+        """Hand the caches to `batch`, which gives them back by `receive`."""
         caches, self._caches, self._batch = self._caches, None, batch
         assert caches is not None
         return caches
@@ -219,10 +220,10 @@ class Generation:
             self._batch.give_back([self])
 
     def accept(self, logits: Any) -> bool:
-        """Draw from `logits` (1, vocabulary) after `last_token`; True when the answer is complete, and `finish` is due."""
+        """Draw what follows `last_token` from `logits` (1, vocabulary); True when it completes the answer."""
         self._fed.append(self.last_token)
         self._turn.take(self._random)
-        drawn = self._sampler(logits, self._prompt + self._output.tokens)
+        drawn: Any = self._sampler(logits, self._prompt + self._output.tokens)
         self._add(int(drawn.item()))
         return self._output.finish is not None
 
