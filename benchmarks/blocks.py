@@ -27,7 +27,7 @@ MLA_PEER_ROUNDS = 3
 
 def moe(run: Bench) -> list[Comparison]:
     """One token through one MoE layer."""
-    request = {"repeats": 5 if run.quick else 20}
+    request = {"repeats": 5 if run.quick else 100}
     return against_shipped(
         run, "sides_blocks:moe", {}, "MoE layer, 64 experts, 2048x1024, top-8, one token", MOE_BAR, request
     )

@@ -247,9 +247,14 @@ def _stored_cases(extension: Any, keys: int) -> Iterator[_Case]:
     stored = [tuple(mx.quantize(a, 64, 8)) for a in (k, v)]
 
     def theirs() -> mx.array:
-        scores = mx.quantized_matmul(q.reshape(1, 3, 3, 64) / 8, *stored[0], group_size=64, bits=8)
-        weights = mx.softmax(scores, axis=-1)
-        return mx.quantized_matmul(weights, *stored[1], transpose=False, group_size=64, bits=8).reshape(1, 9, 1, 64)
+        (keys_w, keys_scales, keys_biases), (values_w, values_scales, values_biases) = stored
+        scores = mx.quantized_matmul(
+            q.reshape(1, 3, 3, 64) / 8, keys_w, keys_scales, keys_biases, group_size=64, bits=8
+        )
+        mixed = mx.quantized_matmul(
+            mx.softmax(scores, axis=-1), values_w, values_scales, values_biases, False, group_size=64, bits=8
+        )
+        return mixed.reshape(1, 9, 1, 64)
 
     yield _Case(
         f"attention over 8-bit keys, {keys} keys",
