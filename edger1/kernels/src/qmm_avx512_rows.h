@@ -30,13 +30,15 @@ inline const float* part(const void* prepared, int64_t offset) {
 }
 
 // How far ahead of its use a weight is asked for: the processor's own prefetchers do not keep enough lines in flight to
-// hide memory behind this much arithmetic a line. Reading ahead of the end of a matrix has no effect.
-constexpr int kPrefetchBytes = 6144;
+// hide memory behind this much arithmetic a line, and far more than 3 KB ahead the lines asked for are in each other's
+// way. Reading ahead of the end of a matrix has no effect.
+constexpr int kPrefetchBytes = 2048;
+constexpr int kPrefetchScaleBytes = 512;
 
 // The same for scales or biases, which are fewer.
 inline void ahead(const void* base, int64_t index, ScaleType type) {
   int64_t size = type == ScaleType::f32 ? 4 : type == ScaleType::e8m0 ? 1 : 2;
-  _mm_prefetch(static_cast<const char*>(base) + index * size + kPrefetchBytes / 4, _MM_HINT_T0);
+  _mm_prefetch(static_cast<const char*>(base) + index * size + kPrefetchScaleBytes, _MM_HINT_T0);
 }
 
 template <class F>

@@ -28,7 +28,7 @@ const QmmKernels& kernels() {
 }
 
 constexpr int64_t kSmallChunkBytes = 8 << 10;  // weights below which splitting further costs more than it gains
-constexpr int64_t kLargeChunkBytes = 48 << 10; // weights that one claim takes in a large matrix
+constexpr int64_t kLargeChunkBytes = 48 << 10; // weights that the last claims in a large matrix take
 constexpr int64_t kPanelRows = 768;            // rows of x that share one unpacking of a panel
 constexpr int64_t kSerialPrepare = 1 << 15;    // elements of x below which preparing them is not worth a job
 
@@ -99,6 +99,9 @@ class Run {
 
   void plan() {
     int64_t position = 0;
+    for (const Group& group : job_.groups) {
+      small_left_ += group.end > group.begin && is_small(group) ? columns_ : 0;
+    }
     for (int g = 0; g < static_cast<int>(job_.groups.size()); g++) {
       const Group& group = job_.groups[g];
       int64_t rows = group.end - group.begin;
@@ -120,10 +123,15 @@ class Run {
   void plan_small(int g, const Group& group) {
     int64_t row_bytes = int64_t{first_.k} * first_.bits / 8 + 2 * (first_.k / first_.group) * size_of(first_.type);
     int64_t share = columns_ / (2 * int64_t{pool_threads()});
-    int64_t grain = std::max<int64_t>({kSmallChunkBytes / row_bytes, std::min(share, kLargeChunkBytes / row_bytes), 1});
-    for (int64_t n = 0; n < columns_; n += grain) {
-      pieces_.push_back({g, group.begin, group.end, static_cast<int>(n),
-                         static_cast<int>(std::min<int64_t>(n + grain, columns_))});
+    int64_t least = std::max<int64_t>({kSmallChunkBytes / row_bytes, std::min(share, kLargeChunkBytes / row_bytes), 1});
+    // Long pieces first, since each begins with a wait for memory and ends with reads ahead that another thread needed,
+    // and then ever shorter ones, so that all threads end together.
+    for (int64_t n = 0; n < columns_;) {
+      int64_t size = std::max(small_left_ * 2 / (3 * int64_t{pool_threads()}), least);
+      size = std::min(size, columns_ - n);
+      pieces_.push_back({g, group.begin, group.end, static_cast<int>(n), static_cast<int>(n + size)});
+      n += size;
+      small_left_ -= size;
     }
   }
 
@@ -282,6 +290,7 @@ class Run {
   int64_t prepared_bytes_ = 0;
   int64_t packed_total_ = 0;
   bool small_ = false;
+  int64_t small_left_ = 0; // columns of small groups, over all of them, that are in no piece yet
   std::vector<int64_t> at_; // where a group's tiles begin in packed_
   std::vector<Piece> pieces_;
   char* prepared_ = nullptr;
