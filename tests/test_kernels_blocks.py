@@ -135,6 +135,28 @@ def test_other_weights(bits: int | None) -> None:
     assert mx.abs(logits - expected_logits).max().item() <= 1e-6 * mx.abs(expected_logits).max().item()
 
 
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("precision", ["exact", "fast"])
+def test_biases_that_follow_from_their_scales_change_no_bit(bits: int, precision: str) -> None:
+    model = build(bits=bits)
+    for layer in model.model.layers:
+        for block in (layer.self_attn, layer.mlp):
+            for projection in block.children().values():
+                if hasattr(projection, "biases"):
+                    projection.biases = -(2.0 ** (bits - 1)) * projection.scales
+    # The last group of one matrix is another's: all its biases must be read.
+    odd = model.model.layers[1].mlp.up_proj
+    odd.biases[-1, -1] = odd.biases[-1, -1] + 0.5
+    mx.eval(model.parameters())
+    with installed(model, precision, fuse=False):
+        expected, expected_logits = greedy(model, 10)
+    with installed(model, precision) as state:
+        tokens, logits = greedy(model, 10)
+        assert state.blocks.count == 3
+    assert tokens == expected
+    assert mx.array_equal(logits, expected_logits)
+
+
 def test_projections_of_one_layer_may_differ_in_bits() -> None:
     model = build(bits=None)
     choice = {"v_proj": (8, 32), "k_proj": (6, 64), "down_proj": (8, 32), "up_proj": (3, 64)}

@@ -8,6 +8,7 @@
 
 #include "mlx/transforms.h"
 #include "ops_common.h"
+#include "qmm_driver.h"
 #include "rope.h"
 
 namespace edger1 {
@@ -255,6 +256,7 @@ void DecoderLayer::project(const std::string& name, const mx::array& w_in, const
     p.w.group = group_size;
     p.w.bits = bits;
     p.w.fp4 = fp4;
+    find_bias_ratio(p.w);
   } else {
     if (!is_float(w_in.dtype())) {
       refuse(name, " has dtype ", w_in.dtype(), "; expected float32, float16 or bfloat16");

@@ -102,6 +102,9 @@ inline __m512 load_biases(const QuantMatrix& w, const void* scales, const void* 
   if (w.fp4) {
     return _mm512_mul_ps(load_scales(scales, w.type, index, mask), _mm512_set1_ps(-12.0f));
   }
+  if (w.bias_ratio != 0) {
+    return _mm512_mul_ps(load_scales(scales, w.type, index, mask), _mm512_set1_ps(w.bias_ratio));
+  }
   return load_scales(biases, w.type, index, mask);
 }
 

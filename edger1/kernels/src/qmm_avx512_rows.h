@@ -78,6 +78,7 @@ void rows_fast_block(const QuantMatrix& w, const void* const* prepared, int n0, 
   const int per = w.group / kBlock;
   const int shift = per == 1 ? 0 : per == 2 ? 1 : 2;
   const int blocks = w.k / kBlock, groups = w.k / w.group;
+  const bool biases_apart = !w.fp4 && w.bias_ratio == 0;
   const __m512i spread_groups = _mm512_srli_epi32(iota(), static_cast<unsigned>(shift));
   const __m512i spread_blocks = _mm512_srli_epi32(iota(), kNibbles<F> ? 2 : 3);
   for (int n = n0; n < n1; n++) {
@@ -90,7 +91,9 @@ void rows_fast_block(const QuantMatrix& w, const void* const* prepared, int n0, 
     }
     for (int g = 0; g < groups; g += 16) {
       __m512 bias = load_biases(w, scales, biases, g, first16(groups - g));
-      ahead(biases, g, w.type);
+      if (biases_apart) {
+        ahead(biases, g, w.type);
+      }
       for (int m = 0; m < M; m++) {
         total[m] = _mm512_fmadd_ps(bias, _mm512_loadu_ps(part(prepared[m], layout.sums) + g), total[m]);
       }
@@ -140,6 +143,7 @@ void rows_exact_block(const QuantMatrix& w, const void* const* prepared, int n0,
   const int per = w.group / kBlock;
   const int shift = per == 1 ? 0 : per == 2 ? 1 : 2;
   const int blocks = w.k / kBlock, groups = w.k / w.group;
+  const bool biases_apart = !w.fp4 && w.bias_ratio == 0;
   const __m512i spread_groups = _mm512_srli_epi32(iota(), static_cast<unsigned>(shift));
   const __m512i spread_blocks = _mm512_srli_epi32(iota(), 2);
   const __m512 table = F::fp4 ? _mm512_setr_ps(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0)
@@ -154,7 +158,9 @@ void rows_exact_block(const QuantMatrix& w, const void* const* prepared, int n0,
     }
     for (int g = 0; g < groups; g += 16) {
       __m512 bias = load_biases(w, scales, biases, g, first16(groups - g));
-      ahead(biases, g, w.type);
+      if (biases_apart) {
+        ahead(biases, g, w.type);
+      }
       for (int m = 0; m < M; m++) {
         total[m] = _mm512_fmadd_ps(bias, _mm512_loadu_ps(part(prepared[m], layout.sums) + g), total[m]);
       }

@@ -307,4 +307,23 @@ void run_qmm(const QmmJob& job) {
   }
 }
 
+void find_bias_ratio(QuantMatrix& w) {
+  if (w.fp4) {
+    return;
+  }
+  const int groups = w.k / w.group;
+  const auto ratio = -static_cast<float>(1 << (w.bits - 1));
+  std::vector<float> scales(static_cast<size_t>(groups)), biases(static_cast<size_t>(groups));
+  for (int64_t n = 0; n < w.n; n++) {
+    kernels().to_f32(static_cast<const char*>(w.scales) + n * w.scale_stride, w.type, groups, scales.data());
+    kernels().to_f32(static_cast<const char*>(w.biases) + n * w.bias_stride, w.type, groups, biases.data());
+    for (int g = 0; g < groups; g++) {
+      if (biases[g] != ratio * scales[g]) {
+        return;
+      }
+    }
+  }
+  w.bias_ratio = ratio;
+}
+
 } // namespace edger1

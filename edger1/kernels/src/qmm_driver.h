@@ -40,4 +40,8 @@ void run_qmm(const QmmJob& job);
 // The inner loops in use.
 const QmmKernels& qmm_kernels();
 
+// Sets bias_ratio of an affine matrix whose biases are all -2^(bits - 1) times their scales, as formats without a zero
+// point (GGUF's Q4_0 and Q8_0) give. Reads all scales of such a matrix, of others a few.
+void find_bias_ratio(QuantMatrix& w);
+
 } // namespace edger1

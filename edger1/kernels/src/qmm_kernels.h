@@ -39,6 +39,7 @@ struct QuantMatrix {
   int bits = 0;
   bool fp4 = false;
   ScaleType type = ScaleType::f32;   // of scales and biases
+  float bias_ratio = 0;              // where not 0, every bias is exactly this times its scale and need not be read
 };
 
 // A prepared row of the small path: int8 or f32 values in the order that the kernel for these bits wants, scales (fast
