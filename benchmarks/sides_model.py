@@ -75,7 +75,10 @@ class ForwardTimes:
         self(prompt=8, generate=8)
 
     def __call__(self, prompt: int, generate: int) -> Mapping[str, float]:
-        """Return milliseconds a token, over `generate` of them after a prompt of `prompt`."""
+        """Return milliseconds a token, over `generate` of them after a prompt of `prompt`.
+
+        The next pass is built while one computes, as the engine does it: what that hides is no cost of sampling.
+        """
         import mlx.core as mx
         from mlx_lm.models.cache import make_prompt_cache
 
@@ -84,8 +87,14 @@ class ForwardTimes:
         token = mx.array([[7]])
         mx.eval(token)
         began = time.perf_counter()
+        due = None
         for _ in range(generate):
-            mx.eval(self._model(token, cache=cache))
+            logits = self._model(token, cache=cache)
+            mx.async_eval(logits)
+            if due is not None:
+                mx.eval(due)
+            due = logits
+        mx.eval(due)
         return {"ms": 1e3 * (time.perf_counter() - began) / generate}
 
 

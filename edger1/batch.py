@@ -88,6 +88,12 @@ class Batch:
         self._forget([row])
         row.receive(None)
 
+    def abandon(self) -> None:
+        """Drop the caches of all without touching them, after a failure; each feeds its tokens again."""
+        rows, self._rows, self._caches = self._rows, [], []
+        for row in rows:
+            row.receive(None)
+
     def _keep_others(self, layer: Any, leaving: list[int]) -> None:
         import mlx.core as mx
 

@@ -103,8 +103,8 @@ class KVStore:
         is. Nobody has to give way for it.
         """
         holds = {id(hold.holder): hold for hold in self._holds}
-        if any(id(holder) not in holds for holder in tokens):
-            return []
+        # Who has to wait for older ones has no caches.
+        tokens = {h: n for h, n in tokens.items() if id(h) in holds and not holds[id(h)].waits_for_elders}
         shortest = sorted(tokens, key=lambda holder: tokens[holder])
         alone = {id(holder): self._nbytes_of(n) for holder, n in tokens.items()}
         others = sum(hold.nbytes for hold in self._holds if id(hold.holder) not in alone)
@@ -134,6 +134,12 @@ class KVStore:
         caches, shared = self._best(ids)
         self._make_room(holder)
         return caches, shared
+
+    def settle(self, holder: Holder, tokens: int) -> None:
+        """Give back what was set aside for `holder` beyond `tokens`: padding, once it is alone."""
+        for hold in self._holds:
+            if hold.holder is holder:
+                hold.nbytes = min(hold.nbytes, self._nbytes_of(tokens))
 
     def release(self, holder: Holder) -> None:
         """Forget what was set aside for `holder`, which has ended."""

@@ -200,7 +200,10 @@ class Scheduler:
         late = [(entry, job) for entry, job in company if job.is_ahead]
         for entry, job in late:
             self._step(entry, partial(job.step, ahead=False))
-        self._step_together([pair for pair in company if pair not in late])
+        # Those steps may have taken the caches of younger requests, which then feed their tokens again.
+        rest = [pair for pair in company if pair not in late]
+        self._jobs.extend(entry for entry, job in rest if not job.joins)
+        self._step_together([pair for pair in rest if pair[1].joins])
 
     def _company(self, first: Entry) -> list[tuple[Entry, Generation]]:
         """Return the jobs whose next token can be decoded together with that of `first`, which is among them."""
@@ -224,7 +227,10 @@ class Scheduler:
             self._jobs.append(entry)
 
     def _step_together(self, company: list[tuple[Entry, Generation]]) -> None:
-        """Give each one token; those that cannot be in the batch have theirs alone."""
+        """Give each one token; those that cannot be in the batch have theirs alone.
+
+        Nobody computes ahead, or two that are due in turns would never be due together.
+        """
         if not company:
             return
         model = company[0][0][1]
@@ -234,7 +240,7 @@ class Scheduler:
             together = batch.choose([job for _, job in company])
             logits = batch.forward(together)
         except Exception as error:
-            del self._batches[model]
+            self._batches.pop(model).abandon()
             for entry, job in company:
                 job.drop()
                 self._fail(entry[0], error)
@@ -248,7 +254,7 @@ class Scheduler:
         for job in complete:
             self._step(entries[job], partial(_finish, job))
         for job in [job for job in entries if job not in together]:
-            self._step(entries[job], job.step)
+            self._step(entries[job], partial(job.step, ahead=False))
 
     def _batch_of(self, model: str) -> Batch:
         from edger1.batch import Batch

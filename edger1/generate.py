@@ -214,6 +214,8 @@ class Generation:
     def receive(self, caches: list[Any] | None) -> None:
         """Take the caches back from the batch; None where it has dropped them."""
         self._caches, self._batch = caches, None
+        if caches is not None:
+            self._model.kv.settle(self, len(self._fed) + 1)
 
     def _come_back(self) -> None:
         if self._batch is not None:

@@ -17,7 +17,7 @@ from edger1.fetch.place import write_atomically
 
 def note(folder: Path, report: dict[str, Any]) -> None:
     """Write down how the model in `folder` runs (plain JSON values); a failure to write is no failure."""
-    known = {path: values for path, values in _all().items() if Path(path).is_dir()}
+    known = {path: values for path, values in _all().items() if _is_folder(path)}
     known[str(folder)] = {"when": datetime.now(UTC).isoformat(timespec="seconds")} | report
     try:
         write_atomically(_file(), json.dumps(known, indent=2))
@@ -44,7 +44,11 @@ def of(folder: Path) -> dict[str, Any] | None:
     }
     if not isinstance(report, dict) or not all(isinstance(report.get(key), kind) for key, kind in wanted.items()):
         return None
-    return report
+    return report if all(_is_group(group) for group in report["layers"]) else None
+
+
+def _is_group(group: Any) -> bool:
+    return isinstance(group, dict) and {"first", "last", "kind", "runs", "reason"} <= group.keys()
 
 
 def lines(report: dict[str, Any]) -> list[tuple[str, str]]:
@@ -67,6 +71,14 @@ def lines(report: dict[str, Any]) -> list[tuple[str, str]]:
     return shown + [("", line) for line in report["also"]]
 
 
+def _is_folder(path: str) -> bool:
+    try:
+        return Path(path).is_dir()
+    except OSError:
+        # Of another user, or on a disk that has gone.
+        return False
+
+
 def _file() -> Path:
     return paths.data() / "kernels.json"
 
@@ -74,6 +86,6 @@ def _file() -> Path:
 def _all() -> dict[str, Any]:
     try:
         values: Any = json.loads(_file().read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return values if isinstance(values, dict) else {}

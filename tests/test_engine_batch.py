@@ -187,6 +187,40 @@ def test_models_that_are_no_stack_answer_one_after_the_other(tmp_path: Path, row
     assert rows == []
 
 
+def test_requests_that_begin_one_after_the_other_come_together(tiny_folder: Path, rows: list[int]) -> None:
+    with edger1.load(tiny_folder, precision="fast", context=ROOM) as model:
+        first = model.submit("Tell me", raw=True, max_tokens=2000, temperature=0)
+        started = iter(model.stream("x", raw=True, max_tokens=300, temperature=0))
+        answered = sum(isinstance(event, Text) for event in started)
+        first.cancel()
+        first.result(60)
+    assert answered
+    assert max(rows) == 2
+    assert len(rows) > 200
+
+
+def test_a_batch_that_fails_leaves_the_engine_alive(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: Any) -> Any:
+        raise MemoryError("no room")
+
+    with edger1.load(tiny_folder, precision="exact", context=ROOM) as model:
+        with monkeypatch.context() as patch:
+            patch.setattr(Batch, "forward", broken)
+            patch.setattr(Batch, "remove", broken)
+            handles = [model.submit(text, raw=True, max_tokens=50, temperature=0) for text in ("one", "two")]
+            failed = 0
+            for handle in handles:
+                try:
+                    handle.result(60)
+                except edger1.EngineError:
+                    failed += 1
+            assert failed
+        assert model.generate("three", raw=True, max_tokens=5).usage.completion_tokens
+    assert "no room" in capfd.readouterr().err
+
+
 class Row:
     """A running request, as far as the store can see."""
 
@@ -205,3 +239,20 @@ def test_the_shortest_that_fit_padded_are_chosen() -> None:
     assert store.nbytes == 40 + 2 * 12 + 20
     assert store.hold_together({b: 50, c: 12}) == []
     assert store.hold_together({b: 10, Row(): 10}) == []
+
+
+def test_padding_is_given_back_and_who_waits_is_not_chosen() -> None:
+    class Younger(Row):
+        def give_way(self) -> None:
+            pass
+
+    store = KVStore(100, lambda tokens: tokens)
+    a, b = Row(), Younger()
+    assert store.hold(a, 10)
+    assert store.hold(b, 40)
+    assert store.hold_together({a: 10, b: 40}) == [a, b]
+    assert store.nbytes == 80
+    store.settle(a, 11)
+    assert store.nbytes == 51
+    assert store.hold(a, 90)
+    assert store.hold_together({a: 90, b: 1}) == []

@@ -229,7 +229,7 @@ def test_how_a_model_ran_is_noted_and_shown(tmp_path: Path) -> None:
     assert list(json.loads((paths.data() / "kernels.json").read_text("utf-8"))) == [str(folder)]
 
 
-@pytest.mark.parametrize("record", ["", "[]", "{", '{"FOLDER": 3}', '{"FOLDER": {"when": 1}}'])
+@pytest.mark.parametrize("record", ["", "[]", "{", "[" * 100_000, '{"FOLDER": 3}', '{"FOLDER": {"when": 1}}'])
 def test_a_damaged_record_of_how_a_model_ran_is_as_none(record: str) -> None:
     from edger1 import runs
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import shutil
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from dataclasses import replace
@@ -168,6 +170,40 @@ def test_minutes_end_a_run_with_a_checkpoint(corpus: Corpus, tmp_path: Path) -> 
     assert (result.folder / "training.json").is_file()
 
 
+def test_a_run_that_ended_before_its_first_step_can_begin_and_go_on(corpus: Corpus, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    _, result = train(corpus, run, minutes=0.0)
+    assert (result.progress.step, result.finished) == (0, False)
+    _, result = train(corpus, run, after=1, resume=True)
+    assert result.progress.step == 1
+    shutil.rmtree(run / "checkpoints")
+    (run / "log.jsonl").write_text("[1]\n")
+    assert train(corpus, run, after=2)[1].progress.step == 2
+
+
+def test_a_corpus_without_what_counts_is_refused(tmp_path: Path) -> None:
+    asked = [{"messages": [{"role": "user", "content": "1 2 3"}]}] * 3
+    silent = open_corpus(write_corpus(tmp_path / "silent", asked))
+    with pytest.raises(UsageError, match="no assistant turn"):
+        Pretraining(silent, MOE, replace(SHORT, loss_on="assistant"), tmp_path / "run")
+
+
+def test_a_config_that_cannot_be_written_stays_as_it_was(
+    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    train(corpus, run, after=1)
+    before = (run / "config.toml").read_text()
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(pretrain, "write_atomically", full)
+    with pytest.raises(pretrain.SaveError, match="No space left"):
+        train(corpus, run, replace(SHORT, steps=77), resume=True)
+    assert (run / "config.toml").read_text() == before
+
+
 def test_a_damaged_checkpoint_is_named(corpus: Corpus, tmp_path: Path) -> None:
     _, result = train(corpus, tmp_path / "run", after=2)
     path = result.folder / "training.safetensors"
@@ -195,6 +231,9 @@ def test_rates_rise_and_fall(kind: str) -> None:
     [
         ("x", "is not TOML"),
         ("[train]", "no [model] table"),
+        ('train=3\n[model]\nmodel_type="llama"', "expected a table [train]"),
+        ('[model]\nmodel_type="llama"\n[train]\nseed=-1', "seed is -1"),
+        ('[model]\nmodel_type="llama"\n[train]\nbeta1=1.0', "beta1 is 1.0"),
         ('[model]\nmodel_type="llama"\n[other]', "table [other]"),
         ('[model]\nmodel_type="llama"\n[train]\nstep=1', "step, which is no setting"),
         ('[model]\nmodel_type="llama"\n[train]\nsteps="1"', "expected a whole number"),

@@ -31,12 +31,15 @@ class Log:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """Return a log's entries; a last line that was cut off is left out."""
+    """Return a log's entries; a line that is none, as one that was cut off, ends them."""
     entries = []
     if path.is_file():
         for line in path.read_text(encoding="utf-8").splitlines():
             try:
-                entries.append(json.loads(line))
-            except json.JSONDecodeError:
+                entry = json.loads(line)
+            except (ValueError, RecursionError):
                 break
+            if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
+                break
+            entries.append(entry)
     return entries

@@ -19,10 +19,12 @@ import mlx.core as mx
 import numpy as np
 
 from edger1.errors import EdgeR1Error, UsageError
+from edger1.fetch.place import write_atomically
 from edger1.kernels.install import install
 from edger1.train import checkpoint, export, losses, model, report, schedule
 from edger1.train.checkpoint import Progress
 from edger1.train.data import Corpus
+from edger1.train.folder_writer import SaveError
 from edger1.train.forward import routers
 from edger1.train.log import Log
 from edger1.train.ops import Ops, extension
@@ -33,6 +35,10 @@ from edger1.train.settings import Settings, to_toml
 # Gradients and activations of a step come and go in the same sizes; memory that went back to the system each time
 # would have to be cleared page by page.
 _CACHE_BYTES = 8 << 30
+
+
+_BEGINNINGS = {"config.toml", "log.jsonl", "loss.svg", "experts.svg", "checkpoints"}
+"""What a run that ended before its first checkpoint leaves."""
 
 
 class DivergedError(EdgeR1Error):
@@ -83,8 +89,10 @@ class Pretraining:
         found = checkpoint.latest(run)
         if resume and found is None:
             raise UsageError(f"{run} holds no checkpoint to go on from; leave --resume out to begin.")
-        if not resume and run.exists() and any(run.iterdir()):
+        if not resume and run.exists() and not (found is None and _holds_little(run)):
             raise UsageError(f"{run} exists and is not empty; give another --out, or --resume to go on with it.")
+        if settings.loss_on == "assistant" and not corpus.train.counted.any():
+            raise UsageError(f"{corpus.folder} holds no assistant turn, and [train] loss_on counts nothing else.")
         self.corpus, self.settings, self.run_folder = corpus, settings, run
         self.model = model.build(config, corpus.vocabulary, settings.hidden_std, settings.seed)
         known = {"vocab_size": corpus.vocabulary, "bos_token_id": corpus.first, "eos_token_id": corpus.last}
@@ -127,7 +135,7 @@ class Pretraining:
         where a checkpoint cannot be written. The last good checkpoint stays either way.
         """
         self.run_folder.mkdir(parents=True, exist_ok=True)
-        (self.run_folder / "config.toml").write_text(to_toml(self.config, self.settings), encoding="utf-8")
+        self._write_config()
         log = Log(self.run_folder / "log.jsonl", self.progress.step)
         limit = time.perf_counter() + 60 * minutes if minutes is not None else math.inf
         installed = install(self.model, "exact", fuse=False)
@@ -141,8 +149,7 @@ class Pretraining:
             mx.clear_cache()
         self._draw(log)
         if self.progress.step < self.settings.steps:
-            folder = self._save() if self.progress.step else self.run_folder
-            return Result(False, self.progress, self._measured, folder)
+            return Result(False, self.progress, self._measured, self._save())
         self._save()
         folder = self.run_folder / "model"
         export.export(folder, self.model, self.config, self.corpus.folder)
@@ -241,8 +248,16 @@ class Pretraining:
         good = f"the last good checkpoint is {kept}" if kept else "no checkpoint had been saved yet"
         return DivergedError(
             f"The loss is {loss} and the gradient's norm {norm} at step {self.progress.step + 1}; {good}. "
-            "Lower the learning rates, or look at the data, and go on with --resume."
+            f"Lower the learning rates, or look at the data, and {'go on with --resume' if kept else 'begin again'}."
         )
+
+    def _write_config(self) -> None:
+        path, text = self.run_folder / "config.toml", to_toml(self.config, self.settings)
+        try:
+            if not path.is_file() or path.read_text(encoding="utf-8") != text:
+                write_atomically(path, text)
+        except OSError as error:
+            raise SaveError(f"{path} cannot be written: {error.strerror or error}. Nothing was changed.") from None
 
     def _save(self) -> Path:
         state = {f"weights.{n}": w for n, w in model.parameters(self.model).items()} | self.optimizer.state
@@ -279,3 +294,9 @@ class Pretraining:
 
 def _number(value: mx.array) -> float:
     return float(cast(float, value.item()))
+
+
+def _holds_little(run: Path) -> bool:
+    """Whether a run may begin in this folder: it is empty, or has what a run left that never saved."""
+    names = {path.name for path in run.iterdir()}
+    return not names or ("log.jsonl" in names and names <= _BEGINNINGS)

@@ -71,7 +71,12 @@ class Settings:
         for name in ("steps", "rows", "length", "log_every", "evaluate_every", "evaluate_rows", "save_every"):
             if getattr(self, name) < 1:
                 raise UsageError(f"[train] {name} is {getattr(self, name)}; expected 1 or more.")
-        for name in ("warmup", "decay", "final", "mtp_late", "beta1", "beta2"):
+        if not 0 <= self.seed < 2**63:
+            raise UsageError(f"[train] seed is {self.seed}; expected 0 or more, below 2^63.")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UsageError(f"[train] {name} is {getattr(self, name)}; expected 0 or more, below 1.")
+        for name in ("warmup", "decay", "final", "mtp_late"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UsageError(f"[train] {name} is {getattr(self, name)}; expected a share between 0 and 1.")
         for name in ("learning_rate", "muon_rate", "hidden_std"):
@@ -109,8 +114,10 @@ def read(path: Path) -> tuple[dict[str, Any], Settings]:
     return model, from_table(tables.get("train", {}), path)
 
 
-def from_table(table: dict[str, Any], path: Path) -> Settings:
+def from_table(table: Any, path: Path) -> Settings:
     """Return settings of a [train] table; raises UsageError as `read` does."""
+    if not isinstance(table, dict):
+        raise UsageError(f"{path} sets train to {table!r}; expected a table [train].")
     known = {f.name: f.default for f in fields(Settings)}
     values: dict[str, Any] = {}
     for name, value in table.items():
