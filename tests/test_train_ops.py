@@ -42,6 +42,20 @@ def compare(
         assert off(found, wanted) < bound
 
 
+def test_products_of_single_rows_that_lie_apart() -> None:
+    y, z, b = arrays((64, 128), (1, 96), (64, 48))
+    cases = [
+        (y[:, None, ::2], b),
+        (arrays((64, 1), seed=3)[0], z[:, ::2]),
+        (arrays((4, 8, 1), seed=4)[0], mx.broadcast_to(z, (4, 1, 96))[:, :, ::2]),
+        (mx.broadcast_to(mx.array(1.5), (8, 1, 64)), b),
+        (arrays((64, 1), seed=5)[0], mx.broadcast_to(mx.array(1.5), (1, 64))),
+        (y[:, ::2], mx.broadcast_to(mx.array(1.5), (64, 48))),
+    ]
+    for left, right in cases:
+        assert off(kernels.mixed_matmul(left, right), left @ right) < BF16
+
+
 @pytest.mark.parametrize(("mixed", "bound"), [(False, EXACT), (True, BF16)])
 @pytest.mark.parametrize("shared", [True, False])
 def test_experts(mixed: bool, bound: float, shared: bool) -> None:

@@ -26,8 +26,10 @@ Matrix matrix_of(const mx::array& a) {
           a.shape(-1) == 1 ? 1 : a.strides(-1)};
 }
 
+// Whether rows or columns lie close together. A row by itself must: the packers take what is no row for columns, and
+// read on from each of them.
 bool unit_stride(const mx::array& a) {
-  return a.strides(-1) == 1 || a.strides(-2) == 1 || a.shape(-1) == 1 || a.shape(-2) == 1;
+  return a.strides(-1) == 1 || a.shape(-1) == 1 || (a.strides(-2) == 1 && a.shape(-2) > 1);
 }
 
 class MixedMatmul : public TrainPrimitive {
