@@ -188,13 +188,19 @@ def test_models_that_are_no_stack_answer_one_after_the_other(tmp_path: Path, row
 
 
 def test_requests_that_begin_one_after_the_other_come_together(tiny_folder: Path, rows: list[int]) -> None:
+    options: dict[str, Any] = {"raw": True, "temperature": 0}
     with edger1.load(tiny_folder, precision="fast", context=ROOM) as model:
-        first = model.submit("Tell me", raw=True, max_tokens=2000, temperature=0)
-        started = iter(model.stream("x", raw=True, max_tokens=300, temperature=0))
-        answered = sum(isinstance(event, Text) for event in started)
+        expected = model.generate("x", max_tokens=300, **options).text
+    assert rows == []
+    with edger1.load(tiny_folder, precision="fast", context=ROOM) as model:
+        first = model.submit("Tell me", max_tokens=2000, **options)
+        answer = "".join(event.text for event in model.stream("x", max_tokens=300, **options) if isinstance(event, Text))
         first.cancel()
-        first.result(60)
-    assert answered
+        cut = first.result(60)
+    with edger1.load(tiny_folder, precision="fast", context=ROOM) as model:
+        whole = model.generate("Tell me", max_tokens=cut.usage.completion_tokens, **options).text
+    assert answer == expected
+    assert whole.startswith(cut.text)
     assert max(rows) == 2
     assert len(rows) > 200
 
