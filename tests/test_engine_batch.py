@@ -194,7 +194,8 @@ def test_requests_that_begin_one_after_the_other_come_together(tiny_folder: Path
     assert rows == []
     with edger1.load(tiny_folder, precision="fast", context=ROOM) as model:
         first = model.submit("Tell me", max_tokens=2000, **options)
-        answer = "".join(event.text for event in model.stream("x", max_tokens=300, **options) if isinstance(event, Text))
+        events = model.stream("x", max_tokens=300, **options)
+        answer = "".join(event.text for event in events if isinstance(event, Text))
         first.cancel()
         cut = first.result(60)
     with edger1.load(tiny_folder, precision="fast", context=ROOM) as model:
