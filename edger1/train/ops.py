@@ -25,10 +25,10 @@ def extension() -> ModuleType | None:
     return found if found is not None and mx.default_device().type == mx.cpu else None
 
 
-def has_tiles() -> bool:
-    """Whether `mixed` makes a difference here: the kernels are there and the processor has bf16 matrix tiles."""
+def multiplies_bf16() -> bool:
+    """Whether `mixed` makes a difference here: the kernels are there and the processor multiplies in bf16."""
     found = extension()
-    return found is not None and found.active_instruction_set() == "amx"
+    return found is not None and found.active_instruction_set() in ("avx512bf16", "amx")
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Ops:
 
     def __init__(self, mixed: bool) -> None:
         self.kernels = extension()
-        self.mixed = mixed and has_tiles()
+        self.mixed = mixed and multiplies_bf16()
         self._linear = _linear(self.kernels, self.mixed)
         self._attention: dict[tuple[float, Turning], Callable[..., mx.array]] = {}
         self._add_norm: dict[float, Callable[..., mx.array]] = {}

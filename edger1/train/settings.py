@@ -51,7 +51,7 @@ class Settings:
     loss_on: str = "all"
     """Tokens that count: all, or those of assistant turns only."""
     precision: str = "mixed"
-    """mixed: products in bf16, all sums and the rest in f32, where the processor has matrix tiles; exact: all f32."""
+    """mixed: products in bf16, all sums and the rest in f32, where the processor multiplies bf16; exact: all f32."""
     seed: int = 1
     log_every: int = 10
     evaluate_every: int = 250

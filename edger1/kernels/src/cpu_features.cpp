@@ -47,6 +47,9 @@ std::vector<std::string> instruction_sets() {
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi")) {
       found.emplace_back("avx512vnni");
+      if (__builtin_cpu_supports("avx512bf16")) {
+        found.emplace_back("avx512bf16");
+      }
       static const bool amx = amx_allowed();
       if (amx) {
         found.emplace_back("amx");
@@ -103,6 +106,11 @@ const char* active_isa_name() {
 bool active_isa_has_amx() {
   static const bool amx = chosen() == "amx";
   return amx;
+}
+
+bool active_isa_has_bf16() {
+  static const bool bf16 = chosen() == "avx512bf16" || chosen() == "amx";
+  return bf16;
 }
 
 bool active_isa_has_avx_vnni() {

@@ -8,10 +8,11 @@ namespace edger1 {
 
 enum class Isa { portable, avx2, avx512vnni, neon };
 
-// Names in rising order of preference: "portable", "avx2", "avxvnni", "avx512vnni", "amx", or "portable", "neon-dotprod".
+// Names in rising order of preference: "portable", "avx2", "avxvnni", "avx512vnni", "avx512bf16", "amx", or "portable",
+// "neon-dotprod".
 // "avx512vnni" stands for F, BW, DQ, VL, VNNI and VBMI together: every desktop and laptop processor with VNNI has them.
 // "avxvnni" is AVX2 with the integer dot product that most Intel processors since 2021 have; active_isa() is avx2 then.
-// "amx" is "avx512vnni" with matrix tiles and vectors for bf16, where the system lets a process use them.
+// "avx512bf16" is "avx512vnni" with products of bf16 in vectors, "amx" those and matrix tiles for bf16, where the system lets a process use them.
 std::vector<std::string> instruction_sets();
 
 // What the kernels use: the best of the above, or EDGER1_ISA. Throws std::invalid_argument where that names a set which
@@ -21,6 +22,9 @@ const char* active_isa_name();
 
 // Whether matrix tiles are to be used; active_isa() is avx512vnni then.
 bool active_isa_has_amx();
+
+// Whether products of bf16 in vectors are to be used; active_isa() is avx512vnni then.
+bool active_isa_has_bf16();
 
 // Whether AVX2 comes with an integer dot product; active_isa() is avx2 then.
 bool active_isa_has_avx_vnni();

@@ -45,8 +45,10 @@ Matrix part(const Matrix& a, int64_t row, int64_t column) {
 const GemmEngine& gemm_engine(bool mixed) {
   static const GemmEngine plain{Float::f32,   ops().nr,     plain_a_bytes, plain_b_bytes,
                                 plain_pack_a, plain_pack_b, plain_gemm};
-  static const bool tiles = gemm_engine_amx && active_isa_has_amx();
-  return mixed && tiles ? *gemm_engine_amx : plain;
+  static const GemmEngine* const rounding = gemm_engine_amx && active_isa_has_amx()     ? gemm_engine_amx
+                                            : gemm_engine_bf16 && active_isa_has_bf16() ? gemm_engine_bf16
+                                                                                        : nullptr;
+  return mixed && rounding ? *rounding : plain;
 }
 
 void engine_matmul_serial(const GemmEngine& engine, float* c, int64_t c_stride, const Matrix& a, const Matrix& b,

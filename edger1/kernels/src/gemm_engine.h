@@ -1,7 +1,7 @@
 // Matrix products for training, on operands that the caller packs and may use many times over.
 //
-// Two engines with one interface: f32 throughout, and `mixed`, which rounds operands to bf16 and adds up in f32 on
-// matrix tiles. Nothing here depends on the number of threads: every element of a result is one chain of additions over
+// Engines with one interface: f32 throughout, and `mixed`, which rounds operands to bf16 and adds up in f32, on matrix
+// tiles or in vectors. Nothing here depends on the number of threads: every element of a result is one chain of additions over
 // k in the order of k.
 #pragma once
 
@@ -27,11 +27,12 @@ struct GemmEngine {
   void (*gemm)(float* c, int64_t c_stride, const void* a, const void* b, int m, int n, int k, bool accumulate);
 };
 
-// The engine for f32, or the mixed one where it is asked for and the processor has matrix tiles.
+// The engine for f32, or a mixed one where it is asked for and the processor has products of bf16.
 const GemmEngine& gemm_engine(bool mixed);
 
-// Null where this build has no matrix tiles.
+// Null where this build has no matrix tiles, or no products of bf16 in vectors.
 extern const GemmEngine* const gemm_engine_amx;
+extern const GemmEngine* const gemm_engine_bf16;
 
 // k is taken in pieces of so many, so that packed panels stay in the first-level cache.
 constexpr int64_t kPackedDepth = 512;
