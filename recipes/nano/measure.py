@@ -3,8 +3,9 @@
     python -m recipes.nano.measure --moe RUN --dense RUN --corpus FOLDER --out FOLDER
 
 RUN is what `edger1 finetune` wrote. FOLDER (of --out) gets nano.json with every figure, nano-loss.svg and
-nano-experts.svg. A draft is the MTP layer's best token after the model's own next one, in an answer that the model
-gives greedily to a held-out question; it is accepted where the model's next choice is the same.
+nano-experts.svg, and the recipe's README its table. A draft is the MTP layer's best token after the model's own next
+one, in an answer that the model gives greedily to a held-out question; it is accepted where the model's next choice is
+the same.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from edger1.train.packing import Place, Rows
 from recipes.nano.evaluate import MAX_TOKENS, Question, accuracy, asker, read
 
 LENGTH, ROWS = 512, 16
+README = Path(__file__).with_name("README.md")
+BEGIN, END = "<!-- python -m recipes.nano.measure: begin -->", "<!-- python -m recipes.nano.measure: end -->"
 
 
 @dataclass
@@ -148,6 +151,39 @@ def measure(run: Path, corpus: Corpus, corpus_folder: Path, each: int) -> tuple[
     return found, loads
 
 
+def table(results: dict[str, Any]) -> str:
+    """Return the figures of both models as Markdown."""
+    moe, dense = results["nano-moe"], results["nano-dense"]
+    rows = [
+        ("loss on held-out documents", *(f"{m['loss'][-1][1]:.4f}" for m in (moe, dense))),
+        ("next token right, of the assistant's", *(f"{m['held_out']['next_right']:.1%}" for m in (moe, dense))),
+        ("the one after it right (MTP layer)", f"{moe['held_out']['ahead_right']:.1%}", ""),
+        ("drafts of the MTP layer accepted", f"{moe['drafts']['share']:.1%}", ""),
+        ("least and most used expert, times the mean", _range(moe["experts"]), ""),
+        (
+            f"**questions right, mean of {len(moe['questions'])} kinds**",
+            *(f"**{m['mean_right']:.1%}**" for m in (moe, dense)),
+        ),
+    ]
+    for task, asked in moe["questions"].items():
+        both = (asked, dense["questions"][task])
+        rows.append((task, *(f"{q['right'] / q['asked']:.0%} of {q['asked']}" for q in both)))
+    return (
+        "\n".join(["| | nano-moe | nano-dense |", "|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows)]) + "\n"
+    )
+
+
+def _range(experts: dict[str, list[float]]) -> str:
+    return f"{min(experts['least_of_mean']):.2f} to {max(experts['most_of_mean']):.2f}"
+
+
+def written(text: str, results: dict[str, Any]) -> str:
+    """Return the README `text` with the table between its markers made anew."""
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f"{before}{BEGIN}\n{table(results)}{END}{after}"
+
+
 def _told(results: Iterator[tuple[str, int, int]]) -> Iterator[tuple[str, int, int]]:
     for task, right, asked in results:
         print(f"{task:15} {right:4} of {asked:4}  {right / asked:7.1%}", file=sys.stderr, flush=True)
@@ -180,6 +216,7 @@ def main() -> int:
         plot.lines("Loss on held-out documents", "tokens seen", "nats a token", series), "utf-8"
     )
     (options.out / "nano.json").write_text(json.dumps(results, indent=1) + "\n", "utf-8")
+    README.write_text(written(README.read_text("utf-8"), results), "utf-8")
     print(json.dumps({name: found["mean_right"] for name, found in results.items()}))
     return 0
 
