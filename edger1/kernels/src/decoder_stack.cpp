@@ -139,35 +139,47 @@ DecoderStack::DecoderStack(const std::vector<const DecoderLayer*>& layers, const
   }
 }
 
-std::optional<DecoderStack::Result> DecoderStack::operator()(const mx::array& x, const StackCaches& caches) const {
+bool DecoderStack::applies(const mx::array& x, const StackCaches& caches) const {
   mx::Stream stream = mx::default_stream(mx::default_device());
   size_t layers = held_->layers.size();
   int hidden = held_->layers[0]->plan.hidden;
   if (x.ndim() != 3 || x.dtype() != mx::float32 || x.size() == 0 || x.shape(2) != hidden ||
       int64_t{x.shape(0)} * x.shape(1) > kMaxRows || stream.device != mx::Device(mx::Device::cpu) || x.is_tracer() ||
       caches.keys.size() != layers || caches.values.size() != layers || caches.offsets.size() != layers) {
-    return std::nullopt;
+    return false;
   }
-  std::vector<mx::array> inputs{x};
-  inputs.reserve(2 * layers + 2 + caches.after.size());
   for (size_t i = 0; i < layers; i++) {
     const auto& plan = held_->layers[i]->plan;
     for (const auto* cache : {&caches.keys[i], &caches.values[i]}) {
       bool typed = cache->dtype() == mx::float32 || cache->dtype() == mx::float16;
       if (cache->ndim() != 4 || !typed || cache->dtype() != caches.keys[i].dtype() || cache->is_tracer() ||
           cache->shape() != mx::Shape{x.shape(0), plan.kv_heads, caches.keys[i].shape(2), plan.head_dim}) {
-        return std::nullopt;
+        return false;
       }
-      inputs.push_back(*cache);
     }
-    if (caches.offsets[i] < 0 || int64_t{caches.offsets[i]} + x.shape(1) > caches.keys[i].shape(2)) {
-      return std::nullopt;
+    if (caches.offsets[i] < 0) {
+      return false;
     }
   }
-  if (caches.starts) {
-    if (caches.starts->shape() != mx::Shape{x.shape(0)} || caches.starts->dtype() != mx::int32) {
+  return !caches.starts || (caches.starts->shape() == mx::Shape{x.shape(0)} && caches.starts->dtype() == mx::int32);
+}
+
+std::optional<DecoderStack::Result> DecoderStack::operator()(const mx::array& x, const StackCaches& caches) const {
+  if (!applies(x, caches)) {
+    return std::nullopt;
+  }
+  mx::Stream stream = mx::default_stream(mx::default_device());
+  size_t layers = held_->layers.size();
+  std::vector<mx::array> inputs{x};
+  inputs.reserve(2 * layers + 2 + caches.after.size());
+  for (size_t i = 0; i < layers; i++) {
+    if (int64_t{caches.offsets[i]} + x.shape(1) > caches.keys[i].shape(2)) {
       return std::nullopt;
     }
+    inputs.push_back(caches.keys[i]);
+    inputs.push_back(caches.values[i]);
+  }
+  if (caches.starts) {
     inputs.push_back(*caches.starts);
   }
   inputs.insert(inputs.end(), caches.after.begin(), caches.after.end());
