@@ -420,6 +420,26 @@ def test_a_copied_cache_is_not_written_over() -> None:
         assert mx.array_equal(keys, then)
 
 
+def test_a_view_of_a_cache_keeps_what_it_shows_also_while_the_step_that_wrote_it_is_queued() -> None:
+    layer = attention()
+    with installed(layer):
+        fresh = KVCache()
+        attend(layer, fresh, 5)
+        x = mx.ones((1, 1, 128))
+        layer(x, None, fresh)
+        for part in ("keys", "values"):
+            cache = KVCache()
+            attend(layer, cache, 5)
+            slow = mx.ones((2000, 2000))
+            layer(x + 0.0 * (slow @ slow @ slow).max(), None, cache)
+            view = getattr(cache, part)[..., :6, :]
+            trim_prompt_cache([cache], 1)
+            # In this order the view is there, and what reads it is not yet queued, when the next step asks who holds
+            # the cache; of all that the first step gave, MLX evaluates it by the values.
+            mx.eval(view + 0.0 + 0.0, layer(-2 * x, None, cache))
+            assert mx.array_equal(view, getattr(fresh, part)[..., :6, :])
+
+
 def test_gradients_and_adapters_get_what_the_layer_computes() -> None:
     from mlx_lm.tuner.lora import LoRALinear
 

@@ -279,6 +279,17 @@ class Run {
     }
   }
 
+  // A head's key or value into the cache. Numbers beyond 16 bits become the largest: an infinity would make no number of
+  // every later result.
+  void store(void* to, float* from) const {
+    if (call_.cache_type == Float::f16) {
+      for (int i = 0; i < plan_.head_dim; i++) {
+        from[i] = std::clamp(from[i], -65504.0f, 65504.0f);
+      }
+    }
+    ops().from_f32(to, call_.cache_type, from, plan_.head_dim);
+  }
+
   // Queries go, scaled, to where attention reads them; keys and values into the cache.
   void rotate() {
     std::shared_ptr<const Angles> angles[kMaxRows];
@@ -305,8 +316,8 @@ class Run {
       for (int h = 0; h < plan_.kv_heads; h++) {
         // Where the row's queries were, which are no longer needed.
         rotate_head(q, k + h * dim, plan_.k_norm, angles[b].get(), l);
-        ops().from_f32(cached(call_.keys, b, h, slot), call_.cache_type, q, dim);
-        ops().from_f32(cached(call_.values, b, h, slot), call_.cache_type, v + h * dim, dim);
+        store(cached(call_.keys, b, h, slot), q);
+        store(cached(call_.values, b, h, slot), v + h * dim);
       }
     });
   }

@@ -205,7 +205,8 @@ void Experts::project(const std::string& name, const mx::array& w_in, const std:
 
 void Experts::project_mapped(const std::string& name, int n, int k, mx::Dtype type, const std::vector<Bytes>& codes,
                              const std::vector<Bytes>& scales, const std::vector<Bytes>& biases,
-                             const std::optional<mx::array>& bias, const std::optional<Quantization>& q) {
+                             const std::optional<mx::array>& bias, const std::optional<Quantization>& q,
+                             std::shared_ptr<const void> owner) {
   ExpertProjection& p = projection(name);
   if (codes.empty() || n < 1 || k < 1 || !is_float(type)) {
     refuse(name, " is [", n, ", ", k, "] of dtype ", type, " for ", codes.size(),
@@ -219,6 +220,7 @@ void Experts::project_mapped(const std::string& name, int n, int k, mx::Dtype ty
   check_bytes(name + "'s scales", scales, q ? experts : 0, scale_bytes, size_of(p.form.w.type));
   check_bytes(name + "'s biases", biases, with_biases ? experts : 0, scale_bytes, size_of(p.form.w.type));
   const float* bias_rows = bias ? keep_floats(*bias, {static_cast<int>(experts), n}, name + "'s bias") : nullptr;
+  held_->owners.push_back(std::move(owner));
   p.at.clear();
   for (size_t e = 0; e < experts; e++) {
     p.at.push_back({codes[e].data, q ? scales[e].data : nullptr, with_biases ? biases[e].data : nullptr,
