@@ -93,7 +93,10 @@ class Case:
         return [mx.array(a) for a in (self.q_nope, self.q_pe, self.latent, self.k_pe)]
 
     def expected(self, kept: np.ndarray | None) -> np.ndarray:
-        """[B, L, H * value] in doubles; rows that see nothing weigh all keys alike."""
+        """[B, L, H * value] in doubles; rows that see nothing weigh all keys alike.
+
+        `self.size` is then the largest of the sums that it would be without signs, which is what rounding goes by.
+        """
         batch, _, length, _ = self.shape
         k = np.einsum("bsr,hrn->bhsn", self.latent[:, 0].astype(float), self.embed.astype(float))
         v = np.einsum("bsr,hvr->bhsv", self.latent[:, 0].astype(float), self.unembed.astype(float))
@@ -101,8 +104,9 @@ class Case:
         if kept is not None:
             scores = np.where(kept, scores, -1e30)
         weights = np.exp((scores - scores.max(-1, keepdims=True)) * self.scale)
-        out = np.einsum("bhls,bhsv->blhv", weights / weights.sum(-1, keepdims=True), v)
-        return out.reshape(batch, length, -1)
+        weights /= weights.sum(-1, keepdims=True)
+        self.size = float(np.einsum("bhls,bhsv->blhv", weights, np.abs(v)).max())
+        return np.einsum("bhls,bhsv->blhv", weights, v).reshape(batch, length, -1)
 
     def causal(self) -> np.ndarray:
         _, _, length, keys = self.shape
@@ -144,8 +148,12 @@ def check_shapes() -> None:
                 assert np.linalg.norm(exact - fast) <= 0.03 * np.linalg.norm(exact), shape
 
 
-@pytest.mark.parametrize("name", extension.instruction_sets())
-def test_every_instruction_set_agrees_with_numpy(name: str) -> None:
+def test_every_shape_agrees_with_numpy() -> None:
+    check_shapes()
+
+
+@pytest.mark.parametrize("name", extension.instruction_sets()[:-1])
+def test_every_other_instruction_set_agrees_with_numpy(name: str) -> None:
     program = "import test_kernels_latent as t; t.check_shapes(); print(t.extension.active_instruction_set())"
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False,
@@ -171,7 +179,8 @@ def test_any_shape_agrees_with_numpy(
     kept = {"causal": case.causal(), "array": case.kept, "none": None}[masked]
     mask = mx.array(case.kept) if masked == "array" else None
     found = case.operation().attend(*case.operands(), mask, masked == "causal")
-    assert error(found, case.expected(kept)) <= 1e-5
+    # Not relative to the result: what has been added up may cancel.
+    assert np.abs(np.array(found) - case.expected(kept)).max() <= 1e-5 * case.size
 
 
 def test_operands_of_any_strides_and_latents_in_16_bits() -> None:
