@@ -127,6 +127,9 @@ SHAPES = [
     (1, 2, 530, 600, (32, 16, 48, 32)),
     (1, 4, 200, 513, (64, 16, 64, 64)),
     (20, 4, 1, 70, (32, 16, 64, 32)),
+    # More keys than are taken together.
+    (2, 3, 5, 1100, (32, 16, 64, 32)),
+    (1, 2, 2, 5000, (8, 4, 600, 8)),
 ]
 
 
@@ -183,7 +186,8 @@ def test_any_shape_agrees_with_numpy(
     assert np.abs(np.array(found) - case.expected(kept)).max() <= 1e-5 * case.size
 
 
-def test_operands_of_any_strides_and_latents_in_16_bits() -> None:
+@pytest.mark.parametrize(("precision", "bits"), [("exact", None), ("fast", 4)])
+def test_operands_of_any_strides_and_latents_in_16_bits(precision: str, bits: int | None) -> None:
     case = Case(2, 4, 6, 290, (32, 8, 64, 32))
     q_nope, q_pe, latent, k_pe = case.operands()
     both = mx.concatenate([q_nope, q_pe], -1).transpose(0, 2, 1, 3) + 0
@@ -191,7 +195,7 @@ def test_operands_of_any_strides_and_latents_in_16_bits() -> None:
     turned = (k_pe.transpose(0, 1, 3, 2) + 0).transpose(0, 1, 3, 2)
     mx.eval(both, room, turned)
     q = both.transpose(0, 2, 1, 3)
-    call = case.operation()
+    call = case.operation(precision, bits)
     plain = call.attend(q_nope, q_pe, latent, k_pe, None, True)
     strided = call.attend(q[..., :32], q[..., 32:], room[..., :290, :], turned, None, True)
     assert mx.array_equal(plain, strided)
@@ -212,9 +216,10 @@ def test_rows_that_see_nothing_weigh_all_keys_alike(length: int) -> None:
 
 @pytest.mark.parametrize("precision", ["exact", "fast"])
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_rows_do_not_depend_on_their_company_nor_on_threads(precision: str, threads: int) -> None:
+@pytest.mark.parametrize("keys", [600, 1028])  # eight rows of which the first ones see a block less, or a span
+def test_rows_do_not_depend_on_their_company_nor_on_threads(precision: str, threads: int, keys: int) -> None:
     before = extension.threads()
-    case = Case(2, 40, 8, 600, (32, 16, 64, 32))
+    case = Case(2, 40, 8, keys, (32, 16, 64, 32))
     call = case.operation(precision, 8)
     q_nope, q_pe, latent, k_pe = case.operands()
     try:
@@ -223,7 +228,7 @@ def test_rows_do_not_depend_on_their_company_nor_on_threads(precision: str, thre
             [
                 call.attend(
                     q_nope[b : b + 1, :, i : i + 1], q_pe[b : b + 1, :, i : i + 1],
-                    latent[b : b + 1, :, : 593 + i], k_pe[b : b + 1, :, : 593 + i], None, True,
+                    latent[b : b + 1, :, : keys - 7 + i], k_pe[b : b + 1, :, : keys - 7 + i], None, True,
                 )[0, 0]
                 for i in range(8)
             ]

@@ -2,7 +2,7 @@
 #include "gemm_engine.h"
 
 #if defined(__AMX_BF16__) && defined(__AVX512BF16__)
-#include "gemm_engine_bf16_pack.h"
+#include "bf16_pack.h"
 
 namespace edger1 {
 namespace {

@@ -220,7 +220,7 @@ void LatentAttention::finish(bool whole) {
     }
   }
   // Like int8 rows, bf16 is for layers whose weights were rounded more than that.
-  plan.tiles = plan.fast && plan.embed[0].quantized && plan.unembed[0].quantized;
+  plan.bf16 = plan.fast && plan.embed[0].quantized && plan.unembed[0].quantized;
   plan.whole = whole;
   finished_ = true;
 }

@@ -271,7 +271,7 @@ void gemm(float* c, int64_t c_stride, const LatentProduct* products, int count, 
   settle_memory();
 }
 
-const LatentMath kMath{128, a_bytes, b_bytes, pack_a, pack_b, gemm};
+const LatentMath kMath{128, 32, a_bytes, b_bytes, pack_a, pack_b, gemm};
 
 } // namespace
 
