@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "describe_matrix.h"
 #include "experts_plan.h"
 #include "primitive.h"
 
@@ -17,12 +18,6 @@ struct ExpertsSettings {
   std::string activation = "swiglu"; // a name of ExpertActivation
   float alpha = 1.702f, limit = 7.0f;
   std::string precision = "exact";   // or "fast"
-};
-
-struct Quantization {
-  int group_size = 64;
-  int bits = 4;
-  std::string mode = "affine";
 };
 
 struct RouterSettings {
@@ -85,17 +80,13 @@ class Experts {
 
   struct Held {
     ExpertsPlan plan;
-    std::vector<mx::array> arrays;
+    KeptArrays arrays;
     std::vector<std::shared_ptr<const void>> owners;
   };
 
  private:
-  mx::array keep(const mx::array& a);
   const float* keep_floats(const mx::array& a, const mx::Shape& shape, const std::string& what);
   ExpertProjection& projection(const std::string& name);
-  // Shape and quantization of matrices that are [n, k] in their last two axes.
-  Projection form_of(const std::string& name, const mx::array& w, const std::optional<mx::array>& scales,
-                     const std::optional<mx::array>& biases, const Quantization& q) const;
   bool applies(const mx::array& x) const;
 
   std::shared_ptr<Held> held_;

@@ -12,16 +12,17 @@ namespace {
 
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 constexpr int kBlockKeys = 256;                  // these two are fixed, so that a row's result does not depend on how work is split
-constexpr int kSpanBlocks = 4;
+constexpr int kSpanBlocks = 2;
 constexpr int kScoreStride = kBlockKeys + 16;    // rows a power of two apart would share few lines of the cache
-constexpr int64_t kWaveBytes = 3 << 20;          // for a thread, of packed latents and results that wait to be merged
+constexpr int64_t kWaveBytes = 4 << 20;          // for a thread, of results that wait to be merged, and packed latents
 
 int64_t aligned(int64_t bytes) {
   return padded(bytes, 64);
 }
 
-// All heads of few rows. Blocks of the cache are packed once for all rows that meet them. A piece of work is some rows
-// against a span of some blocks, with an online softmax; the spans' results are merged in their order, some spans at a time.
+// All heads of few rows. Blocks of the cache are packed once for all rows that meet them. A piece of work is a span of some
+// blocks, with an online softmax; the spans' results are merged in their order, some spans at a time. Where there are not
+// enough spans for all threads, the blocks of a wave are packed first, and a piece is some of the rows against a span.
 class FewRows {
  public:
   FewRows(const LatentPlan& plan, const LatentCall& call)
@@ -31,16 +32,16 @@ class FewRows {
     key_bytes_ = aligned(math_.b_bytes(plan.rank, kBlockKeys));
     key_pe_bytes_ = aligned(math_.b_bytes(plan.rope, kBlockKeys));
     block_bytes_ = key_bytes_ + key_pe_bytes_ + aligned(math_.b_bytes(kBlockKeys, plan.rank));
-    int64_t part = aligned(all * (plan.rank + 2) * 4), span = call.batch * kSpanBlocks * block_bytes_ + part;
-    int spans = (blocks_ + kSpanBlocks - 1) / kSpanBlocks;
-    wave_ = static_cast<int>(std::clamp<int64_t>(kWaveBytes * pool_threads() / span, 1, spans));
+    int64_t part = aligned(all * (plan.rank + 2) * 4), packed = int64_t{call.batch} * kSpanBlocks * block_bytes_;
+    int64_t spans = (blocks_ + kSpanBlocks - 1) / kSpanBlocks, most = kWaveBytes * pool_threads();
+    whole_spans_ = std::min(most / part, spans) * call.batch >= 2 * int64_t{pool_threads()};
+    wave_ = static_cast<int>(std::clamp<int64_t>(most / (whole_spans_ ? part : part + packed), 1, spans));
     tile_ = rows_of_a_piece();
     tiles_ = (rows_ + tile_ - 1) / tile_;
     latent_bytes_ = aligned(math_.a_bytes(tile_, plan.rank));
     tile_bytes_ = latent_bytes_ + aligned(math_.a_bytes(tile_, plan.rope));
-    int64_t packed = int64_t{std::min(blocks_, wave_ * kSpanBlocks)} * call.batch * block_bytes_;
-    int64_t sizes[] = {all * plan.rank * 4, all * plan.rope * 4, call.batch * tiles_ * tile_bytes_, packed, wave_ * part,
-                       all * 2 * 4};
+    int64_t sizes[] = {all * plan.rank * 4, all * plan.rope * 4, call.batch * tiles_ * tile_bytes_,
+                       whole_spans_ ? 0 : wave_ * packed, wave_ * part, all * 2 * 4};
     int64_t total = 0;
     for (int64_t& size : sizes) {
       size = aligned(size);
@@ -71,16 +72,30 @@ class FewRows {
     std::fill(sums_, sums_ + int64_t{call_.batch} * rows_, 0.0f);
     for (int first = 0; first < blocks_; first += wave_ * kSpanBlocks) {
       int blocks = std::min(wave_ * kSpanBlocks, blocks_ - first), spans = (blocks + kSpanBlocks - 1) / kSpanBlocks;
-      parallel_for(int64_t{call_.batch} * blocks, [&](int64_t i) {
-        pack_block(static_cast<int>(i / blocks), first + static_cast<int>(i % blocks), packed_block(i));
-      });
-      parallel_for(int64_t{spans} * call_.batch * tiles_, [&](int64_t i) {
-        // The last span, which may be a short one, is the last to be begun.
-        int tile = static_cast<int>(i % tiles_), rest = static_cast<int>(i / tiles_);
-        int b = rest % call_.batch, span = rest / call_.batch;
-        attend(b, tile, span, first + span * kSpanBlocks, std::min(kSpanBlocks, blocks - span * kSpanBlocks),
-               packed_block(int64_t{b} * blocks + span * kSpanBlocks));
-      });
+      // The last span, which may be a short one, is the last to be begun.
+      if (whole_spans_) {
+        parallel_for(int64_t{spans} * call_.batch, [&](int64_t i) {
+          int b = static_cast<int>(i % call_.batch), span = static_cast<int>(i / call_.batch), at = span * kSpanBlocks;
+          for (int j = 0; j < std::min(kSpanBlocks, blocks - at); j++) {
+            char* packed = scratch() + tile_scratch_bytes();
+            pack_block(b, first + at + j, packed);
+            for (int tile = 0; tile < tiles_; tile++) {
+              attend(b, tile, span, first + at + j, j == 0, packed);
+            }
+          }
+        });
+      } else {
+        parallel_for(int64_t{call_.batch} * blocks, [&](int64_t i) {
+          pack_block(static_cast<int>(i / blocks), first + static_cast<int>(i % blocks), latents_ + i * block_bytes_);
+        });
+        parallel_for(int64_t{spans} * call_.batch * tiles_, [&](int64_t i) {
+          int tile = static_cast<int>(i % tiles_), rest = static_cast<int>(i / tiles_);
+          int b = rest % call_.batch, span = rest / call_.batch, at = span * kSpanBlocks;
+          for (int j = 0; j < std::min(kSpanBlocks, blocks - at); j++) {
+            attend(b, tile, span, first + at + j, j == 0, latents_ + (int64_t{b} * blocks + at + j) * block_bytes_);
+          }
+        });
+      }
       int64_t all = int64_t{call_.batch} * rows_;
       parallel_ranges(all, grain_for(all, double(spans) * plan_.rank, 20000), [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; i++) {
@@ -94,8 +109,7 @@ class FewRows {
  private:
   // As many as go together best, fewer where some threads would have nothing to do.
   int rows_of_a_piece() const {
-    int64_t others = int64_t{std::min((blocks_ + kSpanBlocks - 1) / kSpanBlocks, wave_)} * call_.batch;
-    int64_t wanted = std::max<int64_t>(2 * pool_threads() / others, 1);
+    int64_t wanted = whole_spans_ ? 1 : std::max<int64_t>(2 * pool_threads() / (int64_t{wave_} * call_.batch), 1);
     return static_cast<int>(std::clamp<int64_t>(padded(rows_ / wanted, math_.row_step), math_.row_step, math_.row_tile));
   }
 
@@ -144,8 +158,12 @@ class FewRows {
     }
   }
 
-  char* packed_block(int64_t i) const {
-    return latents_ + i * block_bytes_;
+  // Memory of a piece of work: for scores, weights and a packed block.
+  char* scratch() const {
+    return static_cast<char*>(thread_scratch(0, static_cast<size_t>(tile_scratch_bytes() + block_bytes_)));
+  }
+  int64_t tile_scratch_bytes() const {
+    return aligned(int64_t{tile_} * kScoreStride * 4) + aligned(math_.a_bytes(tile_, kBlockKeys));
   }
 
   void pack_block(int b, int block, char* to) {
@@ -164,33 +182,30 @@ class FewRows {
     return partial_ + span * partial_stride_;
   }
 
-  // The rows of a tile against blocks [first, first + count), a span of a wave, which are packed one after the other.
-  void attend(int b, int tile, int span, int first, int count, const char* blocks) {
+  // The rows of a tile against a block, which may be the first of its span in a wave.
+  void attend(int b, int tile, int span, int block, bool begins, const char* packed) {
     int64_t all = int64_t{call_.batch} * rows_, row = int64_t{b} * rows_ + int64_t{tile} * tile_;
     float *out = partial(span) + row * plan_.rank, *maxima = partial(span) + all * plan_.rank + row, *sums = maxima + all;
-    int64_t score_bytes = aligned(int64_t{tile_} * kScoreStride * 4);
-    auto* scores = static_cast<float*>(
-        thread_scratch(0, static_cast<size_t>(score_bytes + math_.a_bytes(tile_, kBlockKeys))));
-    char* weights = reinterpret_cast<char*>(scores) + score_bytes;
-    int rows = tile_rows(tile);
-    std::fill(maxima, maxima + rows, kMinusInfinity);
-    std::fill(sums, sums + rows, 0.0f);
-    for (int i = 0; i < count; i++, blocks += block_bytes_) {
-      int key = (first + i) * kBlockKeys, n = std::min(kBlockKeys, call_.keys - key);
-      const char* queries = packed_queries(b, tile);
-      LatentProduct products[] = {{queries, blocks, plan_.rank}, {queries + latent_bytes_, blocks + key_bytes_, plan_.rope}};
-      math_.gemm(scores, kScoreStride, products, 2, rows, n, false);
-      for (int r = 0; r < rows; r++) {
-        int l = (tile * tile_ + r) % call_.length;
-        float factor = weigh_keys(call_, spans_[b * call_.length + l], b, l, key, n, scores + int64_t{r} * kScoreStride,
-                                  maxima + r, sums + r);
-        if (i > 0 && factor != 1) {
-          ops().scale_row(out + int64_t{r} * plan_.rank, factor, plan_.rank);
-        }
-      }
-      math_.pack_a(weights, scores, Float::f32, kScoreStride, 1, rows, n);
-      math_.multiply(out, plan_.rank, {weights, blocks + key_bytes_ + key_pe_bytes_, n}, rows, plan_.rank, i > 0);
+    char* weights = scratch();
+    auto* scores = reinterpret_cast<float*>(weights + aligned(math_.a_bytes(tile_, kBlockKeys)));
+    int rows = tile_rows(tile), key = block * kBlockKeys, n = std::min(kBlockKeys, call_.keys - key);
+    if (begins) {
+      std::fill(maxima, maxima + rows, kMinusInfinity);
+      std::fill(sums, sums + rows, 0.0f);
     }
+    const char* queries = packed_queries(b, tile);
+    LatentProduct products[] = {{queries, packed, plan_.rank}, {queries + latent_bytes_, packed + key_bytes_, plan_.rope}};
+    math_.gemm(scores, kScoreStride, products, 2, rows, n, false);
+    for (int r = 0; r < rows; r++) {
+      int l = (tile * tile_ + r) % call_.length;
+      float factor = weigh_keys(call_, spans_[b * call_.length + l], b, l, key, n, scores + int64_t{r} * kScoreStride,
+                                maxima + r, sums + r);
+      if (!begins && factor != 1) {
+        ops().scale_row(out + int64_t{r} * plan_.rank, factor, plan_.rank);
+      }
+    }
+    math_.pack_a(weights, scores, Float::f32, kScoreStride, 1, rows, n);
+    math_.multiply(out, plan_.rank, {weights, packed + key_bytes_ + key_pe_bytes_, n}, rows, plan_.rank, !begins);
   }
 
   void merge(int64_t row, int spans, bool first) {
@@ -237,6 +252,7 @@ class FewRows {
   const LatentCall& call_;
   const LatentMath& math_;
   int rows_, blocks_, tile_ = 1, tiles_ = 1, wave_ = 1;
+  bool whole_spans_ = false;
   int64_t tile_bytes_ = 0, latent_bytes_ = 0, key_bytes_ = 0, key_pe_bytes_ = 0, block_bytes_ = 0, partial_stride_ = 0;
   float *queries_, *query_pe_, *partial_, *maxima_, *sums_;
   char *packed_, *latents_;
