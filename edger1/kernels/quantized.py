@@ -64,9 +64,9 @@ def quantized_matmul(
     """Multiply x[..., K] with the transpose of a quantized w[N, K], or x[..., N] with w itself.
 
     `w` is uint32 [..., N, K * bits / 32], `scales` and `biases` [..., N, K / group_size] as `mx.quantize` gives them;
-    batch axes broadcast against those of x. The result has the dtype of x. Where `bias_ratio` is not 0, all biases must be
-    the scales times it, and need not be read. Raises ValueError where shapes or dtypes do not fit, before anything is
-    computed.
+    batch axes broadcast against those of x. The result has the dtype of x. Where `bias_ratio` is not 0, all biases must
+    be the scales times it, and need not be read. Raises ValueError where shapes or dtypes do not fit, before anything
+    is computed.
     """
     default_group, default_bits = _DEFAULTS.get(mode, (0, 0))
     extension = _kernels(x, scales, group_size or default_group, bits or default_bits, mode, stream)

@@ -136,11 +136,11 @@ void rows_fast_block(const QuantMatrix& w, const void* const* prepared, int n0, 
   }
 }
 
-// The same for one row of x and the usual formats, as decoding has it: the scales' type and the blocks of a group (1 << Shift)
-// are known, and scales become floats in a loop of their own, so that nothing stands between the codes.
+// The same for one row of x and the usual formats, as decoding has it: the scales' type and the blocks of a group
+// (1 << Shift) are known, and scales become floats in a loop of their own, so that nothing stands between the codes.
 //
-// On AMD's processors weights are asked for further ahead and to the second-level cache: those before Zen 5 keep too few lines
-// on the way to the first-level one.
+// On AMD's processors weights are asked for further ahead and to the second-level cache: measured on Zen 4, which keeps few
+// lines on the way to the first-level one.
 template <class F, ScaleType Type, int Shift, bool Amd>
 void row_fast(const QuantMatrix& matrix, const void* prepared, int n0, int n1, float* out) {
   constexpr int run = 512; // blocks whose scales are converted at once
