@@ -176,9 +176,10 @@ def load(
     from mlx_lm.utils import load_tokenizer
 
     from edger1.kernels.install import install
-    from edger1.kernels.pages import use_huge_pages
+    from edger1.kernels.pages import HugePages
 
     total, done = plan.resident_bytes, 0
+    pages = None if on_gpu() else HugePages(total)
     yield done, total
     for key, value in tree_flatten(model.parameters()):
         loaded = value.astype(mx.float32) if _is_widened(value) else value
@@ -186,8 +187,8 @@ def load(
             mx.eval(loaded)
         except RuntimeError as error:
             raise FormatError(f"{name}: reading {key} failed: {error}") from error
-        if not on_gpu():
-            use_huge_pages([loaded])
+        if pages is not None:
+            loaded = pages.hold(loaded)
         model.update(tree_unflatten([(key, loaded)]))
         done += loaded.nbytes
         del value

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from edger1 import kernels
-from edger1.kernels.pages import HUGE_PAGE_BYTES, use_huge_pages
+from edger1.kernels.pages import HUGE_PAGE_BYTES, HugePages, use_huge_pages
 
 pytestmark = pytest.mark.skipif(kernels._load()[0] is None, reason="the kernels are not built")
 
@@ -25,3 +25,27 @@ def test_values_stay():
 def test_an_array_that_is_not_computed_is_refused():
     with pytest.raises(ValueError, match="evaluated"):
         use_huge_pages([mx.zeros((1000, 1000)) + 1])
+
+
+def test_small_arrays_lie_side_by_side_and_outlive_what_they_came_from():
+    shapes = [(3, 5), (64, 36), (1,), (700, 900), (2, 3, 4), (900, 1100)]
+    kinds = [mx.float16, mx.uint32, mx.float32, mx.uint8, mx.bfloat16, mx.float32]
+    sources = [mx.random.uniform(0, 200, shape).astype(kind) for shape, kind in zip(shapes, kinds, strict=True)]
+    mx.eval(sources)
+    expected = [np.array(a.astype(mx.float32)) for a in sources]
+    pages = HugePages(sum(a.nbytes for a in sources[:-1]))
+    held = [pages.hold(a) for a in sources]
+    del sources, pages
+    for a, shape, kind, values in zip(held, shapes, kinds, expected, strict=True):
+        assert (a.shape, a.dtype) == (shape, kind)
+        assert np.array_equal(np.array(a.astype(mx.float32)), values)
+    # Written to by whoever holds it alone, an array changes nothing beside it.
+    held[0] = held[0] + 1
+    mx.eval(held[0])
+    assert np.array_equal(np.array(held[1]), expected[1])
+
+
+def test_columns_of_something_larger_stay_where_they_are():
+    columns = mx.arange(100).reshape(10, 10)[:, :3]
+    mx.eval(columns)
+    assert np.array_equal(np.array(HugePages(1000).hold(columns)), np.arange(100).reshape(10, 10)[:, :3])

@@ -86,6 +86,36 @@ def test_several_streams_at_once(four_threads):
         assert all(callers.map(call, range(8)))
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3, 8])
+@pytest.mark.parametrize("shared", [0, 1, 100])
+def test_each_piece_of_a_course_runs_once_and_phases_follow_each_other(threads: int, shared: int):
+    before = extension.threads()
+    extension.set_threads(threads)
+    try:
+        for work in (1, 300):
+            ran = extension._count_course(200, shared, work)
+            assert ran == [[1] * (threads + shared * (i % 2)) for i in range(200)]
+    finally:
+        extension.set_threads(before)
+
+
+def test_courses_and_jobs_of_many_callers(four_threads):
+    def call(i: int) -> bool:
+        if i % 2:
+            return all(extension._count_chunks(37, 200) == [1] * 37 for _ in range(50))
+        return all(phase == [1] * len(phase) for _ in range(20) for phase in extension._count_course(20, 5, 50))
+
+    with ThreadPoolExecutor(8) as callers:
+        assert all(callers.map(call, range(16)))
+
+
+def test_a_failing_piece_ends_its_course_and_not_the_pool(four_threads):
+    for _ in range(20):
+        with pytest.raises(RuntimeError, match="piece of the course"):
+            extension._count_course(10, 7, 20, 4)
+    assert extension._count_chunks(100) == [1] * 100
+
+
 @pytest.mark.parametrize("n", [0, -1, 1000])
 def test_impossible_thread_counts_are_refused(n):
     with pytest.raises(ValueError, match=str(n)):

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edger1 import kernels
-from edger1.kernels.quantized import gather_qmm, quantized_matmul
+from edger1.kernels.quantized import BiasRatio, gather_qmm, quantized_matmul
 
 extension = kernels._load()[0]
 pytestmark = pytest.mark.skipif(extension is None, reason="the kernels are not built")
@@ -438,3 +438,26 @@ def test_an_unknown_instruction_set_is_refused():
     )
     assert "sse9" in run.stderr
     assert "portable" in run.stderr
+
+
+@pytest.mark.parametrize("precision", ["fast", "exact"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_biases_that_follow_from_their_scales_need_not_be_read(bits: int, precision: str) -> None:
+    packed = mx.random.randint(0, 2**31 - 1, (96, 192 * bits // 32)).astype(mx.uint32)
+    scales = mx.random.uniform(0.01, 0.2, (96, 6)).astype(mx.float16)
+    biases = scales * -(2 ** (bits - 1))
+    x = mx.random.normal((3, 192))
+    mx.eval(packed, scales, biases, x)
+    held = BiasRatio()
+    assert held.of(packed, scales, biases, 32, bits) == -(2 ** (bits - 1))
+    expected = quantized_matmul(x, packed, scales, biases, group_size=32, bits=bits, precision=precision)
+    ratio = -(2.0 ** (bits - 1))
+    # Instruction sets whose loops read biases all the same get the right ones.
+    reads = extension.active_instruction_set() not in ("avx512vnni", "avx512bf16", "amx")
+    given = biases if reads else mx.zeros_like(biases)
+    got = quantized_matmul(x, packed, scales, given, group_size=32, bits=bits, precision=precision, bias_ratio=ratio)
+    assert np.array_equal(np.array(got), np.array(expected))
+    others = mx.where(mx.arange(6) == 5, biases + 1, biases)
+    mx.eval(others)
+    assert held.of(packed, scales, others, 32, bits) == 0
+    assert held.of(packed, scales, scales + 1, 32, bits) == 0

@@ -162,21 +162,39 @@ class _Float32Embedding(nn.Embedding):
         return super().__call__(x).astype(mx.float32)
 
 
+_FEW_ROWS = 16
+"""Rows up to which a product is as fast as its matrix can be read."""
+
+
+def _matmul(layer: Any, x: mx.array, precision: Precision) -> mx.array:
+    """Return x @ w.T for a quantized layer."""
+    w, scales, biases = layer["weight"], layer["scales"], layer.get("biases")
+    ratio = 0.0
+    if layer.mode == "affine" and x.size <= _FEW_ROWS * x.shape[-1]:
+        held = vars(layer).get("_bias_ratio")
+        if held is None:
+            held = quantized.BiasRatio()
+            object.__setattr__(layer, "_bias_ratio", held)
+        ratio = held.of(w, scales, biases, layer.group_size, layer.bits)
+    return quantized.quantized_matmul(
+        x,
+        w,
+        scales,
+        biases,
+        transpose=True,
+        group_size=layer.group_size,
+        bits=layer.bits,
+        mode=layer.mode,
+        precision=precision,
+        bias_ratio=ratio,
+    )
+
+
 @cache
 def _quantized_linear(precision: Precision) -> type:
     class KernelQuantizedLinear(nn.QuantizedLinear):
         def __call__(self, x: mx.array) -> mx.array:
-            out = quantized.quantized_matmul(
-                x,
-                self["weight"],
-                self["scales"],
-                self.get("biases"),
-                transpose=True,
-                group_size=self.group_size,
-                bits=self.bits,
-                mode=self.mode,
-                precision=precision,
-            )
+            out = _matmul(self, x, precision)
             return out + self["bias"] if "bias" in self else out
 
     return KernelQuantizedLinear
@@ -202,17 +220,7 @@ def _quantized_embedding(precision: Precision, float32: bool) -> type:
             )
 
         def as_linear(self, x: mx.array) -> mx.array:
-            return quantized.quantized_matmul(
-                x,
-                self["weight"],
-                self["scales"],
-                self.get("biases"),
-                transpose=True,
-                group_size=self.group_size,
-                bits=self.bits,
-                mode=self.mode,
-                precision=precision,
-            )
+            return _matmul(self, x, precision)
 
     return KernelQuantizedEmbedding
 

@@ -58,13 +58,15 @@ def quantized_matmul(
     mode: str = "affine",
     precision: Precision = "exact",
     *,
+    bias_ratio: float = 0.0,
     stream: Any = None,
 ) -> mx.array:
     """Multiply x[..., K] with the transpose of a quantized w[N, K], or x[..., N] with w itself.
 
     `w` is uint32 [..., N, K * bits / 32], `scales` and `biases` [..., N, K / group_size] as `mx.quantize` gives them;
-    batch axes broadcast against those of x. The result has the dtype of x. Raises ValueError where shapes or dtypes do
-    not fit, before anything is computed.
+    batch axes broadcast against those of x. The result has the dtype of x. Where `bias_ratio` is not 0, all biases must
+    be the scales times it, and need not be read. Raises ValueError where shapes or dtypes do not fit, before anything
+    is computed.
     """
     default_group, default_bits = _DEFAULTS.get(mode, (0, 0))
     extension = _kernels(x, scales, group_size or default_group, bits or default_bits, mode, stream)
@@ -80,8 +82,33 @@ def quantized_matmul(
         bits or default_bits,
         mode,
         precision,
+        bias_ratio=bias_ratio,
         stream=stream,
     )
+
+
+class BiasRatio:
+    """What multiplies a matrix's scales to its biases (0 if nothing does), found once for each pair of them.
+
+    Formats without a zero point, GGUF's Q4_0 and Q8_0 among them, have biases that follow from their scales.
+    """
+
+    def __init__(self) -> None:
+        self._scales: mx.array | None = None
+        self._biases: mx.array | None = None
+        self._ratio = 0.0
+
+    def __deepcopy__(self, _: Any) -> BiasRatio:
+        return BiasRatio()
+
+    def of(self, w: mx.array, scales: mx.array, biases: mx.array | None, group_size: int, bits: int) -> float:
+        """Return the ratio for a matrix that stays as it is as long as its arrays are the same ones."""
+        if scales is not self._scales or biases is not self._biases:
+            extension = _load()[0]
+            self._scales, self._biases, self._ratio = scales, biases, 0.0
+            if extension is not None and biases is not None and covers(group_size, bits, "affine"):
+                self._ratio = extension.bias_ratio(w, scales, biases, group_size, bits)
+        return self._ratio
 
 
 def gather_qmm(

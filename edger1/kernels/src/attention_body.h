@@ -7,51 +7,92 @@
 namespace edger1 {
 namespace {
 
-// Sums of the lanes of kWidth vectors, as one vector: lane i is the sum of v[i], added in the same tree for every i.
+// One level of lane_sums: blocks of kWidth / N lanes of two vectors, of each pair of blocks the sum, those of `a` first.
 template <int N>
-EDGER1_INLINE vf lane_sums(vf* v) {
+EDGER1_INLINE vf lane_sums_of(vf a, vf b) {
   vi even, odd;
   constexpr int step = kWidth / N;
-  // Blocks of `step` lanes: of each pair of blocks the first goes to `even`, the second to `odd`, from either operand.
   for (int i = 0; i < kWidth; i++) {
     int block = i / step, inside = i % step;
     int operand = (block & 1) * kWidth;
     even[i] = operand + (block & ~1) * step + inside;
     odd[i] = even[i] + step;
   }
-  for (int i = 0; i < N / 2; i++) {
-    v[i] = __builtin_shuffle(v[2 * i], v[2 * i + 1], even) + __builtin_shuffle(v[2 * i], v[2 * i + 1], odd);
-  }
-  if constexpr (N == 2) {
+  return __builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, odd);
+}
+
+// Sums of the lanes of kWidth vectors, of which v holds N after the first levels: lane i is the sum of the i-th, added in
+// the same tree for every i.
+template <int N>
+EDGER1_INLINE vf lane_sums(vf* v) {
+  if constexpr (N == 1) {
     return v[0];
   } else {
+    for (int i = 0; i < N / 2; i++) {
+      v[i] = lane_sums_of<N>(v[2 * i], v[2 * i + 1]);
+    }
     return lane_sums<N / 2>(v);
   }
 }
 
-// scores[0, kWidth) = the dot products of a query with kWidth keys.
-template <class T>
-EDGER1_INLINE vf key_scores(const float* query, const T* const* keys, int dim) {
-  vf acc[kWidth];
-#pragma GCC unroll 16
-  for (int j = 0; j < kWidth; j++) {
-    acc[j] = vf{};
-  }
-  int d = 0;
-  for (; d + kWidth <= dim; d += kWidth) {
-    vf q = load(query + d);
-#pragma GCC unroll 16
-    for (int j = 0; j < kWidth; j++) {
-      acc[j] = mad(q, load(keys[j] + d), acc[j]);
+// Query rows whose scores are computed at once, as many as leave registers for the keys.
+constexpr int kScoreRows = kWidth == 8 ? 2 : 4;
+
+// For ROWS queries: scores[r * stride + (0 .. kWidth)) = the dot products of query r with kWidth keys. Four keys at a time
+// meet all rows while they are in registers.
+template <int ROWS, class T>
+EDGER1_INLINE void key_scores(float* scores, int64_t stride, const float* queries, const T* const* keys, int dim) {
+  vf quarter[ROWS][kWidth / 4];
+#pragma GCC unroll 4
+  for (int j = 0; j < kWidth; j += 4) {
+    vf acc[ROWS][4];
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; r++) {
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; i++) {
+        acc[r][i] = vf{};
+      }
+    }
+    auto step = [&](auto from) __attribute__((always_inline)) {
+      vf key[4];
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; i++) {
+        key[i] = from(keys[j + i]);
+      }
+#pragma GCC unroll 4
+      for (int r = 0; r < ROWS; r++) {
+        vf query = from(queries + int64_t{r} * dim);
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) {
+          acc[r][i] = mad(query, key[i], acc[r][i]);
+        }
+      }
+    };
+    int d = 0;
+    for (; d + kWidth <= dim; d += kWidth) {
+      step([&](auto* row) __attribute__((always_inline)) { return load(row + d); });
+    }
+    if (d < dim) {
+      step([&](auto* row) __attribute__((always_inline)) { return load_n(row + d, dim - d); });
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; r++) {
+      vf half[2] = {lane_sums_of<kWidth>(acc[r][0], acc[r][1]), lane_sums_of<kWidth>(acc[r][2], acc[r][3])};
+      quarter[r][j / 4] = lane_sums_of<kWidth / 2>(half[0], half[1]);
     }
   }
-  if (d < dim) {
-    vf q = load_n(query + d, dim - d);
-    for (int j = 0; j < kWidth; j++) {
-      acc[j] = mad(q, load_n(keys[j] + d, dim - d), acc[j]);
-    }
+#pragma GCC unroll 4
+  for (int r = 0; r < ROWS; r++) {
+    store(scores + r * stride, lane_sums<kWidth / 4>(quarter[r]));
   }
-  return lane_sums<kWidth>(acc);
+}
+
+// Asks for one row to the first-level cache (3) or the second (2).
+template <int LEVEL, class T>
+EDGER1_INLINE void ask_for(const T* row, int n) {
+  for (int64_t at = 0; at < n; at += 64 / static_cast<int>(sizeof(T))) {
+    __builtin_prefetch(row + at, 0, LEVEL);
+  }
 }
 
 // Calls body(j, row) for keys [lead, n) of a block, `values` being where the first one's row begins.
@@ -70,9 +111,10 @@ EDGER1_INLINE void each_key(const KeyBlock& block, const T* values, int n, Body&
   }
 }
 
+// `next` is asked for meanwhile, a row for each key; or null.
 template <int ROWS, int VECTORS, class T>
 EDGER1_INLINE void weighted_values(float* out, int64_t out_stride, const float* p, int64_t p_stride, int n,
-                                   const T* values, const KeyBlock& block) {
+                                   const T* values, const KeyBlock& block, const T* next) {
   vf acc[ROWS][VECTORS];
 #pragma GCC unroll 4
   for (int r = 0; r < ROWS; r++) {
@@ -82,6 +124,10 @@ EDGER1_INLINE void weighted_values(float* out, int64_t out_stride, const float* 
     }
   }
   each_key(block, values, n, [&](int j, const T* row) __attribute__((always_inline)) {
+    if (next) {
+      ask_for<2>(next, block.head_dim);
+      next += block.key_stride;
+    }
 #pragma GCC unroll 4
     for (int v = 0; v < VECTORS; v++) {
       vf y = load(row + v * kWidth);
@@ -100,26 +146,21 @@ EDGER1_INLINE void weighted_values(float* out, int64_t out_stride, const float* 
   }
 }
 
-constexpr int kKeysAhead = 3 * kWidth;
+constexpr int kKeysAhead = 32;
 
 template <class T>
-EDGER1_INLINE void ask_for(const T* row, int n) {
-  for (int64_t at = 0; at < n; at += 64 / static_cast<int>(sizeof(T))) {
-    __builtin_prefetch(row + at);
+EDGER1_INLINE void all_key_scores(float* scores, int64_t stride, const float* queries, int rows, const T* const* keys,
+                                  int dim) {
+  int r = 0;
+  for (; r + kScoreRows <= rows; r += kScoreRows) {
+    key_scores<kScoreRows>(scores + r * stride, stride, queries + int64_t{r} * dim, keys, dim);
   }
-}
-
-// Elements of a key beyond which it is not worth widening on the stack.
-constexpr int kWidenedDim = 256;
-
-template <class T>
-EDGER1_INLINE void widen(float* to, const T* from, int n) {
-  int i = 0;
-  for (; i + kWidth <= n; i += kWidth) {
-    store(to + i, load(from + i));
-  }
-  if (i < n) {
-    store_n(to + i, load_n(from + i, n - i), n - i);
+  if (kScoreRows == 4 && rows - r == 3) {
+    key_scores<3>(scores + r * stride, stride, queries + int64_t{r} * dim, keys, dim);
+  } else if (kScoreRows == 4 && rows - r == 2) {
+    key_scores<2>(scores + r * stride, stride, queries + int64_t{r} * dim, keys, dim);
+  } else if (rows - r == 1) {
+    key_scores<1>(scores + r * stride, stride, queries + int64_t{r} * dim, keys, dim);
   }
 }
 
@@ -135,31 +176,16 @@ static void attention_rows_of(float* maxima, float* sums, float* accumulated, co
   int lead = block.lead;
   for (int j = lead / kWidth * kWidth; j < most; j += kWidth) {
     const T* at[kWidth];
+    bool plain = j >= lead && j + kWidth <= most && j + kWidth <= block.turn;
     for (int i = 0; i < kWidth; i++) {
-      int key = j + i < lead ? lead : j + i < most ? j + i : most - 1;
+      int key = plain ? j + i : j + i < lead ? lead : j + i < most ? j + i : most - 1;
       int64_t row = key - lead + (key < block.turn ? 0 : block.jump);
       at[i] = keys + row * block.key_stride;
-      // Keys for a later turn of this loop, and values for what follows it: memory is far, and all rows at once use little of it.
-      ask_for(at[i] + kKeysAhead * block.key_stride, block.head_dim);
-      ask_for(values + row * block.value_stride, block.value_dim);
+      // Memory is far: keys for a later turn of this loop, and values for what follows it.
+      ask_for<3>(at[i] + kKeysAhead * block.key_stride, block.head_dim);
+      ask_for<2>(values + row * block.value_stride, block.value_dim);
     }
-    // Narrow keys that several rows meet are widened once.
-    if (sizeof(T) == 4 || rows == 1 || block.head_dim > kWidenedDim) {
-      for (int r = 0; r < rows; r++) {
-        store(scores + r * stride + j, key_scores(queries + static_cast<int64_t>(r) * block.head_dim, at, block.head_dim));
-      }
-    } else {
-      alignas(64) float wide[kWidth * kWidenedDim];
-      const float* from[kWidth];
-      for (int i = 0; i < kWidth; i++) {
-        from[i] = wide + i * kWidenedDim;
-        widen(wide + i * kWidenedDim, at[i], block.head_dim);
-      }
-      for (int r = 0; r < rows; r++) {
-        store(scores + r * stride + j,
-              key_scores(queries + static_cast<int64_t>(r) * block.head_dim, from, block.head_dim));
-      }
-    }
+    all_key_scores(scores + j, stride, queries, rows, at, block.head_dim);
   }
   for (int r = 0; r < rows; r++) {
     float* row = scores + r * stride;
@@ -199,21 +225,24 @@ static void attention_rows_of(float* maxima, float* sums, float* accumulated, co
     float* out = accumulated + d;
     const T* from = values + d;
     if (d + 4 * kWidth <= dim) {
+      // The block that comes next, most likely: memory has nothing else to do while values come from the cache.
+      const T* next = d == 0 && most == block.n_keys ? keys + (most - lead) * block.key_stride : nullptr;
       int r = 0;
       for (; r + 4 <= rows; r += 4) {
-        weighted_values<4, 4>(out + r * dim, dim, scores + r * stride, stride, most, from, block);
+        weighted_values<4, 4>(out + r * dim, dim, scores + r * stride, stride, most, from, block, next);
+        next = nullptr;
       }
       if (rows - r == 3) {
-        weighted_values<3, 4>(out + r * dim, dim, scores + r * stride, stride, most, from, block);
+        weighted_values<3, 4>(out + r * dim, dim, scores + r * stride, stride, most, from, block, next);
       } else if (rows - r == 2) {
-        weighted_values<2, 4>(out + r * dim, dim, scores + r * stride, stride, most, from, block);
+        weighted_values<2, 4>(out + r * dim, dim, scores + r * stride, stride, most, from, block, next);
       } else if (rows - r == 1) {
-        weighted_values<1, 4>(out + r * dim, dim, scores + r * stride, stride, most, from, block);
+        weighted_values<1, 4>(out + r * dim, dim, scores + r * stride, stride, most, from, block, next);
       }
       d += 4 * kWidth;
     } else if (d + kWidth <= dim) {
       for (int r = 0; r < rows; r++) {
-        weighted_values<1, 1>(out + r * dim, dim, scores + r * stride, stride, most, from, block);
+        weighted_values<1, 1, T>(out + r * dim, dim, scores + r * stride, stride, most, from, block, nullptr);
       }
       d += kWidth;
     } else {

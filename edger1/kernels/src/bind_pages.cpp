@@ -1,9 +1,13 @@
+#include <nanobind/stl/optional.h>
 #include <sys/mman.h>
 
 #include <cstdint>
+#include <cstring>
+#include <optional>
 #include <stdexcept>
 
 #include "bindings.h"
+#include "mlx/allocator.h"
 #include "mlx/array.h"
 
 namespace nb = nanobind;
@@ -17,11 +21,59 @@ constexpr int MADV_COLLAPSE = 25; // Linux 6.1
 #endif
 constexpr uintptr_t kHugePage = uintptr_t{2} << 20;
 
+void need_evaluated(const mlx::core::array& a, const char* who) {
+  if (a.status() == mlx::core::array::Status::unscheduled) {
+    throw std::invalid_argument(std::string(who) + " needs an evaluated array");
+  }
+}
+
+// Memory on huge pages that arrays too small for pages of their own share.
+class Arena {
+ public:
+  explicit Arena(int64_t bytes) : buffer_({}, mlx::core::uint8, nullptr, {}) {
+    if (bytes < 1 || bytes > (int64_t{1} << 30)) {
+      throw std::invalid_argument("an arena has 1 byte to 1 GiB, not " + std::to_string(bytes));
+    }
+    // Room for padding between arrays, and whole pages where it comes to one.
+    bytes_ = bytes + bytes / 64 + 4096;
+    if (bytes_ > static_cast<int64_t>(kHugePage)) {
+      bytes_ = (bytes_ + static_cast<int64_t>(kHugePage) - 1) / static_cast<int64_t>(kHugePage) * static_cast<int64_t>(kHugePage);
+    }
+    size_t all = static_cast<size_t>(bytes_) + kHugePage;
+    buffer_ = mlx::core::array(mlx::core::allocator::malloc(all), {static_cast<int>(all)}, mlx::core::uint8);
+    auto begin = reinterpret_cast<uintptr_t>(buffer_.data<char>());
+    first_ = static_cast<int64_t>((begin + kHugePage - 1) / kHugePage * kHugePage - begin);
+    // Before anything is written: pages are then huge from the beginning.
+    madvise(buffer_.data<char>() + first_, static_cast<size_t>(bytes_), MADV_HUGEPAGE);
+  }
+
+  // A copy of an evaluated array in here; nothing where it does not fit any more.
+  std::optional<mlx::core::array> place(mlx::core::array& a) {
+    need_evaluated(a, "an arena");
+    a.wait();
+    auto size = static_cast<int64_t>(a.nbytes());
+    if (!a.flags().row_contiguous || size == 0 || used_ + size > bytes_) {
+      return std::nullopt;
+    }
+    mlx::core::array placed(a.shape(), a.dtype(), nullptr, {});
+    // MLX counts offsets in elements, whose size divides what malloc aligns to.
+    placed.copy_shared_buffer(buffer_, a.strides(), a.flags(), a.size(),
+                              (first_ + used_) / static_cast<int64_t>(a.itemsize()));
+    placed.set_status(mlx::core::array::Status::available);
+    std::memcpy(placed.data<char>(), a.data<char>(), static_cast<size_t>(size));
+    used_ += (size + kLine - 1) / kLine * kLine;
+    return placed;
+  }
+
+ private:
+  static constexpr int64_t kLine = 64;
+  mlx::core::array buffer_;
+  int64_t bytes_ = 0, first_ = 0, used_ = 0;
+};
+
 // The whole huge pages that lie inside an evaluated array, moved there now; those the system refuses stay as they are.
 int64_t collapse_pages(mlx::core::array& a) {
-  if (a.status() == mlx::core::array::Status::unscheduled) {
-    throw std::invalid_argument("collapse_pages needs an evaluated array");
-  }
+  need_evaluated(a, "collapse_pages");
   if (a.nbytes() == 0 || !a.flags().contiguous) {
     return 0;
   }
@@ -37,6 +89,10 @@ int64_t collapse_pages(mlx::core::array& a) {
 } // namespace
 
 void bind_pages(nb::module_& m) {
+  nb::class_<Arena>(m, "Arena", "Memory on huge pages that small arrays share.")
+      .def(nb::init<int64_t>(), "bytes"_a)
+      .def("place", &Arena::place, "array"_a, nb::call_guard<nb::gil_scoped_release>(),
+           "A copy of an evaluated array in the arena; None where it does not fit any more.");
   m.def("collapse_pages", &collapse_pages, "array"_a, nb::call_guard<nb::gil_scoped_release>(),
         "Move an array's memory to huge pages where the system allows it; returns the bytes that lie in them.");
 }

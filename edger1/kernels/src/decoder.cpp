@@ -141,7 +141,8 @@ class DecoderLayerOp : public CpuPrimitive {
         first_slots[b] = std::clamp(starts[b * start_stride], 0, call.offset + call.length - 1);
       }
       call.first_slots = starts ? first_slots : nullptr;
-      run_decoder_layer(held->plan, call);
+      const DecoderPlan* plan = &held->plan;
+      run_decoder_layers(&plan, &call, 1);
     });
   }
 

@@ -48,8 +48,38 @@ struct CachedAttention {
   int64_t scratch_floats() const;
 };
 
-// Positions are split into blocks that begin at multiples of a fixed size, whatever the oldest one is and wherever it lies,
-// and merged in their order: a position's result has the same bits alone, among others, and after the ring has turned.
-void attend(const CachedAttention& job, float* scratch);
+// Attention in pieces that any thread may compute. Positions are split into blocks that begin at multiples of a fixed size,
+// whatever the oldest one is and wherever it lies, and merged in their order: a position's result has the same bits alone,
+// among others, and after the ring has turned.
+class Attend {
+ public:
+  // `parts` are job.scratch_floats() floats of working memory; both must outlive this.
+  Attend(const CachedAttention& job, float* parts);
+
+  // First all scores, in any order, then all merges.
+  int64_t scores() const {
+    return pairs_ * blocks_;
+  }
+  int64_t merges() const {
+    return pairs_ * rows_;
+  }
+  void score(int64_t task) const;
+  void merge(int64_t task) const;
+
+  // About how many additions and multiplications one of them takes.
+  double score_cost() const;
+  double merge_cost() const;
+
+ private:
+  struct Span;
+  Span span_of(int64_t b, int block) const;
+  int slot(const Span& span, int j) const;
+  bool gather_masks(int64_t pair, const Span& span, void* masks, char* to) const;
+
+  const CachedAttention& job_;
+  float* parts_;
+  int group_, rows_, blocks_;
+  int64_t pairs_, part_floats_;
+};
 
 } // namespace edger1

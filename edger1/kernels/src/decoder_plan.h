@@ -82,6 +82,7 @@ struct DecoderCall {
   const int* first_slots = nullptr;  // [batch] or null: see CachedAttention; positions of sequence b are then that much less
 };
 
-void run_decoder_layer(const DecoderPlan& plan, const DecoderCall& call);
+// Layers one after the other, all of the same rows.
+void run_decoder_layers(const DecoderPlan* const* plans, const DecoderCall* calls, int count);
 
 } // namespace edger1

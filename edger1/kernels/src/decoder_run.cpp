@@ -1,6 +1,8 @@
 #include <algorithm>
 #include <cstring>
+#include <initializer_list>
 #include <memory>
+#include <optional>
 
 #include "decoder_plan.h"
 #include "pool.h"
@@ -12,7 +14,9 @@ namespace {
 
 constexpr int64_t kRangeBytes = 8 << 10;     // weights below which splitting further costs more than it gains
 constexpr int kMostRanges = 512;
-constexpr int64_t kSerialPrepare = 1 << 13;  // elements below which preparing rows is not worth a job
+constexpr int64_t kSerialRows = 1 << 13;     // elements below which rows are not worth a phase
+constexpr double kLeastAttention = 1 << 16;  // operations below which splitting attention further gains nothing
+constexpr int64_t kAheadBytes = 32 << 10;    // what a waiting thread reads of each matrix
 
 int64_t scale_bytes(ScaleType type) {
   return type == ScaleType::f32 ? 4 : type == ScaleType::e8m0 ? 1 : 2;
@@ -46,133 +50,316 @@ void product(const Projection& p, bool fast, const char* prepared, int64_t strid
   }
 }
 
-class Run {
- public:
-  Run(const DecoderPlan& plan, const DecoderCall& call)
-      : plan_(plan), call_(call), rows_(call.batch * call.length) {
-    attention_.batch = call.batch;
-    attention_.length = call.length;
-    attention_.heads = plan.heads;
-    attention_.kv_heads = plan.kv_heads;
-    attention_.dim = plan.head_dim;
-    attention_.keys = call.keys;
-    attention_.values = call.values;
-    attention_.type = call.cache_type;
-    attention_.order = call.order;
-    attention_.first_slots = call.first_slots;
-    attention_.end = call.offset + call.length;
-    attention_.mask = call.mask;
-    attention_.sinks = plan.sinks;
-    attention_.soft_cap = plan.soft_cap;
-    int64_t q = int64_t{rows_} * plan.heads * plan.head_dim, kv = int64_t{rows_} * plan.kv_heads * plan.head_dim;
-    int64_t prepared = 0;
-    for (const auto& forms : plan.forms) {
-      int64_t bytes = 0;
-      for (const auto& form : forms) {
-        bytes += padded(rows_ * form_bytes(form, plan.fast), 64);
-      }
-      prepared = std::max(prepared, bytes);
+// A phase's items split into pieces: one for each thread, together most of them, and then ever shorter ones for whoever is
+// first, so that all threads end together. Long pieces read memory best, and a thread's own one is known beforehand.
+struct Split {
+  int n = -1, least = 0, threads = 0, pieces = 0;
+  int bounds[kMostRanges + 1];
+
+  void set(int n_, int least_) {
+    int threads_ = pool_threads();
+    if (n == n_ && least == least_ && threads == threads_) {
+      return;
     }
-    int64_t hidden = int64_t{rows_} * plan.hidden;
-    int64_t floats[] = {hidden, hidden, q, kv, kv, q, q, attention_.scratch_floats(), int64_t{rows_} * plan.inner};
+    n = n_, least = least_, threads = threads_, pieces = 0;
+    int own = std::max(static_cast<int>(int64_t{n} * 3 / (4 * threads)), least);
+    bounds[0] = 0;
+    for (; pieces < threads; pieces++) {
+      bounds[pieces + 1] = std::min(bounds[pieces] + own, n);
+    }
+    while (bounds[pieces] < n) {
+      int left = n - bounds[pieces];
+      int size = pieces + 1 == kMostRanges ? left : std::clamp(left / (2 * threads), std::min(least, left), left);
+      bounds[pieces + 1] = bounds[pieces] + size;
+      pieces++;
+    }
+  }
+};
+
+// Layers one after the other, each in phases; see Stage.
+class Run : public Course {
+ public:
+  Run(const DecoderPlan* const* plans, const DecoderCall* calls, int layers)
+      : plans_(plans), calls_(calls), layers_(layers), rows_(calls[0].batch * calls[0].length) {
+    int64_t prepared = 0, areas[kAreas] = {};
+    for (int layer = 0; layer < layers; layer++) {
+      const DecoderPlan& plan = *plans[layer];
+      for (const auto& forms : plan.forms) {
+        int64_t bytes = 0;
+        for (const auto& form : forms) {
+          bytes += padded(rows_ * form_bytes(form, plan.fast), 64);
+        }
+        prepared = std::max(prepared, bytes);
+      }
+      int64_t q = int64_t{rows_} * plan.heads * plan.head_dim, kv = int64_t{rows_} * plan.kv_heads * plan.head_dim;
+      int64_t hidden = int64_t{rows_} * plan.hidden;
+      int64_t floats[kAreas] = {hidden, hidden, q, kv, kv, q, q, attention_of(plan, calls[layer]).scratch_floats(),
+                                int64_t{rows_} * plan.inner};
+      for (int i = 0; i < kAreas; i++) {
+        areas[i] = std::max(areas[i], padded(floats[i], 16) + 16);
+      }
+    }
     int64_t total = prepared;
-    for (int64_t& n : floats) {
-      n = padded(n, 16) + 16;
+    for (int64_t n : areas) {
       total += n * 4;
     }
     prepared_ = static_cast<char*>(thread_scratch(1, static_cast<size_t>(total)));
-    float** areas[] = {&normed_, &results_, &q_, &k_, &v_, &queries_, &attended_, &parts_, &gated_};
+    float** to[kAreas] = {&normed_, &results_, &q_, &k_, &v_, &queries_, &attended_, &parts_, &gated_};
     auto* at = reinterpret_cast<float*>(prepared_ + prepared);
-    for (int i = 0; i < 9; i++) {
-      *areas[i] = at;
-      at += floats[i];
+    for (int i = 0; i < kAreas; i++) {
+      *to[i] = at;
+      at += areas[i];
     }
   }
 
-  void operator()() {
-    int q = plan_.q.n, kv = plan_.k.n;
-    RowSpan in = normalize(plan_.attention_norm, {call_.x, call_.x_stride}, normed_);
-    prepare(0, in);
-    sweep(plan_.q.n + plan_.k.n + plan_.v.n, plan_.q.row_bytes(), [&](int n0, int n1) {
-      part(plan_.q, 0, n0, n1, 0, q_);
-      part(plan_.k, 0, n0, n1, q, k_);
-      part(plan_.v, 0, n0, n1, q + kv, v_);
-    });
-    rotate();
-    attention_.queries = queries_;
-    attention_.out = attended_;
-    attend(attention_, parts_);
-    prepare(1, {attended_, q});
-    if (plan_.parallel && call_.normed) {
-      copy_rows(call_.normed, in);
-    }
-    if (!plan_.residual) {
-      std::fill_n(call_.out, int64_t{rows_} * plan_.hidden, 0.0f);
-    } else if (call_.out != call_.x) {
-      copy_rows(call_.out, {call_.x, call_.x_stride});
-    }
-    add_product(plan_.o, 1, plan_.attention_post_norm);
-    if (!plan_.parallel && (plan_.has_mlp || call_.normed)) {
-      in = normalize(plan_.mlp_norm, {call_.out, plan_.hidden}, call_.normed ? call_.normed : normed_);
-      if (call_.normed && in.rows != call_.normed) {
-        copy_rows(call_.normed, in);
+  // Goes through the stages until one is worth all threads. What is done for each row alone is such a stage for many rows
+  // only.
+  int64_t next() override {
+    for (;;) {
+      if (stage_ == Stage::end || (stage_ == Stage::middle && !plan().has_mlp)) {
+        stage_ = Stage::begin;
+        layer_++;
+      } else {
+        stage_ = static_cast<Stage>(static_cast<int>(stage_) + 1);
+      }
+      if (layer_ == layers_) {
+        return 0;
+      }
+      switch (stage_) {
+        case Stage::begin:
+          begin_layer();
+          break;
+        case Stage::project:
+          read_ahead(plan().o.n, {&plan().o});
+          return split(plan().q.n + plan().k.n + plan().v.n, plan().q.row_bytes());
+        case Stage::score:
+          attend_.emplace(attention_, parts_);
+          read_ahead(plan().o.n, {&plan().o});
+          return split_by_cost(attend_->scores(), attend_->score_cost());
+        case Stage::merge:
+          if (int64_t merges = attend_->merges(); static_cast<double>(merges) * attend_->merge_cost() > kLeastAttention) {
+            return split_by_cost(merges, attend_->merge_cost());
+          } else {
+            for (int64_t i = 0; i < merges; i++) {
+              attend_->merge(i);
+            }
+          }
+          break;
+        case Stage::output:
+          if (plan().has_mlp) {
+            read_ahead(plan().inner, {&plan().gate, &plan().up});
+          } else {
+            read_next_layer();
+          }
+          return split(plan().o.n, plan().o.row_bytes());
+        case Stage::gate:
+          read_ahead(plan().hidden, {&plan().down});
+          return split(plan().inner, plan().gate.row_bytes() + plan().up.row_bytes());
+        case Stage::down:
+          read_next_layer();
+          return split(plan().down.n, plan().down.row_bytes());
+        default:
+          if (int64_t{rows_} * plan().hidden > kSerialRows) {
+            return split(rows_, kRangeBytes);
+          }
+          for (int i = 0; i < rows_; i++) {
+            row(i);
+          }
       }
     }
-    if (!plan_.has_mlp) {
+  }
+
+  void piece(int64_t i) override {
+    int n0 = split_->bounds[i], n1 = split_->bounds[i + 1];
+    if (n0 == n1) {
       return;
     }
-    prepare(2, in);
-    sweep(plan_.inner, plan_.gate.row_bytes() + plan_.up.row_bytes(), [&](int n0, int n1) { gate(n0, n1); });
-    prepare(3, {gated_, plan_.inner});
-    add_product(plan_.down, 3, plan_.mlp_post_norm);
+    switch (stage_) {
+      case Stage::project:
+        part(plan().q, 0, n0, n1, 0, q_);
+        part(plan().k, 0, n0, n1, plan().q.n, k_);
+        part(plan().v, 0, n0, n1, plan().q.n + plan().k.n, v_);
+        break;
+      case Stage::score:
+        for (int task = n0; task < n1; task++) {
+          attend_->score(task);
+        }
+        break;
+      case Stage::merge:
+        for (int task = n0; task < n1; task++) {
+          attend_->merge(task);
+        }
+        break;
+      case Stage::output:
+        add_product(plan().o, 1, plan().attention_post_norm, n0, n1);
+        break;
+      case Stage::gate:
+        gate(n0, n1);
+        break;
+      case Stage::down:
+        add_product(plan().down, 3, plan().mlp_post_norm, n0, n1);
+        break;
+      default:
+        for (int r = n0; r < n1; r++) {
+          row(r);
+        }
+    }
   }
 
  private:
-  // Calls body(n0, n1) for ranges that cover [0, n): long ones first, since each begins with a wait for memory, and then
-  // ever shorter ones, so that all threads end together.
-  template <class Body>
-  void sweep(int n, int64_t row_bytes, Body&& body) {
-    int bounds[kMostRanges + 1];
-    int ranges = 0, least = static_cast<int>(std::max<int64_t>(kRangeBytes / row_bytes, 1)), threads = pool_threads();
-    bounds[0] = 0;
-    while (bounds[ranges] < n) {
-      int left = n - bounds[ranges];
-      int size = ranges + 1 == kMostRanges ? left : std::clamp(left * 2 / (3 * threads), std::min(least, left), left);
-      bounds[ranges + 1] = bounds[ranges] + size;
-      ranges++;
-    }
-    parallel_for(ranges, [&](int64_t i) { body(bounds[i], bounds[i + 1]); });
+  static constexpr int kAreas = 9;
+
+  // In the order of a layer. Products and attention are shared by ranges of columns and of keys, all else by rows.
+  enum class Stage { begin, enter, project, rotate, score, merge, leave, output, middle, gate, gated, down, end };
+
+  const DecoderPlan& plan() const {
+    return *plans_[layer_];
+  }
+  const DecoderCall& call() const {
+    return calls_[layer_];
   }
 
-  struct RowSpan {
-    const float* rows;
-    int64_t stride;
-  };
-
-  void copy_rows(float* to, RowSpan from) const {
-    for (int i = 0; i < rows_; i++) {
-      std::memcpy(to + int64_t{i} * plan_.hidden, from.rows + i * from.stride, size_t(plan_.hidden) * 4);
-    }
+  static CachedAttention attention_of(const DecoderPlan& plan, const DecoderCall& call) {
+    CachedAttention attention;
+    attention.batch = call.batch;
+    attention.length = call.length;
+    attention.heads = plan.heads;
+    attention.kv_heads = plan.kv_heads;
+    attention.dim = plan.head_dim;
+    attention.keys = call.keys;
+    attention.values = call.values;
+    attention.type = call.cache_type;
+    attention.order = call.order;
+    attention.first_slots = call.first_slots;
+    attention.end = call.offset + call.length;
+    attention.mask = call.mask;
+    attention.sinks = plan.sinks;
+    attention.soft_cap = plan.soft_cap;
+    return attention;
   }
 
-  template <class Body>
-  void each_row(int64_t elements, Body&& body) {
-    if (rows_ == 1 || rows_ * elements < kSerialPrepare) {
-      for (int i = 0; i < rows_; i++) {
-        body(i);
+  void begin_layer() {
+    attention_ = attention_of(plan(), call());
+    attention_.queries = queries_;
+    attention_.out = attended_;
+    for (int b = 0; b < call().batch && plan().rope_dims; b++) {
+      int offset = call().offset - (call().first_slots ? call().first_slots[b] : 0);
+      auto fits = [&](const std::shared_ptr<const Angles>& a) {
+        return a && a->offset == offset && a->length == call().length && a->scale == plan().rope_scale &&
+            a->inverse_freqs == plan().inverse_freqs;
+      };
+      if (b > 0 && fits(angles_[b - 1])) {
+        angles_[b] = angles_[b - 1];
+      } else if (!fits(angles_[b])) {
+        angles_[b] = angles_for(offset, call().length, plan().rope_scale, plan().inverse_freqs);
       }
-    } else {
-      parallel_for(rows_, [&](int64_t i) { body(static_cast<int>(i)); });
     }
   }
 
-  // The rows normed, in `to`; where there is no norm the rows as they are.
-  RowSpan normalize(const NormPlan& norm, RowSpan x, float* to) {
+  int64_t split(int n, int64_t item_bytes) {
+    auto least = static_cast<int>(std::max<int64_t>(kRangeBytes / item_bytes, 1));
+    split_ = &splits_[static_cast<int>(stage_)];
+    split_->set(n, least);
+    return split_->pieces;
+  }
+
+  int64_t split_by_cost(int64_t n, double cost) {
+    split_ = &splits_[static_cast<int>(stage_)];
+    split_->set(static_cast<int>(n), static_cast<int>(std::clamp(kLeastAttention / cost, 1.0, static_cast<double>(n))));
+    return split_->pieces;
+  }
+
+  // Names the matrices of the phase after the one that begins, which splits `columns` of them.
+  void read_ahead(int columns, std::initializer_list<const Projection*> matrices) {
+    int i = 0;
+    int64_t rows = int64_t{columns} * 3 / (4 * pool_threads());
+    for (const Projection* p : matrices) {
+      if (p->quantized) {
+        int64_t bytes = std::min(rows * p->w.row_bytes, kAheadBytes), read = bytes / p->w.row_bytes;
+        ahead[i++] = {p->w.codes, rows * p->w.row_bytes, bytes};
+        ahead[i++] = {p->w.scales, rows * p->w.scale_stride, read * p->w.scale_stride};
+        if (!p->w.fp4 && p->w.bias_ratio == 0) {
+          ahead[i++] = {p->w.biases, rows * p->w.bias_stride, read * p->w.bias_stride};
+        }
+      }
+    }
+    while (i < kAhead) {
+      ahead[i++] = {};
+    }
+  }
+
+  void read_next_layer() {
+    if (layer_ + 1 < layers_) {
+      const DecoderPlan& then = *plans_[layer_ + 1];
+      read_ahead(then.q.n + then.k.n + then.v.n, {&then.q});
+    } else {
+      read_ahead(0, {});
+    }
+  }
+
+  // One row's part of a stage.
+  void row(int i) {
+    const DecoderPlan& plan = this->plan();
+    const DecoderCall& call = this->call();
+    float* out = call.out + int64_t{i} * plan.hidden;
+    switch (stage_) {
+      case Stage::enter:
+        prepare(0, i, normalize(plan.attention_norm, call.x + i * call.x_stride, normed_, i));
+        break;
+      case Stage::rotate:
+        rotate(i);
+        break;
+      case Stage::leave: {
+        prepare(1, i, attended_ + int64_t{i} * plan.q.n);
+        const float* x = call.x + i * call.x_stride;
+        if (plan.parallel && call.normed) {
+          // What attention read, which its norm left in place.
+          copy_row(call.normed + int64_t{i} * plan.hidden, plan.attention_norm.weight ? normed_ + int64_t{i} * plan.hidden : x);
+        }
+        if (!plan.residual) {
+          std::fill_n(out, plan.hidden, 0.0f);
+        } else if (out != x) {
+          copy_row(out, x);
+        }
+        break;
+      }
+      case Stage::middle: {
+        add_post(plan.attention_post_norm, i);
+        const float* in = plan.attention_norm.weight ? normed_ + int64_t{i} * plan.hidden : call.x + i * call.x_stride;
+        if (!plan.parallel && (plan.has_mlp || call.normed)) {
+          in = normalize(plan.mlp_norm, out, call.normed ? call.normed : normed_, i);
+          if (call.normed) {
+            copy_row(call.normed + int64_t{i} * plan.hidden, in);
+          }
+        }
+        if (plan.has_mlp) {
+          prepare(2, i, in);
+        }
+        break;
+      }
+      case Stage::gated:
+        prepare(3, i, gated_ + int64_t{i} * plan.inner);
+        break;
+      case Stage::end:
+        add_post(plan.mlp_post_norm, i);
+        break;
+      default:
+        break;
+    }
+  }
+
+  void copy_row(float* to, const float* from) const {
+    std::memcpy(to, from, size_t(plan().hidden) * 4);
+  }
+
+  // Row i normed, in its place in `to`; where there is no norm the row as it is.
+  const float* normalize(const NormPlan& norm, const float* x, float* to, int i) const {
     if (!norm.weight) {
       return x;
     }
-    each_row(plan_.hidden, [&](int i) { norm_row(norm, to + int64_t{i} * plan_.hidden, x.rows + i * x.stride, plan_.hidden); });
-    return {to, plan_.hidden};
+    float* row = to + int64_t{i} * plan().hidden;
+    norm_row(norm, row, x, plan().hidden);
+    return row;
   }
 
   static void norm_row(const NormPlan& norm, float* to, const float* from, int n) {
@@ -183,19 +370,16 @@ class Run {
     }
   }
 
-  // All forms of a stage's input, one after the other.
-  void prepare(int stage, RowSpan x) {
+  // Row i in all forms of a matrix stage's input, which lie one after the other.
+  void prepare(int stage, int i, const float* x) const {
     char* to = prepared_;
-    for (const Projection& form : plan_.forms[stage]) {
-      int64_t bytes = form_bytes(form, plan_.fast);
-      each_row(form.k, [&](int i) {
-        const float* from = x.rows + i * x.stride;
-        if (form.quantized) {
-          (plan_.fast ? qmm_kernels().prepare_fast : qmm_kernels().prepare_exact)(form.w, from, to + i * bytes);
-        } else {
-          std::memcpy(to + i * bytes, from, static_cast<size_t>(form.k) * 4);
-        }
-      });
+    for (const Projection& form : plan().forms[stage]) {
+      int64_t bytes = form_bytes(form, plan().fast);
+      if (form.quantized) {
+        (plan().fast ? qmm_kernels().prepare_fast : qmm_kernels().prepare_exact)(form.w, x, to + i * bytes);
+      } else {
+        std::memcpy(to + i * bytes, x, static_cast<size_t>(form.k) * 4);
+      }
       to += padded(rows_ * bytes, 64);
     }
   }
@@ -203,9 +387,9 @@ class Run {
   void multiply(const Projection& p, int stage, int n0, int n1, float* const* out) const {
     const char* at = prepared_;
     for (int i = 0; i < p.form; i++) {
-      at += padded(rows_ * form_bytes(plan_.forms[stage][i], plan_.fast), 64);
+      at += padded(rows_ * form_bytes(plan().forms[stage][i], plan().fast), 64);
     }
-    product(p, plan_.fast, at, form_bytes(plan_.forms[stage][p.form], plan_.fast), rows_, n0, n1, out);
+    product(p, plan().fast, at, form_bytes(plan().forms[stage][p.form], plan().fast), rows_, n0, n1, out);
   }
 
   // What of the range [n0, n1) over several matrices side by side falls to the one that begins at `first`.
@@ -229,52 +413,54 @@ class Run {
       gates[i] = scratch + int64_t{i} * n;
       ups[i] = scratch + int64_t{rows_ + i} * n;
     }
-    multiply(plan_.gate, 2, n0, n1, gates);
-    multiply(plan_.up, 2, n0, n1, ups);
+    multiply(plan().gate, 2, n0, n1, gates);
+    multiply(plan().up, 2, n0, n1, ups);
     for (int i = 0; i < rows_; i++) {
-      ops().gate(plan_.activation, gated_ + int64_t{i} * plan_.inner + n0, gates[i], ups[i], n, 0, 0);
+      ops().gate(plan().activation, gated_ + int64_t{i} * plan().inner + n0, gates[i], ups[i], n, 0, 0);
     }
   }
 
-  // Adds a projection to the residual stream, which `out` holds.
-  void add_product(const Projection& p, int stage, const NormPlan& post) {
-    auto add = [&](int i, int n0, int n) {
-      float* result = results_ + int64_t{i} * plan_.hidden + n0;
-      ops().blend_row(call_.out + int64_t{i} * plan_.hidden + n0, 1, result, plan_.residual_scale, n);
-    };
-    sweep(p.n, p.row_bytes(), [&](int n0, int n1) {
-      part(p, stage, n0, n1, 0, results_);
-      for (int i = 0; i < rows_ && !post.weight; i++) {
-        add(i, n0, n1 - n0);
-      }
-    });
-    for (int i = 0; i < rows_ && post.weight; i++) {
-      float* result = results_ + int64_t{i} * plan_.hidden;
-      norm_row(post, result, result, plan_.hidden);
-      add(i, 0, plan_.hidden);
+  // Columns [n0, n1) of a projection, added to the residual stream, which `out` holds, unless a norm comes between.
+  void add_product(const Projection& p, int stage, const NormPlan& post, int n0, int n1) const {
+    part(p, stage, n0, n1, 0, results_);
+    for (int i = 0; i < rows_ && !post.weight; i++) {
+      add(i, n0, n1 - n0);
     }
+  }
+
+  void add_post(const NormPlan& post, int i) const {
+    if (post.weight) {
+      float* result = results_ + int64_t{i} * plan().hidden;
+      norm_row(post, result, result, plan().hidden);
+      add(i, 0, plan().hidden);
+    }
+  }
+
+  void add(int i, int n0, int n) const {
+    float* result = results_ + int64_t{i} * plan().hidden + n0;
+    ops().blend_row(call().out + int64_t{i} * plan().hidden + n0, 1, result, plan().residual_scale, n);
   }
 
   void* cached(void* cache, int b, int head, int slot) const {
-    int64_t at = ((int64_t{b} * plan_.kv_heads + head) * call_.order.capacity + slot) * plan_.head_dim;
-    return offset(cache, call_.cache_type, at);
+    int64_t at = ((int64_t{b} * plan().kv_heads + head) * call().order.capacity + slot) * plan().head_dim;
+    return offset(cache, call().cache_type, at);
   }
 
   // One head of one row: norm, then rotation, or the other way round.
   void rotate_head(float* to, float* from, const NormPlan& norm, const Angles* angles, int l) const {
-    int dim = plan_.head_dim, turned = plan_.rope_dims;
-    bool per_head = norm.weight && !plan_.whole_width_norms;
-    if (per_head && !plan_.norms_after_rope) {
+    int dim = plan().head_dim, turned = plan().rope_dims;
+    bool per_head = norm.weight && !plan().whole_width_norms;
+    if (per_head && !plan().norms_after_rope) {
       norm_row(norm, from, from, dim);
     }
-    if (plan_.rope_multiplier != 1) {
-      ops().scale_row(from, plan_.rope_multiplier, turned);
+    if (plan().rope_multiplier != 1) {
+      ops().scale_row(from, plan().rope_multiplier, turned);
     }
     if (angles) {
-      ops().rope(to, from, angles->cosines(l), angles->sines(l), turned / 2, plan_.rope_interleaved, false);
+      ops().rope(to, from, angles->cosines(l), angles->sines(l), turned / 2, plan().rope_interleaved, false);
     }
     std::copy(from + turned, from + dim, to + turned);
-    if (per_head && plan_.norms_after_rope) {
+    if (per_head && plan().norms_after_rope) {
       norm_row(norm, to, to, dim);
     }
   }
@@ -282,50 +468,48 @@ class Run {
   // A head's key or value into the cache. Numbers beyond 16 bits become the largest: an infinity would make no number of
   // every later result.
   void store(void* to, float* from) const {
-    if (call_.cache_type == Float::f16) {
-      for (int i = 0; i < plan_.head_dim; i++) {
+    if (call().cache_type == Float::f16) {
+      for (int i = 0; i < plan().head_dim; i++) {
         from[i] = std::clamp(from[i], -65504.0f, 65504.0f);
       }
     }
-    ops().from_f32(to, call_.cache_type, from, plan_.head_dim);
+    ops().from_f32(to, call().cache_type, from, plan().head_dim);
   }
 
   // Queries go, scaled, to where attention reads them; keys and values into the cache.
-  void rotate() {
-    std::shared_ptr<const Angles> angles[kMaxRows];
-    for (int b = 0; b < call_.batch && plan_.rope_dims; b++) {
-      int offset = call_.offset - (call_.first_slots ? call_.first_slots[b] : 0);
-      bool same = b > 0 && angles[b - 1]->offset == offset;
-      angles[b] = same ? angles[b - 1] : angles_for(offset, call_.length, plan_.rope_scale, plan_.inverse_freqs);
+  void rotate(int i) const {
+    int dim = plan().head_dim;
+    int b = i / call().length, l = i % call().length, slot = call().order.slot(call().offset + l);
+    float *q = q_ + int64_t{i} * plan().q.n, *k = k_ + int64_t{i} * plan().k.n, *v = v_ + int64_t{i} * plan().v.n;
+    if (plan().whole_width_norms && plan().q_norm.weight) {
+      norm_row(plan().q_norm, q, q, plan().q.n);
     }
-    int dim = plan_.head_dim;
-    each_row(plan_.q.n * 2, [&](int i) {
-      int b = i / call_.length, l = i % call_.length, slot = call_.order.slot(call_.offset + l);
-      float *q = q_ + int64_t{i} * plan_.q.n, *k = k_ + int64_t{i} * plan_.k.n, *v = v_ + int64_t{i} * plan_.v.n;
-      if (plan_.whole_width_norms && plan_.q_norm.weight) {
-        norm_row(plan_.q_norm, q, q, plan_.q.n);
-      }
-      if (plan_.whole_width_norms && plan_.k_norm.weight) {
-        norm_row(plan_.k_norm, k, k, plan_.k.n);
-      }
-      for (int h = 0; h < plan_.heads; h++) {
-        float* to = queries_ + ((int64_t{b} * plan_.heads + h) * call_.length + l) * dim;
-        rotate_head(to, q + h * dim, plan_.q_norm, angles[b].get(), l);
-        ops().scale_row(to, plan_.attention_scale, dim);
-      }
-      for (int h = 0; h < plan_.kv_heads; h++) {
-        // Where the row's queries were, which are no longer needed.
-        rotate_head(q, k + h * dim, plan_.k_norm, angles[b].get(), l);
-        store(cached(call_.keys, b, h, slot), q);
-        store(cached(call_.values, b, h, slot), v + h * dim);
-      }
-    });
+    if (plan().whole_width_norms && plan().k_norm.weight) {
+      norm_row(plan().k_norm, k, k, plan().k.n);
+    }
+    for (int h = 0; h < plan().heads; h++) {
+      float* to = queries_ + ((int64_t{b} * plan().heads + h) * call().length + l) * dim;
+      rotate_head(to, q + h * dim, plan().q_norm, angles_[b].get(), l);
+      ops().scale_row(to, plan().attention_scale, dim);
+    }
+    for (int h = 0; h < plan().kv_heads; h++) {
+      // Where the row's queries were, which are no longer needed.
+      rotate_head(q, k + h * dim, plan().k_norm, angles_[b].get(), l);
+      store(cached(call().keys, b, h, slot), q);
+      store(cached(call().values, b, h, slot), v + h * dim);
+    }
   }
 
-  const DecoderPlan& plan_;
-  const DecoderCall& call_;
-  int rows_;
+  const DecoderPlan* const* plans_;
+  const DecoderCall* calls_;
+  int layers_, rows_;
+  int layer_ = -1;
+  Stage stage_ = Stage::end;
+  Split splits_[static_cast<int>(Stage::end) + 1];
+  Split* split_ = nullptr;
+  std::shared_ptr<const Angles> angles_[kMaxRows];
   CachedAttention attention_;
+  std::optional<Attend> attend_;
   char* prepared_ = nullptr;
   float *normed_, *results_, *q_, *k_, *v_, *queries_, *attended_, *parts_, *gated_;
 };
@@ -356,9 +540,9 @@ void finish_plan(DecoderPlan& plan) {
   }
 }
 
-void run_decoder_layer(const DecoderPlan& plan, const DecoderCall& call) {
-  Run run(plan, call);
-  run();
+void run_decoder_layers(const DecoderPlan* const* plans, const DecoderCall* calls, int count) {
+  Run run(plans, calls, count);
+  run_course(run);
 }
 
 } // namespace edger1

@@ -69,14 +69,17 @@ class DecoderStackOp : public CpuPrimitive {
           std::memcpy(to, from, sizeof(float) * static_cast<size_t>(x.n));
         }
       }
-      for (size_t i = 0; i < calls.size(); i++) {
-        int last = calls[i].offset + calls[i].length - 1, first_slots[kMaxRows];
-        for (int b = 0; starts && b < calls[i].batch; b++) {
-          first_slots[b] = std::clamp(starts[b * start_stride], 0, last);
-        }
-        calls[i].first_slots = starts ? first_slots : nullptr;
-        run_decoder_layer(held->layers[i]->plan, calls[i]);
+      // All layers have the same starts, and hold as much.
+      int first_slots[kMaxRows];
+      for (int b = 0; starts && b < calls[0].batch; b++) {
+        first_slots[b] = std::clamp(starts[b * start_stride], 0, calls[0].offset + calls[0].length - 1);
       }
+      std::vector<const DecoderPlan*> plans;
+      for (size_t i = 0; i < calls.size(); i++) {
+        calls[i].first_slots = starts ? first_slots : nullptr;
+        plans.push_back(&held->layers[i]->plan);
+      }
+      run_decoder_layers(plans.data(), calls.data(), static_cast<int>(plans.size()));
       for (int64_t r = 0; held->norm.weight && r < x.map.rows(); r++) {
         ops().rms_norm(out + r * x.n, out + r * x.n, held->norm.weight, static_cast<int>(x.n), held->norm.eps);
       }

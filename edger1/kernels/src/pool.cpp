@@ -23,7 +23,14 @@ namespace edger1 {
 namespace {
 
 constexpr auto kSpin = std::chrono::microseconds(40);
-constexpr int64_t kMaxChunks = int64_t{1} << 31;
+
+// A ticket: shared chunks left, whether threads have chunks of their own, the job's generation.
+constexpr uint64_t kLeft = (uint64_t{1} << 24) - 1;
+constexpr uint64_t kOwned = uint64_t{1} << 24;
+constexpr int kGenerationShift = 25;
+constexpr uint64_t kGenerations = uint64_t{1} << (64 - kGenerationShift);
+
+constexpr int kMostThreads = 256;
 
 inline void pause_briefly() {
 #if defined(__x86_64__)
@@ -73,7 +80,7 @@ int threads_at_start() {
   if (const char* wanted = std::getenv("EDGER1_THREADS")) {
     char* end = nullptr;
     long n = std::strtol(wanted, &end, 10);
-    if (end != wanted && *end == '\0' && n >= 1 && n <= 256) {
+    if (end != wanted && *end == '\0' && n >= 1 && n <= kMostThreads) {
       return static_cast<int>(n);
     }
   }
@@ -116,39 +123,30 @@ class Pool {
     if (n <= 0) {
       return;
     }
-    if (n == 1 || inside_job || threads() == 1) {
+    std::unique_lock lock(job_mutex_, std::defer_lock);
+    if (n == 1 || !available(lock)) {
       run_alone(n, function, context);
       return;
     }
-    std::unique_lock lock(job_mutex_, std::try_to_lock);
-    if (!lock.owns_lock() || ended_) {
-      run_alone(n, function, context);
-      return;
-    }
-    start_workers();
-    function_.store(function, std::memory_order_relaxed);
-    context_.store(context, std::memory_order_relaxed);
-    chunks_.store(n, std::memory_order_relaxed);
-    finished_.store(0, std::memory_order_relaxed);
-    uint64_t generation = (ticket_.load(std::memory_order_relaxed) >> 32) + 1;
-    ticket_.store(generation << 32 | static_cast<uint64_t>(n), std::memory_order_seq_cst);
+    publish(n, function, context, nullptr);
     keep_apart();
-    if (sleepers_.load(std::memory_order_seq_cst) > 0) {
-      wake_.fetch_add(1, std::memory_order_seq_cst);
-      wake_.notify_all();
-    }
-    work();
-    for (int spins = 0; finished_.load(std::memory_order_acquire) != n; spins++) {
-      if (spins < 4000) {
-        pause_briefly();
-      } else {
-        std::this_thread::yield();
+    complete();
+  }
+
+  void run(Course& course) {
+    auto function = [](void* context, int64_t chunk) { static_cast<Course*>(context)->piece(chunk); };
+    std::unique_lock lock(job_mutex_, std::defer_lock);
+    if (!available(lock)) {
+      for (int64_t n = course.next(); n > 0; n = course.next()) {
+        run_alone(n, function, &course);
       }
+      return;
     }
-    if (failed_.load(std::memory_order_acquire)) {
-      failed_.store(false, std::memory_order_relaxed);
-      std::rethrow_exception(std::exchange(failure_, nullptr));
+    if (next_phase(course, function)) {
+      keep_apart();
+      complete();
     }
+    rethrow();
   }
 
  private:
@@ -160,61 +158,193 @@ class Pool {
     }
   }
 
-  // Runs chunks until none is left to claim. The ticket is (generation, chunks left). What the job is gets read before
-  // the claim; the claim succeeds only if that job still had an unclaimed chunk all the while, and a job's fields are
-  // not written again before its last chunk is finished.
-  void work() {
-    int64_t done = 0;
-    inside_job = true;
-    for (;;) {
-      uint64_t ticket = ticket_.load(std::memory_order_acquire);
-      uint64_t left = ticket & 0xffffffffu;
-      if (left == 0) {
-        break;
-      }
-      auto function = function_.load(std::memory_order_relaxed);
-      auto context = context_.load(std::memory_order_relaxed);
-      int64_t n = chunks_.load(std::memory_order_relaxed);
-      if (!ticket_.compare_exchange_weak(ticket, ticket - 1, std::memory_order_acq_rel, std::memory_order_relaxed)) {
-        continue;
-      }
-      try {
-        function(context, n - static_cast<int64_t>(left));
-      } catch (...) {
-        std::lock_guard lock(failure_mutex_);
-        if (!failure_) {
-          failure_ = std::current_exception();
-        }
-        failed_.store(true, std::memory_order_release);
-      }
-      done++;
+  // Takes the pool, unless this thread had better work alone.
+  bool available(std::unique_lock<std::mutex>& lock) {
+    if (inside_job || threads() == 1 || !lock.try_lock() || ended_) {
+      return false;
     }
-    // Until this is added the job cannot end, so no later job's chunk was counted into `done`.
-    if (done != 0) {
-      finished_.fetch_add(done, std::memory_order_acq_rel);
-    }
-    inside_job = false;
+    start_workers();
+    return true;
   }
 
-  void worker_loop() {
+  // A job, or a phase of `course`. All of its fields are written before the ticket that lets threads in.
+  void publish(int64_t n, detail::ChunkFunction function, void* context, Course* course) {
+    function_.store(function, std::memory_order_relaxed);
+    context_.store(context, std::memory_order_relaxed);
+    course_.store(course, std::memory_order_relaxed);
+    chunks_.store(n, std::memory_order_relaxed);
+    finished_.store(0, std::memory_order_relaxed);
+    over_.store(false, std::memory_order_relaxed);
+    for (int i = 0; course && i < Course::kAhead; i++) {
+      ahead_begin_[i].store(static_cast<const char*>(course->ahead[i].begin), std::memory_order_relaxed);
+      ahead_step_[i].store(course->ahead[i].step, std::memory_order_relaxed);
+      ahead_bytes_[i].store(course->ahead[i].bytes, std::memory_order_relaxed);
+    }
+    uint64_t generation = (ticket_.load(std::memory_order_relaxed) >> kGenerationShift) + 1;
+    if (generation == kGenerations) {
+      generation = 1;
+      for (auto& own : own_) {
+        own.generation.store(0, std::memory_order_relaxed);
+      }
+    }
+    uint64_t shared = course ? kOwned | static_cast<uint64_t>(n - threads()) : static_cast<uint64_t>(n);
+    ticket_.store(generation << kGenerationShift | shared, std::memory_order_seq_cst);
+    if (sleepers_.load(std::memory_order_seq_cst) > 0) {
+      wake_.fetch_add(1, std::memory_order_seq_cst);
+      wake_.notify_all();
+    }
+  }
+
+  // Goes on to the next phase; false at the end.
+  bool next_phase(Course& course, detail::ChunkFunction function) {
+    bool before = std::exchange(inside_job, true);
+    int64_t n = 0;
+    try {
+      n = failed_.load(std::memory_order_acquire) ? 0 : course.next();
+    } catch (...) {
+      note_failure();
+    }
+    inside_job = before;
+    if (n > 0) {
+      publish(n, function, &course, &course);
+    }
+    return n > 0;
+  }
+
+  // The caller's part: works and waits until the job is over.
+  void complete() {
+    uint64_t seen = 0;
+    int64_t looked = 0;
+    for (int spins = 0; !over_.load(std::memory_order_acquire); spins++) {
+      if (work(0, seen)) {
+        spins = 0;
+        looked = 0;
+      } else if (look_ahead(0, looked)) {
+        spins = 0;
+      } else if (spins < 4000) {
+        pause_briefly();
+      } else {
+        std::this_thread::yield();
+      }
+    }
+    rethrow();
+  }
+
+  void rethrow() {
+    if (failed_.load(std::memory_order_acquire)) {
+      failed_.store(false, std::memory_order_relaxed);
+      std::rethrow_exception(std::exchange(failure_, nullptr));
+    }
+  }
+
+  void note_failure() {
+    std::lock_guard lock(failure_mutex_);
+    if (!failure_) {
+      failure_ = std::current_exception();
+    }
+    failed_.store(true, std::memory_order_release);
+  }
+
+  // Runs chunks until none is left to claim; false if there were none, or none of another job than `seen`. A ticket is
+  // (generation, whether threads have chunks of their own, shared chunks left). What the job is gets read before a claim; a
+  // claim succeeds only if that job still had an unclaimed chunk all the while, and a job's fields are not written again
+  // before its last chunk is finished. In a job with owned chunks every thread's mark is raised to its generation, so that a
+  // claim for an earlier one fails.
+  bool work(int thread, uint64_t& seen) {
+    uint64_t ticket = ticket_.load(std::memory_order_acquire), generation = ticket >> kGenerationShift;
+    if (generation == seen) {
+      return false;
+    }
+    auto function = function_.load(std::memory_order_relaxed);
+    auto context = context_.load(std::memory_order_relaxed);
+    auto course = course_.load(std::memory_order_relaxed);
+    int64_t n = chunks_.load(std::memory_order_relaxed), done = 0;
+    int all = threads();
+    inside_job = true;
+    if ((ticket & kOwned) && claim_own(thread, generation)) {
+      run_chunk(function, context, thread);
+      done++;
+    }
+    for (; ticket >> kGenerationShift == generation && (ticket & kLeft) != 0;) {
+      if (ticket_.compare_exchange_weak(ticket, ticket - 1, std::memory_order_acq_rel, std::memory_order_acquire)) {
+        run_chunk(function, context, n - static_cast<int64_t>(ticket & kLeft));
+        done++;
+        ticket = ticket_.load(std::memory_order_acquire);
+      }
+    }
+    for (int i = 1; (ticket & kOwned) && ticket >> kGenerationShift == generation && i < all; i++) {
+      int other = (thread + i) % all;
+      if (claim_own(other, generation)) {
+        run_chunk(function, context, other);
+        done++;
+      }
+    }
+    inside_job = false;
+    seen = generation;
+    // Until this is added the job cannot end, so no later job's chunk was counted into `done`.
+    if (done != 0 && finished_.fetch_add(done, std::memory_order_acq_rel) + done == n) {
+      if (!course || !next_phase(*course, function)) {
+        over_.store(true, std::memory_order_release);
+      }
+    }
+    return done != 0;
+  }
+
+  bool claim_own(int thread, uint64_t generation) {
+    auto& mark = own_[static_cast<size_t>(thread)].generation;
+    uint64_t before = mark.load(std::memory_order_relaxed);
+    return before < generation && mark.compare_exchange_strong(before, generation, std::memory_order_acq_rel);
+  }
+
+  void run_chunk(detail::ChunkFunction function, void* context, int64_t chunk) {
+    try {
+      function(context, chunk);
+    } catch (...) {
+      note_failure();
+    }
+  }
+
+  // Asks for a little of what this thread will read next; false when it has all been asked for.
+  bool look_ahead(int thread, int64_t& looked) {
+    constexpr int64_t step = 256;
+    bool any = false;
+    for (int i = 0; i < Course::kAhead; i++) {
+      if (looked < ahead_bytes_[i].load(std::memory_order_relaxed)) {
+        const char* from = ahead_begin_[i].load(std::memory_order_relaxed) +
+            thread * ahead_step_[i].load(std::memory_order_relaxed) + looked;
+        for (int64_t at = 0; at < step; at += 64) {
+          __builtin_prefetch(from + at, 0, 2);
+        }
+        any = true;
+      }
+    }
+    looked += step;
+    return any;
+  }
+
+  void worker_loop(int thread, uint64_t seen) {
     auto idle_since = std::chrono::steady_clock::now();
+    int64_t looked = 0;
     for (;;) {
       if (stop_.load(std::memory_order_acquire)) {
         return;
       }
-      if ((ticket_.load(std::memory_order_acquire) & 0xffffffffu) != 0) {
-        work();
+      if (work(thread, seen)) {
         idle_since = std::chrono::steady_clock::now();
+        looked = 0;
         continue;
       }
-      for (int i = 0; i < 16; i++) {
+      if (look_ahead(thread, looked)) {
+        continue;
+      }
+      for (int i = 0; i < 16 && ticket_.load(std::memory_order_relaxed) >> kGenerationShift == seen; i++) {
         pause_briefly();
       }
       if (std::chrono::steady_clock::now() - idle_since > kSpin) {
-        uint32_t seen = wake_.load(std::memory_order_seq_cst);
+        uint32_t woken = wake_.load(std::memory_order_seq_cst);
         sleepers_.fetch_add(1, std::memory_order_seq_cst);
-        if ((ticket_.load(std::memory_order_seq_cst) & 0xffffffffu) == 0 && !stop_.load(std::memory_order_seq_cst)) {
-          wake_.wait(seen, std::memory_order_seq_cst);
+        if (ticket_.load(std::memory_order_seq_cst) >> kGenerationShift == seen && !stop_.load(std::memory_order_seq_cst)) {
+          wake_.wait(woken, std::memory_order_seq_cst);
         }
         sleepers_.fetch_sub(1, std::memory_order_seq_cst);
         idle_since = std::chrono::steady_clock::now();
@@ -248,13 +378,18 @@ class Pool {
       return;
     }
     avoided_ = -1;
+    // The last job is over: a thread that took no part in it has nothing to claim there.
+    const uint64_t over = ticket_.load(std::memory_order_relaxed) >> kGenerationShift;
+    for (auto& own : own_) {
+      own.generation.store(over, std::memory_order_relaxed);
+    }
     CPU_ZERO(&allowed_);
     sched_getaffinity(0, sizeof allowed_, &allowed_);
     for (int i = 1; i < threads(); i++) {
-      workers_.emplace_back([this, i] {
+      workers_.emplace_back([this, i, over] {
         std::string name = "edger1-" + std::to_string(i);
         pthread_setname_np(pthread_self(), name.c_str());
-        worker_loop();
+        worker_loop(i, over);
       });
     }
   }
@@ -289,11 +424,21 @@ class Pool {
   alignas(64) std::atomic<uint64_t> ticket_{0};
   std::atomic<detail::ChunkFunction> function_{nullptr};
   std::atomic<void*> context_{nullptr};
+  std::atomic<Course*> course_{nullptr};
   std::atomic<int64_t> chunks_{0};
+  std::atomic<const char*> ahead_begin_[Course::kAhead] = {};
+  std::atomic<int64_t> ahead_step_[Course::kAhead] = {}, ahead_bytes_[Course::kAhead] = {};
   alignas(64) std::atomic<int64_t> finished_{0};
+  std::atomic<bool> over_{false};
   alignas(64) std::atomic<uint32_t> wake_{0};
   std::atomic<int> sleepers_{0};
   std::atomic<bool> stop_{false};
+
+  // The last job of which a thread's own chunk has been claimed.
+  struct alignas(64) Own {
+    std::atomic<uint64_t> generation{0};
+  };
+  Own own_[kMostThreads];
 
   std::mutex failure_mutex_;
   std::exception_ptr failure_;
@@ -315,7 +460,7 @@ int pool_threads() {
 }
 
 void set_pool_threads(int n) {
-  if (n < 1 || n > 256) {
+  if (n < 1 || n > kMostThreads) {
     throw std::invalid_argument("threads must be from 1 to 256, got " + std::to_string(n));
   }
   refuse_if_forked();
@@ -363,11 +508,29 @@ int64_t grain_for(int64_t n, double cost_per_item, double cost_floor, int64_t mu
 
 namespace detail {
 void run_chunks(int64_t n_chunks, ChunkFunction function, void* context) {
-  if (n_chunks >= kMaxChunks) {
-    throw std::invalid_argument("too many chunks in one job");
+  constexpr auto most = static_cast<int64_t>(kLeft);
+  if (n_chunks <= most) {
+    Pool::instance().run(n_chunks, function, context);
+    return;
   }
-  Pool::instance().run(n_chunks, function, context);
+  struct Part {
+    ChunkFunction function;
+    void* context;
+    int64_t begin;
+  };
+  for (int64_t begin = 0; begin < n_chunks; begin += most) {
+    Part part{function, context, begin};
+    auto one = [](void* p, int64_t chunk) {
+      auto* part = static_cast<Part*>(p);
+      part->function(part->context, part->begin + chunk);
+    };
+    Pool::instance().run(n_chunks - begin < most ? n_chunks - begin : most, one, &part);
+  }
 }
 } // namespace detail
+
+void run_course(Course& course) {
+  Pool::instance().run(course);
+}
 
 } // namespace edger1

@@ -60,4 +60,32 @@ void parallel_ranges(int64_t n, int64_t grain, Body&& body) {
 // `cost_per_item`), as many as four a thread where the work allows, and a multiple of `multiple` items.
 int64_t grain_for(int64_t n, double cost_per_item, double cost_floor, int64_t multiple = 1);
 
+// Memory that a thread will read in the next phase of a course: thread t from begin + t * step on.
+struct Ahead {
+  const void* begin = nullptr;
+  int64_t step = 0, bytes = 0;
+};
+
+// Work in phases, each of which needs the results of the one before: what a token passes in a model. Threads go from one
+// phase to the next without returning to a caller, and nobody waits for a thread that holds no piece. The first
+// pool_threads() pieces of a phase belong to one thread each, which finds them while it waits (see ahead); others take them
+// only when nothing else is left. An exception ends the course and is rethrown by run_course.
+class Course {
+ public:
+  static constexpr int kAhead = 6;
+
+  virtual ~Course() = default;
+
+  // Called by one thread while no piece runs: does what cannot be shared and returns how many pieces the next phase has,
+  // pool_threads() or more; 0 at the end. Parallel jobs started from here and from pieces run on the calling thread.
+  virtual int64_t next() = 0;
+  virtual void piece(int64_t i) = 0;
+
+  // After next(): what to read ahead while waiting for the phase after the one that begins. Only a hint, and used even when
+  // the course has ended.
+  Ahead ahead[kAhead];
+};
+
+void run_course(Course& course);
+
 } // namespace edger1

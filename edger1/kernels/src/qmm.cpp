@@ -145,6 +145,7 @@ QuantMatrix matrix_at(const std::vector<mx::array>& inputs, const QuantMode& mod
   m.group = mode.group;
   m.bits = mode.bits;
   m.fp4 = mode.fp4;
+  m.bias_ratio = mode.bias_ratio;
   return m;
 }
 
@@ -380,10 +381,11 @@ mx::Shape batch_of(const mx::array& a) {
 
 mx::array qmm(const mx::array& x_in, const mx::array& w_in, const mx::array& scales_in,
               const std::optional<mx::array>& biases_in, bool transpose, int group_size, int bits,
-              const std::string& mode_name, const std::string& precision, mx::StreamOrDevice s) {
+              const std::string& mode_name, const std::string& precision, float bias_ratio, mx::StreamOrDevice s) {
   const char* op = "qmm";
   mx::Stream stream = cpu_stream(s, op);
   QuantMode mode = make_mode(op, transpose, group_size, bits, mode_name, precision);
+  mode.bias_ratio = mode.fp4 ? 0 : bias_ratio;
   int k = check_matrix(op, w_in, scales_in, biases_in, mode);
   check_x(op, x_in, w_in, k, mode);
   mx::array x = x_in, w = rows_contiguous(w_in, stream), scales = rows_contiguous(scales_in, stream);
@@ -405,6 +407,20 @@ mx::array qmm(const mx::array& x_in, const mx::array& w_in, const mx::array& sca
   mx::Dtype dtype = x.dtype();
   mx::array out(shape, dtype, std::make_shared<QuantizedMatmul>(stream, mode), std::move(inputs));
   return x_in.ndim() == 1 && w.ndim() > 2 ? mx::squeeze(out, -2, stream) : out;
+}
+
+float bias_ratio(const mx::array& w, const mx::array& scales, const mx::array& biases, int group_size, int bits) {
+  QuantMode mode = make_mode("bias_ratio", true, group_size, bits, "affine", "exact");
+  check_matrix("bias_ratio", w, scales, biases, mode);
+  for (const auto* a : {&w, &scales, &biases}) {
+    if (a->status() == mx::array::Status::unscheduled || a->ndim() != 2 || a->strides(-1) != 1) {
+      return 0;
+    }
+    mx::array(*a).wait();
+  }
+  QuantMatrix m = matrix_at({w, w, scales, biases}, mode, 0, 0, 0);
+  find_bias_ratio(m);
+  return m.bias_ratio;
 }
 
 mx::array gather_qmm(const mx::array& x_in, const mx::array& w_in, const mx::array& scales_in,

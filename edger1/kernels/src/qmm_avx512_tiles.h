@@ -299,6 +299,9 @@ void rows_block(const QuantMatrix& w, const void* const* prepared, int n0, int n
 // Rows of x in blocks of 8, 4, 2 or 1; a block that is not full computes its first row more than once.
 template <class F, bool Fast>
 void rows(const QuantMatrix& w, const void* const* prepared, int m, int n0, int n1, float* const* out) {
+  if (Fast && m == 1 && row_fast<F>(w, prepared[0], n0, n1, out[0])) {
+    return;
+  }
   for (int done = 0; done < m;) {
     int left = m - done;
     int size = left > 4 ? 8 : left > 2 ? 4 : left;
