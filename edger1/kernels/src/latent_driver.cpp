@@ -14,6 +14,7 @@ constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 constexpr int kBlockKeys = 256;                  // these two are fixed, so that a row's result does not depend on how work is split
 constexpr int kSpanBlocks = 2;
 constexpr int kScoreStride = kBlockKeys + 16;    // rows a power of two apart would share few lines of the cache
+constexpr int64_t kHotBytes = 768 << 10;         // of results, which stay in the second-level cache beside a packed block
 constexpr int64_t kWaveBytes = 4 << 20;          // for a thread, of results that wait to be merged, and packed latents
 
 int64_t aligned(int64_t bytes) {
@@ -22,7 +23,8 @@ int64_t aligned(int64_t bytes) {
 
 // All heads of few rows. Blocks of the cache are packed once for all rows that meet them. A piece of work is a span of some
 // blocks, with an online softmax; the spans' results are merged in their order, some spans at a time. Where there are not
-// enough spans for all threads, the blocks of a wave are packed first, and a piece is some of the rows against a span.
+// enough spans for all threads, or the results of all rows do not stay in the cache from one block to the next, the blocks
+// of a wave are packed first, and a piece is some of the rows against a span.
 class FewRows {
  public:
   FewRows(const LatentPlan& plan, const LatentCall& call)
@@ -34,7 +36,8 @@ class FewRows {
     block_bytes_ = key_bytes_ + key_pe_bytes_ + aligned(math_.b_bytes(kBlockKeys, plan.rank));
     int64_t part = aligned(all * (plan.rank + 2) * 4), packed = int64_t{call.batch} * kSpanBlocks * block_bytes_;
     int64_t spans = (blocks_ + kSpanBlocks - 1) / kSpanBlocks, most = kWaveBytes * pool_threads();
-    whole_spans_ = std::min(most / part, spans) * call.batch >= 2 * int64_t{pool_threads()};
+    whole_spans_ = part / call.batch <= kHotBytes &&
+        std::min(most / part, spans) * call.batch >= 2 * int64_t{pool_threads()};
     wave_ = static_cast<int>(std::clamp<int64_t>(most / (whole_spans_ ? part : part + packed), 1, spans));
     tile_ = rows_of_a_piece();
     tiles_ = (rows_ + tile_ - 1) / tile_;
