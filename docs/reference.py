@@ -11,6 +11,7 @@ COMMANDS = (
     (),
     ("chat",),
     ("run",),
+    ("demo",),
     ("pull",),
     ("models",),
     ("models", "list"),

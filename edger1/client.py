@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
 from functools import partial
 from typing import Protocol
@@ -239,17 +240,43 @@ def events(connection: Connection, request: Request) -> Iterator[Event]:
             connection.send(Cancel(next_id(), request.id))
 
 
+class _Mailbox:
+    """Events for the requests of one event loop, which is woken once for all that arrive before it comes round.
+
+    Requests that are decoded together have their events all at once; waking the loop for each would take the engine's
+    thread the interpreter's lock as many times.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._arrived: list[tuple[asyncio.Queue[Event], Event]] = []
+
+    def put(self, loop: asyncio.AbstractEventLoop, to: asyncio.Queue[Event], event: Event) -> None:
+        """Hand over an event, from any thread."""
+        with self._lock:
+            self._arrived.append((to, event))
+            if len(self._arrived) > 1:
+                return
+        # A loop that has closed has nobody waiting any more.
+        with contextlib.suppress(RuntimeError):
+            loop.call_soon_threadsafe(self._empty)
+
+    def _empty(self) -> None:
+        with self._lock:
+            arrived, self._arrived = self._arrived, []
+        for to, event in arrived:
+            to.put_nowait(event)
+
+
+_mailboxes: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Mailbox] = weakref.WeakKeyDictionary()
+
+
 async def aevents(connection: Connection, request: Request) -> AsyncIterator[Event]:
     """Send a request and yield its events, without blocking the event loop. Leaving early cancels it."""
     loop = asyncio.get_running_loop()
     arrived: asyncio.Queue[Event] = asyncio.Queue()
-
-    def hand_over(event: Event) -> None:
-        # A loop that has closed has nobody waiting any more.
-        with contextlib.suppress(RuntimeError):
-            loop.call_soon_threadsafe(arrived.put_nowait, event)
-
-    connection.submit(request, hand_over)
+    mailbox = _mailboxes.setdefault(loop, _Mailbox())
+    connection.submit(request, partial(mailbox.put, loop, arrived))
     ended = False
     try:
         while not ended:

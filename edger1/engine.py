@@ -37,7 +37,7 @@ from edger1.messages import (
 )
 
 if TYPE_CHECKING:
-    from edger1.batch import Batch
+    from edger1.batch import Batch, Said
     from edger1.generate import Generation
     from edger1.loader import LiveModel
 
@@ -197,13 +197,7 @@ class Scheduler:
             return
         for entry, _ in company:
             self._jobs.remove(entry)
-        late = [(entry, job) for entry, job in company if job.is_ahead]
-        for entry, job in late:
-            self._step(entry, partial(job.step, ahead=False))
-        # Those steps may have taken the caches of younger requests, which then feed their tokens again.
-        rest = [pair for pair in company if pair not in late]
-        self._jobs.extend(entry for entry, job in rest if not job.joins)
-        self._step_together([pair for pair in rest if pair[1].joins])
+        self._step_together(company)
 
     def _company(self, first: Entry) -> list[tuple[Entry, Generation]]:
         """Return the jobs whose next token can be decoded together with that of `first`, which is among them."""
@@ -227,18 +221,12 @@ class Scheduler:
             self._jobs.append(entry)
 
     def _step_together(self, company: list[tuple[Entry, Generation]]) -> None:
-        """Give each one token; those that cannot be in the batch have theirs alone.
-
-        Nobody computes ahead, or two that are due in turns would never be due together.
-        """
-        if not company:
-            return
+        """Give each one token; those that cannot be in the batch have theirs alone."""
         model = company[0][0][1]
         batch = self._batch_of(model)
-        together: list[Generation] = []
         try:
             together = batch.choose([job for _, job in company])
-            logits = batch.forward(together)
+            said = {each.row: each for each in batch.step(together)}
         except Exception as error:
             self._batches.pop(model).abandon()
             for entry, job in company:
@@ -247,20 +235,26 @@ class Scheduler:
             return
         entries = {job: entry for entry, job in company}
         complete: list[Generation] = []
-        for i, job in enumerate(together):
-            self._step(entries[job], partial(_accept, job, logits[i : i + 1], complete))
+        for job in together:
+            if job in said:
+                self._step(entries[job], partial(_say, said[job], complete))
+            else:
+                self._jobs.append(entries[job])
         # All of them at once, since whoever leaves has those that stay copied.
         batch.give_back(complete)
         for job in complete:
             self._step(entries[job], partial(_finish, job))
+        # Nobody computes ahead alone, or two that are due in turns would never be due together.
         for job in [job for job in entries if job not in together]:
             self._step(entries[job], partial(job.step, ahead=False))
 
     def _batch_of(self, model: str) -> Batch:
         from edger1.batch import Batch
+        from edger1.generate import runs_ahead
 
         if model not in self._batches:
-            self._batches[model] = Batch(self._models[model])
+            live = self._models[model]
+            self._batches[model] = Batch(live, ahead=runs_ahead(live))
         return self._batches[model]
 
     def _cancel(self, target: str) -> None:
@@ -291,11 +285,11 @@ class Scheduler:
         )
 
 
-def _accept(job: Generation, logits: Any, complete: list[Generation]) -> bool:
-    """Give a job its logits, and note in `complete` if that was the last of its answer."""
-    done = job.accept(logits)
+def _say(said: Said, complete: list[Generation]) -> bool:
+    """Give a job its token, and note in `complete` if that was the last of its answer."""
+    done = said.row.say(said.token, fed=said.fed)
     if done:
-        complete.append(job)
+        complete.append(said.row)
     return done
 
 

@@ -136,15 +136,15 @@ class Generation:
         self._random = RandomState.seeded(chosen.seed)
         self._splitter = Splitter(model.markers, request.stop, in_thought)
         self._detokenizer = model.tokenizer.detokenizer
-        self._run_ahead = _runs_ahead(model) and not self._sampler.looks_back
+        self._run_ahead = runs_ahead(model) and not self._sampler.looks_back
 
         self._caches: list[Any] | None = None
         self._cached = 0
         # The tokens that are in the caches, out of prompt and answer.
         self._fed: list[int] = []
         self._next: Any = None
-        # Where the caches are while this request is decoded with others.
-        self._batch: Batch | None = None
+        # Where the caches, and the token drawn ahead, are while this request is decoded with others.
+        self.batch: Batch | None = None
 
     def _encode(self, text: str) -> list[int]:
         def encode(part: str) -> list[int]:
@@ -167,14 +167,13 @@ class Generation:
         self._come_back()
         if self._caches is None and not self._begin():
             return False
-        known = self._prompt + self._output.tokens
         # A token that was drawn ahead has had everything before it fed.
-        remaining = len(known) - (self._next is None) - len(self._fed)
+        remaining = self._waiting - (self._next is None)
         count = min(remaining, self._model.prefill_step) if remaining > 0 else 1
         if not self._model.kv.hold(self, len(self._fed) + count):
             return False
         if remaining > 0:
-            self._prefill(known[len(self._fed) : len(self._fed) + count])
+            self._prefill(self._known()[len(self._fed) : len(self._fed) + count])
             return False
         self._decode(ahead=ahead)
         if self._output.finish is None:
@@ -193,51 +192,71 @@ class Generation:
         return self._output.tokens[-1] if self._output.tokens else self._prompt[-1]
 
     @property
-    def joins(self) -> bool:
-        """Whether its next step is a token that can be decoded together with those of other requests."""
-        if self._batch is None and (self._caches is None or not batchable(self._model, self._caches)):
-            return False
-        waiting = len(self._prompt) + len(self._output.tokens) - len(self._fed)
-        return bool(self._fed) and waiting == (self._next is None)
+    def _waiting(self) -> int:
+        """How many tokens of the prompt and of what was said are not in the caches."""
+        return len(self._prompt) + len(self._output.tokens) - len(self._fed)
+
+    def _known(self) -> list[int]:
+        return self._prompt + self._output.tokens
 
     @property
-    def is_ahead(self) -> bool:
-        """Whether its next token is being computed already; a step without `ahead` sends that."""
-        return self._next is not None
+    def joins(self) -> bool:
+        """Whether its next step is a token that can be decoded together with those of other requests."""
+        if self.batch is not None:
+            return True
+        if not self._fed or self._caches is None or not batchable(self._model, self._caches):
+            return False
+        return self._waiting == (self._next is None)
 
-    def lend(self, batch: Batch) -> list[Any]:
-        """Hand the caches to `batch`, which gives them back by `receive`."""
-        caches, self._caches, self._batch = self._caches, None, batch
+    @property
+    def ends_next(self) -> bool:
+        """Whether its next token is the last that it may say."""
+        return len(self._output.tokens) + 1 >= self._max_tokens
+
+    def lend(self, batch: Batch) -> tuple[list[Any], Any]:
+        """Hand `batch` the caches, and the token drawn ahead, shape (1,), or None; `receive` gives them back."""
+        caches, self._caches, self.batch = self._caches, None, batch
+        drawn, self._next = self._next, None
         assert caches is not None
-        return caches
+        return caches, drawn
 
-    def receive(self, caches: list[Any] | None) -> None:
-        """Take the caches back from the batch; None where it has dropped them."""
-        self._caches, self._batch = caches, None
+    def receive(self, caches: list[Any] | None, drawn: Any) -> None:
+        """Take caches and the token drawn ahead back from the batch; no caches where it has dropped them."""
+        self._caches, self._next, self.batch = caches, drawn, None
         if caches is not None:
             self._model.kv.settle(self, len(self._fed) + 1)
 
     def _come_back(self) -> None:
-        if self._batch is not None:
-            self._batch.give_back([self])
+        if self.batch is not None:
+            self.batch.give_back([self])
 
-    def accept(self, logits: Any) -> bool:
-        """Draw what follows `last_token` from `logits` (1, vocabulary); True when it completes the answer."""
+    def draw(self, *, unread: bool) -> sampling.Draw:
+        """Return how its next token is drawn in a batch; the token before that may be `unread` yet."""
+        self._turn.pause(self._random)
+        tokens = self._known() if self._sampler.looks_back else []
+        return self._sampler.draw(tokens, self._random, unread=unread)
+
+    def feed(self) -> None:
+        """Note that `last_token` is in its cache, which the batch holds."""
         self._fed.append(self.last_token)
-        self._turn.take(self._random)
-        drawn: Any = self._sampler(logits, self._prompt + self._output.tokens)
-        self._add(int(drawn.item()))
+
+    def say(self, token: int, *, fed: bool) -> bool:
+        """Take a token that the batch has drawn, which is `fed` already or not; True when it completes the answer."""
+        if fed:
+            self._fed.append(token)
+        self._add(token)
         return self._output.finish is not None
 
     def _begin(self) -> bool:
         from mlx_lm.models.cache import make_prompt_cache
 
-        taken = self._model.kv.take(self, self._prompt + self._output.tokens)
+        known = self._known()
+        taken = self._model.kv.take(self, known)
         if taken is None:
             return False
         caches, shared = taken
         self._caches = caches or make_prompt_cache(self._model.model)
-        self._fed = (self._prompt + self._output.tokens)[:shared]
+        self._fed = known[:shared]
         if not self._clock.prefill:
             self._clock.prefill = time.perf_counter()
             self._cached = shared
@@ -247,9 +266,9 @@ class Generation:
         """Drop the KV cache for an older request; prompt and answer are fed again when it has ended."""
         import mlx.core as mx
 
+        self._let_go()
         if self._next is not None:
             mx.eval(self._next)
-        self._let_go()
         self._fed = []
 
     def drop(self) -> None:
@@ -258,8 +277,8 @@ class Generation:
         self._model.kv.release(self)
 
     def _let_go(self) -> None:
-        if self._batch is not None:
-            self._batch.remove(self)
+        if self.batch is not None:
+            self.batch.remove(self)
         self._caches = None
 
     def cancel(self) -> None:
@@ -283,7 +302,7 @@ class Generation:
         """Feed `tokens` (1, 1) and draw the next one; returns its id, shape (1,), not yet evaluated."""
         logits = self._model.model(tokens, cache=self._caches)[:, -1, :]
         self._turn.take(self._random)
-        return self._sampler(logits, self._prompt + self._output.tokens)
+        return self._sampler(logits, self._known() if self._sampler.looks_back else [])
 
     def _decode(self, *, ahead: bool) -> None:
         import mlx.core as mx
@@ -372,7 +391,8 @@ class Generation:
         )
 
 
-def _runs_ahead(model: LiveModel) -> bool:
+def runs_ahead(model: LiveModel) -> bool:
+    """Whether a token's graph is worth building before the one before it is known."""
     return on_gpu() or model.plan.resident_bytes <= _SMALL_MODEL_BYTES
 
 
@@ -386,3 +406,9 @@ class RandomTurn:
         """Make `state` the one that the next draw uses."""
         state.enter(self._holder)
         self._holder = state
+
+    def pause(self, state: RandomState) -> None:
+        """Take `state` back from MLX if that holds it, for a draw of its own."""
+        if self._holder is state:
+            state.leave()
+            self._holder = None

@@ -17,8 +17,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from edger1 import paths, registry
-from edger1.errors import EdgeR1Error, FormatError, UnknownModelError
+from edger1 import __version__, paths, registry
+from edger1.errors import EdgeR1Error, FormatError, UnknownModelError, UsageError
 from edger1.fetch.place import MANIFEST, Manifest, folder_name, link_file, read_manifest, write_atomically
 
 
@@ -53,7 +53,20 @@ def models() -> list[Installed]:
 
 
 def manifests() -> Iterator[tuple[Manifest, Path]]:
-    """Yield manifest and folder of each installed model; a folder put there by hand gets a manifest made up."""
+    """Yield manifest and folder of each model that is here: those installed, then those that came with EdgeR1.
+
+    A folder put among the models by hand gets a manifest made up. One of a name stands for another that came along.
+    """
+    names = set()
+    for manifest, path in _installed():
+        names.add(manifest.name)
+        yield manifest, path
+    for alias, path in registry.packaged().items():
+        if alias not in names:
+            yield Manifest(alias, "package", f"edger1=={__version__}", alias), path
+
+
+def _installed() -> Iterator[tuple[Manifest, Path]]:
     if not paths.models().is_dir():
         return
     for path in sorted(paths.models().iterdir()):
@@ -112,7 +125,8 @@ def resolve(name: str | Path) -> Path:
 def remove(name: str) -> int:
     """Remove an installed model, or what an unfinished pull of it left, and return the bytes freed.
 
-    Of a linked model only the record goes, never the folder. Raises UnknownModelError when there is nothing.
+    Of a linked model only the record goes, never the folder. Raises UnknownModelError when there is nothing, UsageError
+    for a model that is a part of EdgeR1.
     """
     partial = paths.downloads() / folder_name(name)
     names = [manifest.name for manifest, _ in manifests()]
@@ -127,6 +141,8 @@ def remove(name: str) -> int:
     for manifest, path in list(manifests()):
         if path != folder:
             continue
+        if manifest.source == "package":
+            raise UsageError(f"{manifest.name} is a part of EdgeR1 and goes with it; nothing was removed.")
         if manifest.link:
             link_file(manifest.name).unlink()
             return 0

@@ -44,3 +44,8 @@ def user_config() -> Path:
 def user_registry() -> Path:
     """Return the user's models.toml, which adds to and overrides the one in the package."""
     return home() / "models.toml"
+
+
+def assets() -> Path:
+    """Return the folder of what comes with the program: one folder a model."""
+    return Path(__file__).parent / "assets"

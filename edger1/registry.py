@@ -45,7 +45,14 @@ class WheelSource:
     wheel_bytes: int | None = None
 
 
-Source = HubSource | WheelSource
+@dataclass(frozen=True)
+class PackageSource:
+    """A model folder that comes with EdgeR1 itself, under `paths.assets()`: there is nothing to fetch."""
+
+    folder: str
+
+
+Source = HubSource | WheelSource | PackageSource
 
 
 @dataclass(frozen=True)
@@ -145,7 +152,7 @@ _THINKING: dict[str, _Rule] = {
     "end": _TEXT,
     "prefilled": _Rule("true or false", lambda v: isinstance(v, bool)),
 }
-_SOURCES: dict[str, tuple[type[HubSource] | type[WheelSource], dict[str, _Rule], frozenset[str]]] = {
+_SOURCES: dict[str, tuple[type[Source], dict[str, _Rule], frozenset[str]]] = {
     "hub": (
         HubSource,
         {"repo": _REPOSITORY, "revision": _TEXT, "file": _FILE, "sha256": _CHECKSUM, "bytes": _COUNT},
@@ -164,6 +171,7 @@ _SOURCES: dict[str, tuple[type[HubSource] | type[WheelSource], dict[str, _Rule],
         },
         frozenset({"package", "version", "file", "sha256"}),
     ),
+    "package": (PackageSource, {"folder": _FILE}, frozenset({"folder"})),
 }
 
 
@@ -191,6 +199,16 @@ def load(user: Path | None = None) -> Registry:
     for alias, (path, table) in tables.items():
         registry[alias] = _entry(path, alias, table)
     return registry
+
+
+def packaged() -> dict[str, Path]:
+    """Return the folders of the models that came with this installation, by alias."""
+    found = {}
+    for alias, table in _package_tables(package_file()).items():
+        for source in table.get("sources", ()):
+            if source["kind"] == "package" and (paths.assets() / source["folder"] / "config.json").is_file():
+                found[alias] = paths.assets() / source["folder"]
+    return found
 
 
 def lookup(name: str, registry: Registry | None = None) -> Entry:
@@ -280,7 +298,9 @@ def _check(path: Path, text: str, alias: str, table: Any) -> None:
     for number, source in enumerate(table.get("sources", []), 1):
         kind = source.get("kind") if isinstance(source, dict) else None
         if kind not in _SOURCES:
-            raise fail("sources", f'has source {number} of kind {kind!r}, but "hub" or "wheel" was expected.')
+            raise fail(
+                "sources", f'has source {number} of kind {kind!r}, but "hub", "wheel" or "package" was expected.'
+            )
         _, rules, required = _SOURCES[kind]
         check({key: value for key, value in source.items() if key != "kind"}, rules, f"sources[{number}].")
         if missing := sorted(required - source.keys()):

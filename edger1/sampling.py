@@ -108,9 +108,24 @@ class RandomState:
         if previous is self:
             return
         if previous is not None:
-            state: Any = mx.random.state
-            previous.key = _as_int(state[0])
+            previous.leave()
         mx.random.seed(self.key)
+
+    def leave(self) -> None:
+        """Take the state back from MLX, which draws from it."""
+        import mlx.core as mx
+
+        state: Any = mx.random.state
+        self.key = _as_int(state[0])
+
+    def next_key(self, extension: Any) -> int:
+        """Return the key of one draw, the one that MLX would split off this state, which goes on to the next."""
+        self.key, key = extension.split_key(self.key)
+        return int(key)
+
+
+Draw = tuple[int, float, float, float, int, float, list[int]]
+"""One row of the kernels' draw_tokens: key, inverse temperature, top_p, min_p, top_k, penalty, tokens to discourage."""
 
 
 class Sampler:
@@ -168,14 +183,27 @@ class Sampler:
         )
         return drawn
 
+    def draw(self, tokens: list[int], random: RandomState, *, unread: bool) -> Draw:
+        """Return how the kernels draw a row of many as `__call__` would; a token after `tokens` may be `unread` yet."""
+        key = 0 if self.greedy else random.next_key(kernels())
+        # A window of the last so many tokens, one of which draw_tokens is given apart.
+        recent = tokens[int(unread) - REPETITION_WINDOW :] if self._processors else []
+        top_p, min_p, top_k = (self._settings[name] for name in ("top_p", "min_p", "top_k"))
+        return key, self._inverse_temperature, top_p, min_p, int(top_k), self._penalty, recent
+
+
+def kernels() -> Any:
+    """Return the extension where models run on the CPU kernels, else None."""
+    from edger1.kernels import functions
+
+    return functions.installed()
+
 
 def _kernels(logits: mx.array) -> Any:
     """Return the extension where models run on the CPU kernels and it takes these logits, else None."""
     import mlx.core as mx
 
-    from edger1.kernels import functions
-
-    return functions.installed() if logits.dtype == mx.float32 and logits.shape[0] == 1 else None
+    return kernels() if logits.dtype == mx.float32 and logits.shape[0] == 1 else None
 
 
 def _as_int(key: mx.array) -> int:

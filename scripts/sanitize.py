@@ -1,10 +1,11 @@
 """Build the kernels with sanitizers and run their tests on every instruction set of this processor.
 
     python scripts/sanitize.py                       # address and undefined behaviour, then threads
-    python scripts/sanitize.py thread avx2 -k pool   # one of them, on one instruction set; the rest goes to pytest
+    python scripts/sanitize.py thread avx2 pool qmm  # one of them, on one instruction set, two test modules
+    python scripts/sanitize.py address -k "cache"    # what is left over goes to pytest
 
 Every source of the extension is built so, beside the installed one, under build/, and stands in for it in the process
-of tests/test_kernels_*.py. Needs GCC, cmake, ninja and what the package's build needs.
+of the tests. Needs GCC, cmake, ninja and what the package's build needs; an hour or two of two cores.
 """
 
 from __future__ import annotations
@@ -24,6 +25,14 @@ OPTIONS = {
     "UBSAN_OPTIONS": "print_stacktrace=1",
     "TSAN_OPTIONS": f"suppressions={ROOT / 'scripts' / 'tsan.supp'} exitcode=66",
 }
+ALL = [*sorted(path.stem.removeprefix("test_") for path in (ROOT / "tests").glob("test_kernels_*.py")), "train_ops"]
+EACH = (
+    *("kernels_blocks", "kernels_draw", "kernels_experts", "kernels_latent", "kernels_ops", "kernels_prefill"),
+    *("kernels_qmm", "kernels_quantized_rows", "train_ops"),
+)
+"""Modules over what is compiled for each instruction set. The others' code is the same on all, and they run on one."""
+ONLY = {"avx512bf16": ("train_ops",)}
+"""Sets that have few sources of their own (src/gemm_engine_avx512bf16.cpp) -> the modules over those."""
 
 
 def build(kind: str) -> Path:
@@ -48,20 +57,27 @@ def instruction_sets() -> list[str]:
     return subprocess.run([sys.executable, "-c", listed], capture_output=True, text=True, check=True).stdout.split()
 
 
-def run(kind: str, extension: Path, names: list[str], arguments: list[str]) -> int:
-    """Run the kernels' tests on each instruction set; return how many runs failed."""
+def modules_for(name: str, offered: list[str]) -> tuple[str, ...]:
+    """Return the test modules that have something to say about an instruction set."""
+    most = [other for other in offered if other not in ONLY][-1]
+    return ONLY.get(name, tuple(ALL) if name == most else EACH)
+
+
+def run(kind: str, extension: Path, name: str, modules: tuple[str, ...], arguments: list[str]) -> bool:
+    """Run test modules on an instruction set; return whether nothing was found."""
     # The C++ library too: a sanitizer's runtime looks for what it intercepts when the process begins.
     preload = ":".join(library(name) for name in (RUNTIMES[kind], "libstdc++.so.6"))
-    failed = 0
-    for name in names:
-        print(f"{kind} on {name}:", flush=True)
-        environment = {**os.environ, **OPTIONS, "LD_PRELOAD": preload, "EDGER1_ISA": name}
-        environment |= {"EDGER1_TEST_EXAMPLES": "40", "EDGER1_THREADS": "3"}
-        command = [sys.executable, __file__, "--inside", str(extension), *arguments]
-        began = time.monotonic()
-        failed += subprocess.run(command, env=environment, cwd=ROOT, check=False).returncode != 0
-        print(f"  {time.monotonic() - began:.0f} s", flush=True)
-    return failed
+    environment = {**os.environ, **OPTIONS, "LD_PRELOAD": preload, "EDGER1_ISA": name}
+    # Threads that wait for each other do so spinning: more than processors would take turns at that. Tests of what must
+    # not depend on their number set up to three.
+    environment |= {"EDGER1_TEST_EXAMPLES": "40", "EDGER1_THREADS": str(min(os.cpu_count() or 1, 3))}
+    tests = [str(ROOT / "tests" / f"test_{module}.py") for module in modules]
+    print(f"{kind} on {name}: {', '.join(modules)}", flush=True)
+    began = time.monotonic()
+    command = [sys.executable, __file__, "--inside", str(extension), *arguments, *tests]
+    code = subprocess.run(command, env=environment, cwd=ROOT, check=False).returncode
+    print(f"  {'clean' if code == 0 else f'ended with {code}'} after {time.monotonic() - began:.0f} s", flush=True)
+    return code == 0
 
 
 def inside(extension: str, arguments: list[str]) -> int:
@@ -75,11 +91,13 @@ def inside(extension: str, arguments: list[str]) -> int:
     module = importlib.util.module_from_spec(spec)
     sys.modules["edger1.kernels._ext"] = module
     spec.loader.exec_module(module)
-    tests = sorted(str(path) for path in (ROOT / "tests").glob("test_kernels_*.py"))
-    # Tests that start processes of their own would test the installed extension there.
-    alone = "not fork and not environment and not ends_by_itself and not idle and not instruction_set"
+    # Tests that start processes of their own would test the installed extension there, and a real model's are over
+    # nothing that others are not over.
+    apart = ("fork", "environment", "ends_by_itself", "idle", "instruction_set", "switched_off")
+    alone = " and ".join(f"not {word}" for word in apart)
     chosen = arguments if "-k" in arguments else ["-k", alone, *arguments]
-    return int(pytest.main(["-q", "-x", "--capture=sys", "-p", "no:cacheprovider", "--no-header", *chosen, *tests]))
+    options = ["-q", "-x", "-m", "not model and not parity", "--capture=sys", "-p", "no:cacheprovider", "--no-header"]
+    return int(pytest.main([*options, *chosen]))
 
 
 def main() -> int:
@@ -88,17 +106,26 @@ def main() -> int:
     if arguments[:1] == ["--inside"]:
         return inside(arguments[1], arguments[2:])
     offered = instruction_sets()
-    kinds, names = [], []
+    kinds: list[str] = []
+    names: list[str] = []
+    modules: list[str] = []
     while arguments:
-        found = [kind for kind in RUNTIMES if arguments[0] in kind.split(",")]
-        if not found and arguments[0] not in offered:
+        word = arguments[0]
+        sanitizers = [kind for kind in RUNTIMES if word in kind.split(",")]
+        known = [module for module in ALL if word in (module, module.removeprefix("kernels_"))]
+        if not sanitizers and not known and word not in offered:
             break
-        kinds += found
-        names += [] if found else [arguments[0]]
+        kinds += sanitizers
+        modules += known
+        names += [word] if word in offered else []
         arguments = arguments[1:]
-    failed = sum(run(kind, build(kind), names or offered, arguments) for kind in kinds or RUNTIMES)
-    print("clean" if failed == 0 else f"{failed} runs failed")
-    return 1 if failed else 0
+    clean = True
+    for kind in kinds or list(RUNTIMES):
+        extension = build(kind)
+        for name in names or offered:
+            clean = run(kind, extension, name, tuple(modules) or modules_for(name, offered), arguments) and clean
+    print("clean" if clean else "not clean")
+    return 0 if clean else 1
 
 
 if __name__ == "__main__":

@@ -13,12 +13,13 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny import write_tiny_model
 
 import edger1
-from edger1.client import ChildConnection, ThreadConnection, events, next_id
+from edger1.client import ChildConnection, ThreadConnection, aevents, events, next_id
 from edger1.messages import Cancel, Done, Failed, Generate, Load, Loaded, Progress, Sampling, Text, decode, encode
 from edger1.units import format_bytes
 
@@ -138,6 +139,50 @@ def test_leaving_a_stream_cancels_it(model: edger1.Model) -> None:
     begun = time.perf_counter()
     model.generate("Hi", max_tokens=1)
     assert time.perf_counter() - begun < 5
+
+
+def test_events_that_come_together_wake_the_loop_once() -> None:
+    class Burst:
+        """A connection that answers everybody at once, as soon as `expected` have asked."""
+
+        def __init__(self, expected: int) -> None:
+            self.waiting: list[tuple[str, Any]] = []
+            self.expected = expected
+
+        def submit(self, request: Generate, on_event: Any) -> None:
+            self.waiting.append((request.id, on_event))
+            if len(self.waiting) == self.expected:
+                answer = threading.Thread(target=self.answer)
+                answer.start()
+                answer.join()
+
+        def answer(self) -> None:
+            for piece in "abc":
+                for id_, on_event in self.waiting:
+                    on_event(Text(id_, piece))
+            for id_, on_event in self.waiting:
+                on_event(Failed(id_, "EngineError", "over"))
+
+    async def texts(connection: Any, id_: str) -> list[str]:
+        return [event.text async for event in aevents(connection, Generate(id_, "m")) if isinstance(event, Text)]
+
+    async def main() -> tuple[list[list[str]], int]:
+        loop, woken = asyncio.get_running_loop(), 0
+        wake = loop.call_soon_threadsafe
+
+        def counted(*arguments: Any) -> Any:
+            nonlocal woken
+            woken += 1
+            return wake(*arguments)
+
+        loop.call_soon_threadsafe = counted  # type: ignore[method-assign]
+        connection = Burst(8)
+        return await asyncio.gather(*(texts(connection, str(i)) for i in range(8))), woken
+
+    for _ in range(2):
+        seen, woken = asyncio.run(main())
+        assert seen == [["a", "b", "c"]] * 8
+        assert woken == 1
 
 
 def test_astream_leaves_the_loop_free(model: edger1.Model) -> None:

@@ -12,8 +12,8 @@ import edger1
 from edger1 import batch, kernels
 from edger1.batch import Batch
 from edger1.cache import KVStore
+from edger1.generate import Generation
 from edger1.messages import Text
-from edger1.sampling import Sampler
 
 pytestmark = pytest.mark.filterwarnings("ignore:A context of")
 
@@ -28,13 +28,13 @@ ROOM = 20_000
 def rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many rows each step together had."""
     counts: list[int] = []
-    forward = Batch.forward
+    step = Batch.step
 
     def counted(self: Batch, asked: Any) -> Any:
         counts.append(len(asked))
-        return forward(self, asked)
+        return step(self, asked)
 
-    monkeypatch.setattr(Batch, "forward", counted)
+    monkeypatch.setattr(Batch, "step", counted)
     return counts
 
 
@@ -159,14 +159,14 @@ def test_a_row_that_fails_fails_alone(
 ) -> None:
     asked = several(3)
     expected = alone(tiny_folder, "exact", asked)
-    call = Sampler.__call__
+    say = Generation.say
 
-    def faulty(self: Sampler, logits: Any, tokens: list[int]) -> Any:
-        if tokens[0] == tokens[1] and len(tokens) == 20:
+    def faulty(self: Generation, token: int, *, fed: bool) -> bool:
+        if self._prompt_text == "yyyyyyyyyy" and self.tokens_fed == 20:
             raise RuntimeError("broken")
-        return call(self, logits, tokens)
+        return say(self, token, fed=fed)
 
-    monkeypatch.setattr(Sampler, "__call__", faulty)
+    monkeypatch.setattr(Generation, "say", faulty)
     with edger1.load(tiny_folder, precision="exact", context=ROOM) as model:
         bad = model.submit("yyyyyyyyyy", raw=True, max_tokens=90, temperature=0)
         good = [model.submit(prompt, **options) for prompt, options in asked]
@@ -214,7 +214,7 @@ def test_a_batch_that_fails_leaves_the_engine_alive(
 
     with edger1.load(tiny_folder, precision="exact", context=ROOM) as model:
         with monkeypatch.context() as patch:
-            patch.setattr(Batch, "forward", broken)
+            patch.setattr(Batch, "step", broken)
             patch.setattr(Batch, "remove", broken)
             handles = [model.submit(text, raw=True, max_tokens=50, temperature=0) for text in ("one", "two")]
             failed = 0

@@ -17,6 +17,8 @@ from edger1.fetch.place import MANIFEST, Manifest, install, link_file, write_man
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("EDGER1_HOME", str(tmp_path / "home"))
+    # Without the models that come along; see test_packaged.py for those.
+    monkeypatch.setattr(paths, "assets", lambda: tmp_path / "assets")
     paths.downloads().mkdir(parents=True)
     return tmp_path / "home"
 
@@ -181,7 +183,7 @@ def test_rm_asks_and_without_a_terminal_wants_a_yes(monkeypatch: pytest.MonkeyPa
 
 
 def test_the_commands() -> None:
-    assert "No model is on this machine yet" in run()
+    assert "No model was fetched yet" in run()
     folder = put("qwen3-8b", repo="mlx-community/Qwen3-8B-4bit", alias="qwen3-8b")
     assert run("path", "qwen3-8b").strip() == str(folder)
     (row,) = json.loads(run("--json"))

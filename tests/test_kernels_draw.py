@@ -147,7 +147,7 @@ def test_what_does_not_fit_is_refused() -> None:
         (row, {"top_k": -1}),
         (row, {"inverse_temperature": 0.0}),
     ):
-        with pytest.raises(ValueError, match="draw_token takes"):
+        with pytest.raises(ValueError, match="draw_tokens? takes"):
             extension.draw_token(scores, 1, **settings_)
 
 
@@ -173,3 +173,51 @@ def test_a_penalty_on_what_is_no_token_is_refused() -> None:
     for tokens in ([4], [-1, 2]):
         with pytest.raises(ValueError, match="penalized takes tokens of the vocabulary"):
             extension.penalized(mx.zeros((1, 4)), tokens, 1.1)
+
+
+@settings(max_examples=40, deadline=None)
+@given(rows=st.integers(1, 16), n=st.integers(2, 3000), seed=st.integers(0, 1000), strided=st.booleans())
+def test_rows_drawn_together_are_those_rows_alone(rows: int, n: int, seed: int, strided: bool) -> None:
+    rng = np.random.default_rng(seed)
+    scores = 3 * mx.random.normal((rows, 2 * n if strided else n), key=mx.random.key(seed))
+    scores = scores[:, ::2] if strided else scores
+    last = rng.integers(0, n, rows).astype(np.uint32)
+    kinds = [
+        (0.0, 0.0, 0.0, 0),
+        (1.0, 0.9, 0.0, 0),
+        (2.0, 0.0, 0.1, 0),
+        (0.7, 0.0, 0.0, min(40, n - 1)),
+        (1.0, 0.0, 0.0, 0),
+    ]
+    draws, expected = [], []
+    for row in range(rows):
+        inverse_temperature, top_p, min_p, top_k = kinds[int(rng.integers(len(kinds)))]
+        penalty = float(rng.choice([1.0, 1.5]))
+        tokens = rng.integers(0, n, int(rng.integers(0, 20))).tolist()
+        draws.append((seed + row, inverse_temperature, top_p, min_p, top_k, penalty, tokens))
+        one = scores[row : row + 1]
+        if penalty != 1:
+            one = extension.penalized(one, [*tokens, int(last[row])], penalty)
+        alone = (
+            extension.draw_token(
+                one, seed + row, inverse_temperature=inverse_temperature, top_p=top_p, min_p=min_p, top_k=top_k
+            )
+            if inverse_temperature
+            else mx.argmax(one, axis=-1)
+        )
+        expected.append(alone.item())
+    assert extension.draw_tokens(scores, draws, mx.array(last)).tolist() == expected
+
+
+def test_draws_that_do_not_fit_the_rows_are_refused() -> None:
+    plain = (1, 1.0, 0.0, 0.0, 0, 1.0, [])
+    for scores, draws, last in (
+        (mx.zeros((2, 4)), [plain], None),
+        (mx.zeros((1, 4)), [(1, -1.0, 0.0, 0.0, 0, 1.0, [])], None),
+        (mx.zeros((1, 4)), [(1, 1.0, 0.0, 0.0, 0, 0.0, [])], None),
+        (mx.zeros((1, 4)), [(1, 1.0, 0.0, 0.0, 0, 1.1, [4])], None),
+        (mx.zeros((1, 4)), [plain], mx.zeros((2,), mx.uint32)),
+        (mx.zeros((1, 4)), [plain], mx.zeros((1,), mx.int32)),
+    ):
+        with pytest.raises(ValueError, match="draw_tokens takes"):
+            extension.draw_tokens(scores, draws, last)

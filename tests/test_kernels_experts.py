@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import mmap
+import time
 from pathlib import Path
 
 import numpy as np
@@ -161,6 +163,36 @@ def test_experts_in_a_mapped_file_give_the_same_bits(how: str, tmp_path: Path) -
     for rows in (3, 60):
         x, indices, weights = inputs(rows)
         assert same_bits(call(x, indices, weights), operation(layer)(x, indices, weights))
+
+
+def test_mapped_experts_stay_as_long_as_an_operation_over_them_is_to_run(tmp_path: Path) -> None:
+    rows = np.random.default_rng(5).standard_normal((3, 8, 16)).astype(np.float32)
+    path = tmp_path / "experts"
+    path.write_bytes(rows.tobytes())
+    with path.open("rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    call = EXTENSION.Experts(activation="relu")
+    for name, n, k in (("up", 8, 16), ("down", 16, 8)):
+        call.project_mapped(name, n, k, mx.float32, [memoryview(mapped)[e * 512 : (e + 1) * 512] for e in range(3)])
+    call.finish()
+    result = call(mx.ones((1, 16)), mx.array([[2, 0]], mx.uint32))
+    del call
+    gc.collect()
+    with pytest.raises(BufferError):
+        mapped.close()
+    up, down = rows[[2, 0]], rows[[2, 0]].reshape(2, 16, 8)
+    expected = np.einsum("rnk,rk->rn", down, np.maximum(up.sum(-1), 0))
+    assert difference(result[0], mx.array(expected)) <= 1e-5
+    # The last to hold them was MLX's thread, which leaves giving them back to this one.
+    del result
+    deadline = time.monotonic() + 20
+    while True:
+        try:
+            mapped.close()
+            break
+        except BufferError:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
 
 
 def test_what_does_not_fit_is_refused_before_memory_is_touched() -> None:

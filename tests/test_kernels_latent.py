@@ -93,7 +93,10 @@ class Case:
         return [mx.array(a) for a in (self.q_nope, self.q_pe, self.latent, self.k_pe)]
 
     def expected(self, kept: np.ndarray | None) -> np.ndarray:
-        """[B, L, H * value] in doubles; rows that see nothing weigh all keys alike."""
+        """[B, L, H * value] in doubles; rows that see nothing weigh all keys alike.
+
+        `self.size` is then the largest of the sums that it would be without signs, which is what rounding goes by.
+        """
         batch, _, length, _ = self.shape
         k = np.einsum("bsr,hrn->bhsn", self.latent[:, 0].astype(float), self.embed.astype(float))
         v = np.einsum("bsr,hvr->bhsv", self.latent[:, 0].astype(float), self.unembed.astype(float))
@@ -101,8 +104,9 @@ class Case:
         if kept is not None:
             scores = np.where(kept, scores, -1e30)
         weights = np.exp((scores - scores.max(-1, keepdims=True)) * self.scale)
-        out = np.einsum("bhls,bhsv->blhv", weights / weights.sum(-1, keepdims=True), v)
-        return out.reshape(batch, length, -1)
+        weights /= weights.sum(-1, keepdims=True)
+        self.size = float(np.einsum("bhls,bhsv->blhv", weights, np.abs(v)).max())
+        return np.einsum("bhls,bhsv->blhv", weights, v).reshape(batch, length, -1)
 
     def causal(self) -> np.ndarray:
         _, _, length, keys = self.shape
@@ -123,6 +127,9 @@ SHAPES = [
     (1, 2, 530, 600, (32, 16, 48, 32)),
     (1, 4, 200, 513, (64, 16, 64, 64)),
     (20, 4, 1, 70, (32, 16, 64, 32)),
+    # More keys than are taken together.
+    (2, 3, 5, 1100, (32, 16, 64, 32)),
+    (1, 2, 2, 5000, (8, 4, 600, 8)),
 ]
 
 
@@ -144,8 +151,12 @@ def check_shapes() -> None:
                 assert np.linalg.norm(exact - fast) <= 0.03 * np.linalg.norm(exact), shape
 
 
-@pytest.mark.parametrize("name", extension.instruction_sets())
-def test_every_instruction_set_agrees_with_numpy(name: str) -> None:
+def test_every_shape_agrees_with_numpy() -> None:
+    check_shapes()
+
+
+@pytest.mark.parametrize("name", extension.instruction_sets()[:-1])
+def test_every_other_instruction_set_agrees_with_numpy(name: str) -> None:
     program = "import test_kernels_latent as t; t.check_shapes(); print(t.extension.active_instruction_set())"
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False,
@@ -171,10 +182,12 @@ def test_any_shape_agrees_with_numpy(
     kept = {"causal": case.causal(), "array": case.kept, "none": None}[masked]
     mask = mx.array(case.kept) if masked == "array" else None
     found = case.operation().attend(*case.operands(), mask, masked == "causal")
-    assert error(found, case.expected(kept)) <= 1e-5
+    # Not relative to the result: what has been added up may cancel.
+    assert np.abs(np.array(found) - case.expected(kept)).max() <= 1e-5 * case.size
 
 
-def test_operands_of_any_strides_and_latents_in_16_bits() -> None:
+@pytest.mark.parametrize(("precision", "bits"), [("exact", None), ("fast", 4)])
+def test_operands_of_any_strides_and_latents_in_16_bits(precision: str, bits: int | None) -> None:
     case = Case(2, 4, 6, 290, (32, 8, 64, 32))
     q_nope, q_pe, latent, k_pe = case.operands()
     both = mx.concatenate([q_nope, q_pe], -1).transpose(0, 2, 1, 3) + 0
@@ -182,7 +195,7 @@ def test_operands_of_any_strides_and_latents_in_16_bits() -> None:
     turned = (k_pe.transpose(0, 1, 3, 2) + 0).transpose(0, 1, 3, 2)
     mx.eval(both, room, turned)
     q = both.transpose(0, 2, 1, 3)
-    call = case.operation()
+    call = case.operation(precision, bits)
     plain = call.attend(q_nope, q_pe, latent, k_pe, None, True)
     strided = call.attend(q[..., :32], q[..., 32:], room[..., :290, :], turned, None, True)
     assert mx.array_equal(plain, strided)
@@ -203,9 +216,10 @@ def test_rows_that_see_nothing_weigh_all_keys_alike(length: int) -> None:
 
 @pytest.mark.parametrize("precision", ["exact", "fast"])
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_rows_do_not_depend_on_their_company_nor_on_threads(precision: str, threads: int) -> None:
+@pytest.mark.parametrize("keys", [600, 1028])  # eight rows of which the first ones see a block less, or a span
+def test_rows_do_not_depend_on_their_company_nor_on_threads(precision: str, threads: int, keys: int) -> None:
     before = extension.threads()
-    case = Case(2, 40, 8, 600, (32, 16, 64, 32))
+    case = Case(2, 40, 8, keys, (32, 16, 64, 32))
     call = case.operation(precision, 8)
     q_nope, q_pe, latent, k_pe = case.operands()
     try:
@@ -214,7 +228,7 @@ def test_rows_do_not_depend_on_their_company_nor_on_threads(precision: str, thre
             [
                 call.attend(
                     q_nope[b : b + 1, :, i : i + 1], q_pe[b : b + 1, :, i : i + 1],
-                    latent[b : b + 1, :, : 593 + i], k_pe[b : b + 1, :, : 593 + i], None, True,
+                    latent[b : b + 1, :, : keys - 7 + i], k_pe[b : b + 1, :, : keys - 7 + i], None, True,
                 )[0, 0]
                 for i in range(8)
             ]
@@ -418,6 +432,26 @@ def test_a_copied_cache_is_not_written_over() -> None:
         attend(layer, cache, 1)
         attend(layer, fork, 2)
         assert mx.array_equal(keys, then)
+
+
+def test_a_view_of_a_cache_keeps_what_it_shows_also_while_the_step_that_wrote_it_is_queued() -> None:
+    layer = attention()
+    with installed(layer):
+        fresh = KVCache()
+        attend(layer, fresh, 5)
+        x = mx.ones((1, 1, 128))
+        layer(x, None, fresh)
+        for part in ("keys", "values"):
+            cache = KVCache()
+            attend(layer, cache, 5)
+            slow = mx.ones((2000, 2000))
+            layer(x + 0.0 * (slow @ slow @ slow).max(), None, cache)
+            view = getattr(cache, part)[..., :6, :]
+            trim_prompt_cache([cache], 1)
+            # In this order the view is there, and what reads it is not yet queued, when the next step asks who holds
+            # the cache; of all that the first step gave, MLX evaluates it by the values.
+            mx.eval(view + 0.0 + 0.0, layer(-2 * x, None, cache))
+            assert mx.array_equal(view, getattr(fresh, part)[..., :6, :])
 
 
 def test_gradients_and_adapters_get_what_the_layer_computes() -> None:

@@ -100,6 +100,52 @@ def test_fast_keeps_its_caches_in_16_bits_and_exact_in_32() -> None:
     assert 0 < from_caches < from_activations
 
 
+def test_keys_and_values_beyond_16_bits_become_the_largest_there_are() -> None:
+    model = build("llama-bias")
+    for layer in model.model.layers:
+        for projection in (layer.self_attn.k_proj, layer.self_attn.v_proj):
+            projection.bias = projection.bias + mx.where(mx.arange(projection.bias.size) % 5 == 0, 1e5, 0.0)
+    with installed(model, "fast", narrow_caches=True):
+        caches = prefilled(model, PROMPTS[2])
+        logits = greedy(model, 2, caches, [9])[1]
+        assert mx.isfinite(logits).all().item()
+        for cache in caches:
+            # What was there when they were narrowed, and what has been written since.
+            for slots in (slice(0, 40), slice(40, 42)):
+                for held in (cache.keys, cache.values):
+                    assert held.dtype == mx.float16
+                    assert mx.abs(held[..., slots, :]).max().item() == 65504
+
+
+def test_where_the_stack_does_not_apply_caches_stay_in_32_bits() -> None:
+    model = build()
+    x = mx.array([[9]])
+    with installed(model, "fast", narrow_caches=True):
+        caches = prefilled(model, PROMPTS[2])
+        model(x, cache=caches)
+        assert caches[0].keys.dtype == mx.float16
+        trim_prompt_cache(caches, 1)
+        norm = model.model.norm.weight
+        model.model.norm.weight = norm * 1
+        wide = prefilled(model, PROMPTS[2])
+        model(x, cache=wide)
+        plain = prefilled(model, PROMPTS[2])
+        # Never narrowed: the prompt's keys have all their bits.
+        assert all(mx.array_equal(a.keys[..., :40, :], b.keys[..., :40, :]) for a, b in zip(wide, plain, strict=True))
+        model(x, cache=caches)
+        assert {a.dtype for c in caches for a in (c.keys, c.values)} == {mx.float32}
+        model.model.norm.weight = norm
+        # A row's embeddings instead of its token are not the stack's either.
+        model(x, cache=caches)
+        assert caches[0].keys.dtype == mx.float16
+        model(x, cache=caches, input_embeddings=model.model.embed_tokens(x))
+        assert caches[0].keys.dtype == mx.float32
+        full = prefilled(model, [(7 * i) % 250 for i in range(256)])
+        model(x, cache=full)
+        assert full[0].keys.dtype == mx.float16
+        assert full[0].keys.shape[2] == 512
+
+
 def test_several_positions_a_row_and_batches_that_change() -> None:
     model = build()
     with installed(model):

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from tiny_corpus import DENSE, MOE, counting_documents, write_corpus
 
-from edger1.errors import UsageError
+from edger1.errors import FormatError, UsageError
 from edger1.train import checkpoint, folder_writer, log, pretrain, schedule, settings
 from edger1.train.data import Corpus, open_corpus
 from edger1.train.folder_writer import SaveError
@@ -275,3 +275,27 @@ def test_the_command_trains_and_says_how_to_go_on(tmp_path: Path, capsys: pytest
     for options in ({}, {"out": tmp_path / "x"}, {"out": tmp_path / "x", "config": config, "method": "sft"}):
         with pytest.raises(UsageError):
             finetune_command(**options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("config", [MOE, DENSE])
+def test_a_second_stage_begins_with_the_weights_of_the_first(
+    corpus: Corpus, tmp_path: Path, config: dict[str, Any]
+) -> None:
+    chosen = replace(SHORT, steps=40, rows=8, learning_rate=1e-2, evaluate_every=40, save_every=99)
+    _, first = train(corpus, tmp_path / "first", chosen, config)
+    again = replace(chosen, start_from=str(first.folder), seed=9, steps=2, evaluate_every=2)
+    events, _ = train(corpus, tmp_path / "second", again, config)
+    # bf16 and other rows move the loss a little; random weights would begin above 5.
+    assert events[0].loss < 1.3 * first.held_out["loss"] + 0.5
+    _, resumed = settings.read(tmp_path / "second" / "config.toml")
+    assert resumed.start_from == str(first.folder)
+
+
+def test_a_model_of_another_config_is_no_start(corpus: Corpus, tmp_path: Path) -> None:
+    _, first = train(corpus, tmp_path / "first", replace(SHORT, steps=1), DENSE)
+    again = replace(SHORT, start_from=str(first.folder))
+    with pytest.raises(UsageError, match="is of another model"):
+        train(corpus, tmp_path / "second", again, {**DENSE, "intermediate_size": 64})
+    with pytest.raises(FormatError, match="holds no model"):
+        train(corpus, tmp_path / "third", replace(SHORT, start_from=str(tmp_path / "nowhere")), DENSE)
+    assert not (tmp_path / "second").exists()

@@ -11,6 +11,7 @@ import typer
 
 import edger1
 from edger1.cli.chat import chat_command
+from edger1.cli.demo import demo_command
 from edger1.cli.doctor import doctor_command
 from edger1.cli.finetune import finetune_command
 from edger1.cli.models import models_app
@@ -49,6 +50,7 @@ def options(
 
 app.command("chat")(chat_command)
 app.command("run")(run_command)
+app.command("demo")(demo_command)
 app.command("pull")(pull_command)
 app.add_typer(models_app, name="models")
 app.command("finetune")(finetune_command)

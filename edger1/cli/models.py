@@ -52,12 +52,10 @@ def list_models(as_json: JsonOption = False, everything: AllOption = False) -> N
         ]
         typer.echo(json.dumps(rows, indent=2))
         return
-    if not here and not absent:
-        typer.echo(
-            "No model is on this machine yet. `edger1 models --all` lists names, `edger1 pull NAME` fetches one."
-        )
-        return
-    _print_table(here, absent)
+    if here or absent:
+        _print_table(here, absent)
+    if all(model.source == "package" for model in here) and not absent:
+        typer.echo("No model was fetched yet. `edger1 models --all` lists names, `edger1 pull NAME` fetches one.")
 
 
 @models_app.command("show")
@@ -173,7 +171,7 @@ def _text(key: str, value: Any) -> str:
     if key in ("parameters", "active_parameters"):
         return _count(value)
     if key == "sources":
-        parts = ("kind", "repo", "package", "file")
+        parts = ("kind", "repo", "package", "folder", "file")
         return "; ".join(" ".join(str(table[part]) for part in parts if part in table) for table in value)
     if isinstance(value, dict):
         return ", ".join(f"{name} {part}" for name, part in value.items() if part is not None)

@@ -36,8 +36,9 @@ _SPARE_BYTES = 16 * 10**6
 class Manifest:
     """Where an installed model came from; edger1.json beside its config.json, which mlx-lm does not look at.
 
-    `source` is "hub", "wheel" or "path"; `repo` is the repository, package==version or path; `sha256` is the checksum
-    of the single file it was made of, where there was one. `link` is set in place of a copy: the folder elsewhere.
+    `source` is "hub", "wheel", "package" or "path"; `repo` is the repository, package==version or path; `sha256` is the
+    checksum of the single file it was made of, where there was one. `link` is set in place of a copy: the folder
+    elsewhere.
     """
 
     name: str

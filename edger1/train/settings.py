@@ -20,6 +20,8 @@ from edger1.errors import UsageError
 class Settings:
     """How a model is trained. Rates are per step, lengths in tokens, shares are fractions of all steps."""
 
+    start_from: str = ""
+    """Folder of a trained model of the same config, whose weights the run begins with; empty: random ones."""
     steps: int = 2000
     rows: int = 32
     """Rows of `length` tokens in a step."""

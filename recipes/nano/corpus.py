@@ -1,6 +1,6 @@
 """Make the corpus: problems of every kind as chats and as plain text, a tokenizer trained on them, held-out sets.
 
-    python -m recipes.nano.corpus FOLDER                      # 60 million tokens
+    python -m recipes.nano.corpus FOLDER                      # 32 million tokens
     python -m recipes.nano.corpus FOLDER --tokens 2e6         # a small one, to try things
 
 FOLDER gets train-*.jsonl, held-out.jsonl (rows as edger1.train reads them: "messages" or "text", "task", "split"), the
@@ -172,7 +172,7 @@ def main() -> int:
     """Make the corpus and tell what is in it."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--tokens", type=float, default=60e6, help="tokens to make, about")
+    parser.add_argument("--tokens", type=float, default=32e6, help="tokens to make, about")
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
     if not gym.available():

@@ -55,7 +55,8 @@ def accuracy(questions: Sequence[Question], ask: Ask) -> Iterator[tuple[str, int
         yield task, right, len(asked)
 
 
-def _asker(name: str) -> Ask:
+def asker(name: str) -> Ask:
+    """Return what asks the model of a name or folder, greedily; an answer that did not end is empty."""
     import edger1
 
     model = edger1.load(name, context=1024)
@@ -81,7 +82,7 @@ def main() -> int:
     options = parser.parse_args()
     shares: dict[str, float] = {}
     counts: dict[str, int] = {}
-    for task, right, asked in accuracy(read(options.folder, options.each), _asker(options.model)):
+    for task, right, asked in accuracy(read(options.folder, options.each), asker(options.model)):
         shares[task], counts[task] = right / asked, asked
         print(f"{task:15} {right:4} of {asked:4}  {right / asked:7.1%}", file=sys.stderr, flush=True)
     mean = sum(shares.values()) / max(1, len(shares))

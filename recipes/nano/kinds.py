@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 
+from edger1.answers import same_answer
 from recipes.nano import arithmetic, calendars, gym, lists
 from recipes.nano.countdown import countdown, reaches
 from recipes.nano.problems import Problem
@@ -72,14 +73,7 @@ def grade(kind: str, key: str, expected: str, reply: str) -> bool:
     Numbers are compared as numbers, lists by element, countdown by what the expression makes, all else by its words.
     """
     given = answer_of(reply)
-    if not given:
-        return False
     if kind == "countdown":
         *numbers, target = map(int, re.findall(r"\d+", key))
-        return reaches(given, numbers, target)
-    return _normal(given) == _normal(expected)
-
-
-def _normal(answer: str) -> tuple[str, ...]:
-    words = (word.strip(" '\"[]") for word in answer.casefold().split(","))
-    return tuple(str(int(word)) if re.fullmatch(r"-?\d+", word) else re.sub(r"\s+", " ", word) for word in words)
+        return bool(given) and reaches(given, numbers, target)
+    return same_answer(given, expected)

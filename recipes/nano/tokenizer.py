@@ -1,7 +1,8 @@
 """The tokenizer: byte-level BPE, every digit by itself, DeepSeek-R1's special tokens and a chat template after its.
 
 Digits are never merged: a model that reads 47 as 4 and 7 can learn columns, one that has a token for 47 must learn a
-hundred by heart. An operator takes the spaces around it along ("_+_" is one token), so that a digit has one form only.
+hundred by heart; nor does a space stick to them, so that a digit has one form only. Text is split as SmolLM's tokenizer
+does it, since llama.cpp knows that way (`tokenizer.ggml.pre = "smollm"`) and none that is ours.
 """
 
 from __future__ import annotations
@@ -14,8 +15,6 @@ VOCABULARY = 2048
 BOS, EOS, USER, ASSISTANT = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>"
 THINK, END_THINK, PAD = "<think>", "</think>", "<｜▁pad▁｜>"
 SPECIAL = (BOS, EOS, PAD, USER, ASSISTANT, THINK, END_THINK)
-
-_PIECES = r"\d| ?[A-Za-z]+| ?[^\sA-Za-z\d]+ (?=\d)| ?[^\sA-Za-z\d]+|\n+| +"
 
 # As R1's: an answer that opens with a thought, and thoughts of earlier turns left out. Unlike R1's the thoughts of
 # the last turn stay, so that the template renders training examples too; `enable_thinking=false` closes the thought.
@@ -38,13 +37,13 @@ CHAT_TEMPLATE = (
 
 def train(texts: Iterable[str], folder: Path, vocabulary: int = VOCABULARY) -> None:
     """Train on `texts` and write tokenizer.json, tokenizer_config.json and chat_template.jinja into `folder`."""
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(_PIECES), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()

@@ -25,6 +25,17 @@ void bind_choose(nb::module_& m) {
     return draw_token(scores, key, {inverse_temperature, top_p, min_p, top_k}, s);
   }, "scores"_a, "key"_a, nb::kw_only(), "inverse_temperature"_a = 1.0f, "top_p"_a = 0.0f, "min_p"_a = 0.0f,
         "top_k"_a = 0, "stream"_a = nb::none(), "One token id drawn from scores [1, vocabulary].");
+  m.def("draw_tokens", [](const mx::array& scores, const std::vector<std::tuple<uint64_t, float, float, float, int, float,
+                                                              std::vector<int>>>& draws,
+                          const std::optional<mx::array>& last, mx::StreamOrDevice s) {
+    std::vector<Draw> all;
+    for (const auto& [key, inverse_temperature, top_p, min_p, top_k, penalty, tokens] : draws) {
+      all.push_back({key, {inverse_temperature, top_p, min_p, top_k}, penalty, tokens});
+    }
+    return draw_tokens(scores, std::move(all), last, s);
+  }, "scores"_a, "draws"_a, "last"_a = nb::none(), "stream"_a = nb::none(),
+        "A token id for each row of scores [B, vocabulary]; a draw is (key, inverse temperature or 0 for the largest, top_p, "
+        "min_p, top_k, penalty, tokens to discourage), and `last` are tokens that are discouraged too.");
   m.def("dequantized_rows", &dequantized_rows, "w"_a, "scales"_a, "biases"_a.none(), "indices"_a, nb::kw_only(),
         "group_size"_a, "bits"_a, "mode"_a = "affine", "stream"_a = nb::none(),
         "Rows of a quantized matrix in float32, [*indices, columns].");

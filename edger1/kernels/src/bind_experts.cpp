@@ -3,6 +3,9 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <memory>
+#include <mutex>
+#include <utility>
 #include <vector>
 
 #include "bindings.h"
@@ -14,18 +17,65 @@ using namespace nb::literals;
 namespace edger1 {
 namespace {
 
+// Buffers that stay exported, and therefore where they are, as long as this lives.
+//
+// The last to hold it may be a queued operation, and then it goes on MLX's thread. Giving a buffer back needs the
+// interpreter's lock, and that thread must not wait for it: who holds it may be waiting for that very thread. So the
+// interpreter is asked to do it when it comes to it, on its main thread.
+class Views {
+ public:
+  Views() = default;
+  Views(const Views&) = delete;
+  Views& operator=(const Views&) = delete;
+
+  ~Views() {
+    if (!Py_IsInitialized()) {
+      return;
+    }
+    {
+      std::lock_guard lock(left_mutex);
+      left.insert(left.end(), views_.begin(), views_.end());
+    }
+    if (PyGILState_Check()) {
+      give_back(nullptr);
+    } else {
+      // Where too many other calls are pending, the next who holds the lock does it.
+      Py_AddPendingCall(give_back, nullptr);
+    }
+  }
+
+  Bytes add(nb::handle buffer) {
+    Py_buffer view;
+    if (PyObject_GetBuffer(buffer.ptr(), &view, PyBUF_SIMPLE) != 0) {
+      throw nb::python_error();
+    }
+    views_.push_back(view);
+    return {view.buf, view.len};
+  }
+
+ private:
+  static int give_back(void*) {
+    std::vector<Py_buffer> views;
+    {
+      std::lock_guard lock(left_mutex);
+      views.swap(left);
+    }
+    for (Py_buffer& view : views) {
+      PyBuffer_Release(&view);
+    }
+    return 0;
+  }
+
+  static inline std::mutex left_mutex;
+  static inline std::vector<Py_buffer> left; // what nobody reads any more and is still exported
+
+  std::vector<Py_buffer> views_;
+};
+
 // Experts together with the Python objects they were made from, which may be exchanged behind their back.
 class WatchedExperts {
  public:
   explicit WatchedExperts(const ExpertsSettings& settings) : experts(settings) {}
-
-  ~WatchedExperts() {
-    for (Py_buffer& view : views_) {
-      PyBuffer_Release(&view);
-    }
-  }
-  WatchedExperts(const WatchedExperts&) = delete;
-  WatchedExperts& operator=(const WatchedExperts&) = delete;
 
   // The experts stand for `owner[key]` being `value`. Without an owner the module passed to a call is meant: holding that
   // one would be a cycle that is never collected.
@@ -43,20 +93,6 @@ class WatchedExperts {
     return true;
   }
 
-  // Buffers stay exported, and therefore where they are, as long as this lives.
-  std::vector<Bytes> hold(const std::vector<nb::object>& buffers) {
-    std::vector<Bytes> found;
-    for (const nb::object& buffer : buffers) {
-      Py_buffer view;
-      if (PyObject_GetBuffer(buffer.ptr(), &view, PyBUF_SIMPLE) != 0) {
-        throw nb::python_error();
-      }
-      views_.push_back(view);
-      found.push_back({view.buf, view.len});
-    }
-    return found;
-  }
-
   Experts experts;
 
  private:
@@ -64,8 +100,15 @@ class WatchedExperts {
     nb::object owner, key, value;
   };
   std::vector<Watched> watched_;
-  std::vector<Py_buffer> views_;
 };
+
+std::vector<Bytes> bytes_of(Views& views, const std::vector<nb::object>& buffers) {
+  std::vector<Bytes> found;
+  for (const nb::object& buffer : buffers) {
+    found.push_back(views.add(buffer));
+  }
+  return found;
+}
 
 template <class T>
 nb::object or_none(std::optional<T>&& value) {
@@ -103,7 +146,9 @@ void bind_experts(nb::module_& m) {
              if (bits && group_size) {
                q = Quantization{*group_size, *bits, mode};
              }
-             self.experts.project_mapped(name, n, k, dtype, self.hold(codes), self.hold(scales), self.hold(biases), bias, q);
+             auto views = std::make_shared<Views>();
+             auto all_codes = bytes_of(*views, codes), all_scales = bytes_of(*views, scales);
+             self.experts.project_mapped(name, n, k, dtype, all_codes, all_scales, bytes_of(*views, biases), bias, q, views);
            },
            "name"_a, "n"_a, "k"_a, "dtype"_a, "codes"_a, "scales"_a = nb::list(), "biases"_a = nb::list(),
            "bias"_a = nb::none(), "group_size"_a = nb::none(), "bits"_a = nb::none(), "mode"_a = "affine",

@@ -39,38 +39,11 @@ class WatchedStack {
 
   // The result, the caches having been given their new arrays; None, and nothing done, where the operation does not apply.
   nb::object call(nb::handle model, const mx::array& x, nb::list layers, nb::sequence caches) {
-    if (x.ndim() != 3 || !unchanged(model, layers) || nb::len(caches) != modules_.size()) {
+    auto taken = take(model, x, layers, caches);
+    if (!taken) {
       return nb::none();
     }
-    std::vector<nb::object> each;
-    for (nb::handle cache : caches) {
-      each.push_back(nb::borrow(cache));
-    }
-    bool batched = Py_TYPE(each[0].ptr()) == reinterpret_cast<PyTypeObject*>(batched_.ptr());
-    nb::handle kind = batched ? batched_ : plain_;
-    StackCaches before;
-    const char* place = batched ? "_idx" : "offset";
-    for (const auto& cache : each) {
-      if (Py_TYPE(cache.ptr()) != reinterpret_cast<PyTypeObject*>(kind.ptr())) {
-        return nb::none();
-      }
-      nb::object keys = cache.attr("keys"), values = cache.attr("values");
-      if (keys.is_none() || values.is_none()) {
-        return nb::none();
-      }
-      before.keys.push_back(nb::cast<mx::array>(keys));
-      before.values.push_back(nb::cast<mx::array>(values));
-      before.offsets.push_back(nb::cast<int>(cache.attr(place)));
-    }
-    std::optional<Padding> padding;
-    if (batched) {
-      padding = padding_of(each);
-      if (!padding) {
-        return nb::none();
-      }
-      before.starts = padding->left;
-      before.after.push_back(padding->offset);
-    }
+    auto& [each, before, padding, place] = *taken;
     auto done = stack_(x, before);
     if (!done) {
       return nb::none();
@@ -93,10 +66,58 @@ class WatchedStack {
     return nb::cast(done->out);
   }
 
+  // Whether a call would give a result, were there room in the caches.
+  bool applies(nb::handle model, const mx::array& x, nb::list layers, nb::sequence caches) const {
+    auto taken = take(model, x, layers, caches);
+    return taken && stack_.applies(x, taken->before);
+  }
+
  private:
   struct Padding {
     mx::array left, offset;
   };
+
+  struct Taken {
+    std::vector<nb::object> each;
+    StackCaches before;
+    std::optional<Padding> padding;  // of batched caches
+    const char* place;               // the attribute that says how much they hold
+  };
+
+  // What the caches hold, if they are of one known kind and neither layers nor weights have been exchanged.
+  std::optional<Taken> take(nb::handle model, const mx::array& x, nb::list layers, nb::sequence caches) const {
+    if (x.ndim() != 3 || !unchanged(model, layers) || nb::len(caches) != modules_.size()) {
+      return std::nullopt;
+    }
+    Taken taken;
+    for (nb::handle cache : caches) {
+      taken.each.push_back(nb::borrow(cache));
+    }
+    bool batched = Py_TYPE(taken.each[0].ptr()) == reinterpret_cast<PyTypeObject*>(batched_.ptr());
+    nb::handle kind = batched ? batched_ : plain_;
+    taken.place = batched ? "_idx" : "offset";
+    for (const auto& cache : taken.each) {
+      if (Py_TYPE(cache.ptr()) != reinterpret_cast<PyTypeObject*>(kind.ptr())) {
+        return std::nullopt;
+      }
+      nb::object keys = cache.attr("keys"), values = cache.attr("values");
+      if (keys.is_none() || values.is_none()) {
+        return std::nullopt;
+      }
+      taken.before.keys.push_back(nb::cast<mx::array>(keys));
+      taken.before.values.push_back(nb::cast<mx::array>(values));
+      taken.before.offsets.push_back(nb::cast<int>(cache.attr(taken.place)));
+    }
+    if (batched) {
+      taken.padding = padding_of(taken.each);
+      if (!taken.padding) {
+        return std::nullopt;
+      }
+      taken.before.starts = taken.padding->left;
+      taken.before.after.push_back(taken.padding->offset);
+    }
+    return taken;
+  }
 
   static std::vector<const DecoderLayer*> layers_of(const nb::list& calls) {
     std::vector<const DecoderLayer*> layers;
@@ -168,7 +189,9 @@ void bind_stack(nb::module_& m) {
       .def("watch", &WatchedStack::watch, "owner"_a.none(), "key"_a, "value"_a,
            "Apply only while owner[key] is value; without an owner, the called model's.")
       .def("__call__", &WatchedStack::call, "model"_a, "x"_a, "layers"_a, "caches"_a,
-           "The result, the caches having been given their new arrays; None where the operation does not apply.");
+           "The result, the caches having been given their new arrays; None where the operation does not apply.")
+      .def("applies", &WatchedStack::applies, "model"_a, "x"_a, "layers"_a, "caches"_a,
+           "Whether a call would give a result, were there room in the caches.");
 }
 
 } // namespace edger1

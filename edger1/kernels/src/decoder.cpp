@@ -22,10 +22,6 @@ template <class... Parts>
   throw std::invalid_argument(out.str());
 }
 
-ScaleType scale_type(mx::Dtype dtype) {
-  return dtype == mx::float32 ? ScaleType::f32 : dtype == mx::float16 ? ScaleType::f16 : ScaleType::bf16;
-}
-
 // An array whose buffer is the caller's alone: the input's own where nobody else holds it, else a copy. It is a primitive of
 // its own because an operation with several outputs cannot see who else holds its inputs.
 class Claim : public CpuPrimitive {
@@ -186,22 +182,8 @@ DecoderLayer::DecoderLayer(const DecoderSettings& settings) : held_(std::make_sh
   }
 }
 
-mx::array DecoderLayer::keep(const mx::array& a) {
-  mx::array kept = a;
-  kept.eval();
-  if (!kept.flags().row_contiguous) {
-    kept = mx::contiguous(kept, false, mx::Device::cpu);
-    kept.eval();
-  }
-  held_->arrays.push_back(kept);
-  return kept;
-}
-
 const float* DecoderLayer::keep_floats(const mx::array& a, int n, const std::string& what) {
-  if (!is_float(a.dtype()) || a.ndim() != 1 || (n != 0 && a.shape(0) != n)) {
-    refuse(what, " has ", a.ndim(), " axes, ", a.size(), " elements and dtype ", a.dtype(), "; expected ", n, " floats");
-  }
-  return keep(mx::astype(a, mx::float32, mx::Device::cpu)).data<float>();
+  return held_->arrays.keep_floats("decoder layer: " + what, a, {n});
 }
 
 Projection& DecoderLayer::projection(const std::string& name) {
@@ -216,57 +198,16 @@ Projection& DecoderLayer::projection(const std::string& name) {
   refuse("no projection is called \"", name, "\"");
 }
 
-void DecoderLayer::project(const std::string& name, const mx::array& w_in, const std::optional<mx::array>& scales_in,
-                           const std::optional<mx::array>& biases_in, const std::optional<mx::array>& bias, int group_size,
+void DecoderLayer::project(const std::string& name, const mx::array& w, const std::optional<mx::array>& scales,
+                           const std::optional<mx::array>& biases, const std::optional<mx::array>& bias, int group_size,
                            int bits, const std::string& mode) {
   Projection& p = projection(name);
-  if (w_in.ndim() != 2 || w_in.size() == 0) {
-    refuse(name, " has ", w_in.ndim(), " axes; expected a matrix");
+  if (w.ndim() != 2 || w.size() == 0) {
+    refuse(name, " has ", w.ndim(), " axes; expected a matrix");
   }
-  p.n = w_in.shape(0);
-  p.quantized = scales_in.has_value();
+  p = held_->arrays.keep_matrix("decoder layer: " + name, w.shape(0), w, scales, biases, {group_size, bits, mode});
   if (p.quantized) {
-    bool fp4 = mode == "mxfp4";
-    bool known = fp4 ? bits == 4 && group_size == 32
-                     : mode == "affine" && ((bits >= 2 && bits <= 6) || bits == 8) &&
-                           (group_size == 32 || group_size == 64 || group_size == 128);
-    int64_t code_bits = int64_t{w_in.shape(1)} * 32;
-    if (!known || w_in.dtype() != mx::uint32 || code_bits % (int64_t{bits} * group_size) != 0) {
-      refuse(name, ": quantization ", mode, ", ", bits, " bits in groups of ", group_size, ", is not one of the kernels'");
-    }
-    p.k = static_cast<int>(code_bits / bits);
-    mx::Shape expected{p.n, p.k / group_size};
-    bool scales_fit = scales_in->shape() == expected && (fp4 ? scales_in->dtype() == mx::uint8 : is_float(scales_in->dtype()));
-    bool biases_fit = fp4 ? !biases_in
-                          : biases_in && biases_in->shape() == expected && biases_in->dtype() == scales_in->dtype();
-    if (!scales_fit || !biases_fit) {
-      refuse(name, ": scales or biases do not fit codes for [", p.n, ", ", p.k, "] in groups of ", group_size);
-    }
-    mx::array w = keep(w_in), scales = keep(*scales_in);
-    p.w.codes = w.data<uint8_t>();
-    p.w.row_bytes = int64_t{w.shape(1)} * 4;
-    p.w.scales = scales.data<void>();
-    p.w.scale_stride = static_cast<int64_t>(scales.itemsize()) * expected[1];
-    p.w.type = fp4 ? ScaleType::e8m0 : scale_type(scales.dtype());
-    if (!fp4) {
-      p.w.biases = keep(*biases_in).data<void>();
-      p.w.bias_stride = p.w.scale_stride;
-    }
-    p.w.n = p.n;
-    p.w.k = p.k;
-    p.w.group = group_size;
-    p.w.bits = bits;
-    p.w.fp4 = fp4;
     find_bias_ratio(p.w);
-  } else {
-    if (!is_float(w_in.dtype())) {
-      refuse(name, " has dtype ", w_in.dtype(), "; expected float32, float16 or bfloat16");
-    }
-    mx::array w = keep(w_in);
-    p.k = w.shape(1);
-    p.plain = w.data<void>();
-    p.plain_type = float_of(w.dtype());
-    p.plain_stride = p.k;
   }
   if (bias) {
     p.bias = keep_floats(*bias, p.n, name + "'s bias");
@@ -281,7 +222,7 @@ void DecoderLayer::norm(const std::string& name, const mx::array& weight, float 
                                              {"mlp", &plan.mlp_norm},             {"mlp_post", &plan.mlp_post_norm}};
   for (auto& [known, found] : all) {
     if (name == known) {
-      const float* kept = keep_floats(weight, 0, name + "'s norm");
+      const float* kept = keep_floats(weight, static_cast<int>(weight.size()), name + "'s norm");
       int n = weight.shape(0);
       *found = {kept, eps, centered, bias ? keep_floats(*bias, n, name + "'s norm's bias") : nullptr};
       if (bias && !centered) {

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "decoder_plan.h"
+#include "describe_matrix.h"
 #include "primitive.h"
 
 namespace edger1 {
@@ -72,13 +73,12 @@ class DecoderLayer {
   }
 
  private:
-  mx::array keep(const mx::array& a);
   const float* keep_floats(const mx::array& a, int n, const std::string& what);
   Projection& projection(const std::string& name);
 
   struct Held {
     DecoderPlan plan;
-    std::vector<mx::array> arrays;
+    KeptArrays arrays;
 
     bool gives_normed() const {
       return !plan.has_mlp && plan.residual;

@@ -465,6 +465,17 @@ class Run : public Course {
     }
   }
 
+  // A head's key or value into the cache. Numbers beyond 16 bits become the largest: an infinity would make no number of
+  // every later result.
+  void store(void* to, float* from) const {
+    if (call().cache_type == Float::f16) {
+      for (int i = 0; i < plan().head_dim; i++) {
+        from[i] = std::clamp(from[i], -65504.0f, 65504.0f);
+      }
+    }
+    ops().from_f32(to, call().cache_type, from, plan().head_dim);
+  }
+
   // Queries go, scaled, to where attention reads them; keys and values into the cache.
   void rotate(int i) const {
     int dim = plan().head_dim;
@@ -484,8 +495,8 @@ class Run : public Course {
     for (int h = 0; h < plan().kv_heads; h++) {
       // Where the row's queries were, which are no longer needed.
       rotate_head(q, k + h * dim, plan().k_norm, angles_[b].get(), l);
-      ops().from_f32(cached(call().keys, b, h, slot), call().cache_type, q, dim);
-      ops().from_f32(cached(call().values, b, h, slot), call().cache_type, v + h * dim, dim);
+      store(cached(call().keys, b, h, slot), q);
+      store(cached(call().values, b, h, slot), v + h * dim);
     }
   }
 

@@ -6,42 +6,10 @@
 #include <utility>
 
 #include "append.h"
+#include "hand_on.h"
 #include "ops_common.h"
 
 namespace edger1 {
-namespace {
-
-// Where the operation leaves the caches for those that hand them on.
-struct Written {
-  std::vector<mx::array> caches; // keys, then values, of each layer
-};
-
-mx::array no_array() {
-  return mx::array({}, mx::float32, nullptr, {});
-}
-
-// Input: the result of the stack, so that it has run. Output: one cache. (One operation a cache, since MLX would hold the
-// second output of two for a while, and what is held by others is not written in place.)
-class HandOn : public CpuPrimitive {
- public:
-  HandOn(mx::Stream stream, std::shared_ptr<Written> written, size_t index)
-      : CpuPrimitive(stream), written_(std::move(written)), index_(index) {}
-
-  const char* name() const override {
-    return "EdgeR1HandOn";
-  }
-
-  void eval_cpu(const std::vector<mx::array>&, std::vector<mx::array>& outputs) override {
-    // The output must be its buffer's only holder when it is written next.
-    outputs[0].copy_shared_buffer(std::exchange(written_->caches[index_], no_array()));
-  }
-
- private:
-  std::shared_ptr<Written> written_;
-  size_t index_;
-};
-
-} // namespace
 
 // Inputs: x, each layer's keys and values, starts where there are any, and what is to be evaluated before.
 class DecoderStackOp : public CpuPrimitive {
@@ -174,35 +142,47 @@ DecoderStack::DecoderStack(const std::vector<const DecoderLayer*>& layers, const
   }
 }
 
-std::optional<DecoderStack::Result> DecoderStack::operator()(const mx::array& x, const StackCaches& caches) const {
+bool DecoderStack::applies(const mx::array& x, const StackCaches& caches) const {
   mx::Stream stream = mx::default_stream(mx::default_device());
   size_t layers = held_->layers.size();
   int hidden = held_->layers[0]->plan.hidden;
   if (x.ndim() != 3 || x.dtype() != mx::float32 || x.size() == 0 || x.shape(2) != hidden ||
       int64_t{x.shape(0)} * x.shape(1) > kMaxRows || stream.device != mx::Device(mx::Device::cpu) || x.is_tracer() ||
       caches.keys.size() != layers || caches.values.size() != layers || caches.offsets.size() != layers) {
-    return std::nullopt;
+    return false;
   }
-  std::vector<mx::array> inputs{x};
-  inputs.reserve(2 * layers + 2 + caches.after.size());
   for (size_t i = 0; i < layers; i++) {
     const auto& plan = held_->layers[i]->plan;
     for (const auto* cache : {&caches.keys[i], &caches.values[i]}) {
       bool typed = cache->dtype() == mx::float32 || cache->dtype() == mx::float16;
       if (cache->ndim() != 4 || !typed || cache->dtype() != caches.keys[i].dtype() || cache->is_tracer() ||
           cache->shape() != mx::Shape{x.shape(0), plan.kv_heads, caches.keys[i].shape(2), plan.head_dim}) {
-        return std::nullopt;
+        return false;
       }
-      inputs.push_back(*cache);
     }
-    if (caches.offsets[i] < 0 || int64_t{caches.offsets[i]} + x.shape(1) > caches.keys[i].shape(2)) {
-      return std::nullopt;
+    if (caches.offsets[i] < 0) {
+      return false;
     }
   }
-  if (caches.starts) {
-    if (caches.starts->shape() != mx::Shape{x.shape(0)} || caches.starts->dtype() != mx::int32) {
+  return !caches.starts || (caches.starts->shape() == mx::Shape{x.shape(0)} && caches.starts->dtype() == mx::int32);
+}
+
+std::optional<DecoderStack::Result> DecoderStack::operator()(const mx::array& x, const StackCaches& caches) const {
+  if (!applies(x, caches)) {
+    return std::nullopt;
+  }
+  mx::Stream stream = mx::default_stream(mx::default_device());
+  size_t layers = held_->layers.size();
+  std::vector<mx::array> inputs{x};
+  inputs.reserve(2 * layers + 2 + caches.after.size());
+  for (size_t i = 0; i < layers; i++) {
+    if (int64_t{caches.offsets[i]} + x.shape(1) > caches.keys[i].shape(2)) {
       return std::nullopt;
     }
+    inputs.push_back(caches.keys[i]);
+    inputs.push_back(caches.values[i]);
+  }
+  if (caches.starts) {
     inputs.push_back(*caches.starts);
   }
   inputs.insert(inputs.end(), caches.after.begin(), caches.after.end());
@@ -210,12 +190,9 @@ std::optional<DecoderStack::Result> DecoderStack::operator()(const mx::array& x,
   auto written = std::make_shared<Written>();
   auto op = std::make_shared<DecoderStackOp>(stream, held_, written, caches.offsets, caches.starts.has_value());
   Result result{mx::array(x.shape(), mx::float32, std::move(op), std::move(inputs)), {}, {}};
-  auto hand_on = [&](const mx::array& cache, size_t index) {
-    return mx::array(cache.shape(), cache.dtype(), std::make_shared<HandOn>(stream, written, index), {result.out});
-  };
   for (size_t i = 0; i < layers; i++) {
-    result.keys.push_back(hand_on(caches.keys[i], 2 * i));
-    result.values.push_back(hand_on(caches.values[i], 2 * i + 1));
+    result.keys.push_back(handed_on(result.out, caches.keys[i], written, 2 * i));
+    result.values.push_back(handed_on(result.out, caches.values[i], written, 2 * i + 1));
   }
   return result;
 }

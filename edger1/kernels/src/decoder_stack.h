@@ -37,6 +37,9 @@ class DecoderStack {
   // caches may be float16 too.
   std::optional<Result> operator()(const mx::array& x, const StackCaches& caches) const;
 
+  // Whether it applies, given caches with room for what is to come.
+  bool applies(const mx::array& x, const StackCaches& caches) const;
+
  private:
   struct Held {
     std::vector<std::shared_ptr<const DecoderLayer::Held>> layers;

@@ -110,17 +110,23 @@ float uniform(uint64_t key) {
   return std::min(static_cast<float>(threefry(key, 0, 0).first) * 0x1p-32f, 0x1.fffffep-1f);
 }
 
-struct Job {
-  const float* scores;
-  int64_t n;
-  DrawSettings settings;
-  uint64_t key;
-};
+// Divides what is positive by the penalty and multiplies what is not, once for each of `tokens`, and for `last` where it is
+// a token and not among them. Tokens are in ascending order.
+void penalize(float* scores, int64_t n, const std::vector<int>& tokens, int64_t last, float penalty) {
+  auto discourage = [&](int64_t token) {
+    scores[token] = scores[token] < 0 ? scores[token] * penalty : scores[token] / penalty;
+  };
+  for (int token : tokens) {
+    discourage(token);
+  }
+  if (last >= 0 && last < n && !std::binary_search(tokens.begin(), tokens.end(), static_cast<int>(last))) {
+    discourage(last);
+  }
+}
 
-uint32_t draw_from(const Job& job) {
-  const auto& [x, n, settings, key] = job;
+uint32_t draw_from(const float* x, int64_t n, const DrawSettings& settings, uint64_t key) {
   const ChooseOps& choose = choose_ops();
-  auto* logs = static_cast<float*>(thread_scratch(1, static_cast<size_t>(n) * 3 * sizeof(float)));
+  auto* logs = static_cast<float*>(thread_scratch(0, static_cast<size_t>(n) * 3 * sizeof(float)));
   float* e = logs + n;
   auto* where = reinterpret_cast<uint32_t*>(e + n);
   choose.subtract(logs, x, ops().log_sum_exp(x, static_cast<int>(n)), n);
@@ -171,37 +177,53 @@ uint32_t draw_from(const Job& job) {
   return limit == kAll ? static_cast<uint32_t>(found) : where[found];
 }
 
-class DrawToken : public DensePrimitive {
+// Inputs: scores, and the tokens before where some are penalized.
+class DrawTokens : public DensePrimitive {
  public:
-  DrawToken(mx::Stream s, uint64_t key, DrawSettings settings) : DensePrimitive(s), key_(key), settings_(settings) {}
+  DrawTokens(mx::Stream s, std::vector<Draw> draws) : DensePrimitive(s), draws_(std::move(draws)) {}
 
   const char* name() const override {
-    return "EdgeR1DrawToken";
+    return "EdgeR1DrawTokens";
   }
   bool is_equivalent(const mx::Primitive& other) const override {
-    const auto& that = static_cast<const DrawToken&>(other);
-    return key_ == that.key_ && settings_ == that.settings_;
+    return draws_ == static_cast<const DrawTokens&>(other).draws_;
   }
   std::vector<mx::Shape> output_shapes(const std::vector<mx::array>&) override {
-    return {{1}};
+    return {{static_cast<int>(draws_.size())}};
   }
   std::vector<mx::array> fallback(const std::vector<mx::array>&) override {
-    throw std::invalid_argument("drawing a token has no derivative and takes one row at a time");
+    throw std::invalid_argument("drawing tokens has no derivative and takes rows of one axis");
   }
 
   void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
     allocate(outputs[0]);
     Rows scores(inputs[0]);
+    const uint32_t* last = inputs.size() > 1 ? inputs[1].data<uint32_t>() : nullptr;
+    int64_t last_stride = last ? inputs[1].strides(0) : 0;
     auto* out = outputs[0].data<uint32_t>();
-    launch(stream(), [=, key = key_, settings = settings_] {
-      std::vector<float> plain(scores.step == 1 ? 0 : static_cast<size_t>(scores.n));
-      *out = draw_from({scores.fetch(0, plain.data()), scores.n, settings, key});
+    launch(stream(), [=, draws = draws_] {
+      parallel_for(static_cast<int64_t>(draws.size()), [&](int64_t row) {
+        const Draw& draw = draws[static_cast<size_t>(row)];
+        std::vector<float> own;
+        if (scores.step != 1 || draw.penalty != 1) {
+          own.resize(static_cast<size_t>(scores.n));
+        }
+        const float* x = scores.fetch(row, own.data());
+        if (draw.penalty != 1) {
+          if (x != own.data()) {
+            std::copy_n(x, scores.n, own.data());
+            x = own.data();
+          }
+          penalize(own.data(), scores.n, draw.tokens, last ? int64_t{last[row * last_stride]} : -1, draw.penalty);
+        }
+        out[row] = draw.settings.inverse_temperature == 0 ? static_cast<uint32_t>(ops().argmax(x, scores.n))
+                                                          : draw_from(x, scores.n, draw.settings, draw.key);
+      });
     });
   }
 
  private:
-  uint64_t key_;
-  DrawSettings settings_;
+  std::vector<Draw> draws_;
 };
 
 class Penalized : public DensePrimitive {
@@ -232,9 +254,7 @@ class Penalized : public DensePrimitive {
       if (from != out) {
         std::copy_n(from, scores.n, out);
       }
-      for (int token : tokens) {
-        out[token] = out[token] < 0 ? out[token] * penalty : out[token] / penalty;
-      }
+      penalize(out, scores.n, tokens, -1, penalty);
     });
   }
 
@@ -243,26 +263,30 @@ class Penalized : public DensePrimitive {
   float penalty_;
 };
 
-void check_row(const char* what, const mx::array& scores) {
-  if (scores.ndim() != 2 || scores.shape(0) != 1 || scores.shape(1) < 1 || scores.dtype() != mx::float32) {
-    throw std::invalid_argument(std::string(what) + " takes one row of float32 scores, [1, vocabulary]");
+void check_rows(const char* what, const mx::array& scores, int rows) {
+  if (scores.ndim() != 2 || scores.shape(0) != rows || scores.shape(1) < 1 || scores.dtype() != mx::float32) {
+    throw std::invalid_argument(std::string(what) + " takes float32 scores, [" + std::to_string(rows) + ", vocabulary]");
   }
+}
+
+// Each token once, however often it was said, in ascending order.
+std::vector<int> each_once(const char* what, std::vector<int> tokens, int vocabulary) {
+  std::sort(tokens.begin(), tokens.end());
+  tokens.erase(std::unique(tokens.begin(), tokens.end()), tokens.end());
+  if (!tokens.empty() && (tokens.front() < 0 || tokens.back() >= vocabulary)) {
+    throw std::invalid_argument(std::string(what) + " takes tokens of the vocabulary, got " +
+                                std::to_string(tokens.front() < 0 ? tokens.front() : tokens.back()) + " of " +
+                                std::to_string(vocabulary));
+  }
+  return tokens;
 }
 
 } // namespace
 
 mx::array penalized(const mx::array& scores, const std::vector<int>& tokens, float penalty, mx::StreamOrDevice s) {
   mx::Stream stream = cpu_stream(s, "penalized");
-  check_row("penalized", scores);
-  // Each token once, however often it was said.
-  std::vector<int> once = tokens;
-  std::sort(once.begin(), once.end());
-  once.erase(std::unique(once.begin(), once.end()), once.end());
-  if (!once.empty() && (once.front() < 0 || once.back() >= scores.shape(1))) {
-    throw std::invalid_argument("penalized takes tokens of the vocabulary, got " +
-                                std::to_string(once.front() < 0 ? once.front() : once.back()) + " of " +
-                                std::to_string(scores.shape(1)));
-  }
+  check_rows("penalized", scores, 1);
+  auto once = each_once("penalized", tokens, scores.shape(1));
   return mx::array(scores.shape(), mx::float32, std::make_shared<Penalized>(stream, std::move(once), penalty), {scores});
 }
 
@@ -273,13 +297,35 @@ std::pair<uint64_t, uint64_t> split_key(uint64_t key) {
 }
 
 mx::array draw_token(const mx::array& scores, uint64_t key, const DrawSettings& settings, mx::StreamOrDevice s) {
-  mx::Stream stream = cpu_stream(s, "draw_token");
-  check_row("draw_token", scores);
-  if (!(settings.inverse_temperature > 0) || !(settings.top_p >= 0 && settings.top_p <= 1) ||
-      !(settings.min_p >= 0 && settings.min_p <= 1) || settings.top_k < 0) {
-    throw std::invalid_argument("draw_token takes a positive temperature, top_p and min_p from 0 to 1, and top_k from 0");
+  if (!(settings.inverse_temperature > 0)) {
+    throw std::invalid_argument("draw_token takes a positive temperature");
   }
-  return mx::array({1}, mx::uint32, std::make_shared<DrawToken>(stream, key, settings), {scores});
+  check_rows("draw_token", scores, 1);
+  return draw_tokens(scores, {{key, settings, 1.0f, {}}}, std::nullopt, s);
+}
+
+mx::array draw_tokens(const mx::array& scores, std::vector<Draw> draws, const std::optional<mx::array>& last,
+                      mx::StreamOrDevice s) {
+  mx::Stream stream = cpu_stream(s, "draw_tokens");
+  int rows = static_cast<int>(draws.size());
+  check_rows("draw_tokens", scores, rows);
+  for (Draw& draw : draws) {
+    const DrawSettings& kept = draw.settings;
+    if (!(kept.inverse_temperature >= 0) || !(kept.top_p >= 0 && kept.top_p <= 1) ||
+        !(kept.min_p >= 0 && kept.min_p <= 1) || kept.top_k < 0 || !(draw.penalty > 0)) {
+      throw std::invalid_argument(
+          "draw_tokens takes temperatures and penalties that are positive, top_p and min_p from 0 to 1, and top_k from 0");
+    }
+    draw.tokens = each_once("draw_tokens", std::move(draw.tokens), scores.shape(1));
+  }
+  std::vector<mx::array> inputs{scores};
+  if (last) {
+    if (last->shape() != mx::Shape{rows} || last->dtype() != mx::uint32) {
+      throw std::invalid_argument("draw_tokens takes a token before, uint32, for each row");
+    }
+    inputs.push_back(*last);
+  }
+  return mx::array({rows}, mx::uint32, std::make_shared<DrawTokens>(stream, std::move(draws)), std::move(inputs));
 }
 
 } // namespace edger1

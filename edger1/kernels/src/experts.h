@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "describe_matrix.h"
 #include "experts_plan.h"
 #include "primitive.h"
 
@@ -19,12 +20,6 @@ struct ExpertsSettings {
   std::string precision = "exact";   // or "fast"
 };
 
-struct Quantization {
-  int group_size = 64;
-  int bits = 4;
-  std::string mode = "affine";
-};
-
 struct RouterSettings {
   int ranks = 0;
   std::string score = "softmax";     // or "sigmoid", "logits"
@@ -34,7 +29,7 @@ struct RouterSettings {
   float epsilon = 0, scale = 1;
 };
 
-// Bytes that somebody else owns and keeps where they are for as long as the Experts live.
+// Bytes that somebody else owns.
 struct Bytes {
   const void* data = nullptr;
   int64_t size = 0;
@@ -53,10 +48,12 @@ class Experts {
                const std::optional<mx::array>& biases, const std::optional<mx::array>& bias, const Quantization& q);
   // The same where every expert lies elsewhere: codes (or floats), scales, biases of expert e in `codes[e]` and so on, row
   // after row without gaps. `type` is the dtype of scales and biases, or of plain weights; mxfp4 has no biases, and its
-  // scales are uint8 whatever `type` is. Addresses are multiples of the size of what lies there.
+  // scales are uint8 whatever `type` is. Addresses are multiples of the size of what lies there. All of it stays where it
+  // is as long as `owner` lives, which queued operations hold too.
   void project_mapped(const std::string& name, int n, int k, mx::Dtype type, const std::vector<Bytes>& codes,
                       const std::vector<Bytes>& scales, const std::vector<Bytes>& biases,
-                      const std::optional<mx::array>& bias, const std::optional<Quantization>& q);
+                      const std::optional<mx::array>& bias, const std::optional<Quantization>& q,
+                      std::shared_ptr<const void> owner);
   // `name` is router (w [E, hidden]), shared_gate, shared_up, shared_down or shared_weight (w [1, hidden]).
   void project_dense(const std::string& name, const mx::array& w, const std::optional<mx::array>& scales,
                      const std::optional<mx::array>& biases, const std::optional<mx::array>& bias,
@@ -83,16 +80,13 @@ class Experts {
 
   struct Held {
     ExpertsPlan plan;
-    std::vector<mx::array> arrays;
+    KeptArrays arrays;
+    std::vector<std::shared_ptr<const void>> owners;
   };
 
  private:
-  mx::array keep(const mx::array& a);
   const float* keep_floats(const mx::array& a, const mx::Shape& shape, const std::string& what);
   ExpertProjection& projection(const std::string& name);
-  // Shape and quantization of matrices that are [n, k] in their last two axes.
-  Projection form_of(const std::string& name, const mx::array& w, const std::optional<mx::array>& scales,
-                     const std::optional<mx::array>& biases, const Quantization& q) const;
   bool applies(const mx::array& x) const;
 
   std::shared_ptr<Held> held_;

@@ -58,49 +58,6 @@ constexpr std::array<std::pair<const char*, RouterPlan::GroupScore>, 3> kGroupSc
      {"best", RouterPlan::GroupScore::best},
      {"best_two", RouterPlan::GroupScore::best_two}}};
 
-ScaleType scale_type(mx::Dtype dtype) {
-  return dtype == mx::float32 ? ScaleType::f32 : dtype == mx::float16 ? ScaleType::f16 : ScaleType::bf16;
-}
-
-int64_t size_of(ScaleType type) {
-  return type == ScaleType::f32 ? 4 : type == ScaleType::e8m0 ? 1 : 2;
-}
-
-// A quantized matrix [n, k] whose rows follow each other without gaps.
-Projection quantized_form(const std::string& name, int64_t n, int64_t k, ScaleType type, const Quantization& q) {
-  bool fp4 = q.mode == "mxfp4";
-  bool known = fp4 ? q.bits == 4 && q.group_size == 32
-                   : q.mode == "affine" && ((q.bits >= 2 && q.bits <= 6) || q.bits == 8) &&
-                         (q.group_size == 32 || q.group_size == 64 || q.group_size == 128);
-  if (!known) {
-    refuse(name, ": quantization ", q.mode, ", ", q.bits, " bits in groups of ", q.group_size, ", is not one of the kernels'");
-  }
-  if (n < 1 || k < 1 || k > (1 << 24) || k % q.group_size != 0) {
-    refuse(name, " is [", n, ", ", k, "]; expected whole groups of ", q.group_size, " columns");
-  }
-  Projection p;
-  p.quantized = true;
-  p.n = p.w.n = static_cast<int>(n);
-  p.k = p.w.k = static_cast<int>(k);
-  p.w.group = q.group_size;
-  p.w.bits = q.bits;
-  p.w.fp4 = fp4;
-  p.w.type = fp4 ? ScaleType::e8m0 : type;
-  p.w.row_bytes = k * q.bits / 8;
-  p.w.scale_stride = k / q.group_size * size_of(p.w.type);
-  p.w.bias_stride = fp4 ? 0 : p.w.scale_stride;
-  return p;
-}
-
-Projection plain_form(int64_t n, int64_t k, mx::Dtype type) {
-  Projection p;
-  p.n = static_cast<int>(n);
-  p.k = static_cast<int>(k);
-  p.plain_type = float_of(type);
-  p.plain_stride = k;
-  return p;
-}
-
 void check_bytes(const std::string& what, const std::vector<Bytes>& all, size_t experts, int64_t size, int64_t alignment) {
   if (all.size() != experts) {
     refuse(what, " were given for ", all.size(), " experts; expected ", experts);
@@ -126,22 +83,8 @@ Experts::Experts(const ExpertsSettings& settings) : held_(std::make_shared<Held>
   plan.fast = settings.precision == "fast";
 }
 
-mx::array Experts::keep(const mx::array& a) {
-  mx::array kept = a;
-  kept.eval();
-  if (!kept.flags().row_contiguous) {
-    kept = mx::contiguous(kept, false, mx::Device::cpu);
-    kept.eval();
-  }
-  held_->arrays.push_back(kept);
-  return kept;
-}
-
 const float* Experts::keep_floats(const mx::array& a, const mx::Shape& shape, const std::string& what) {
-  if (!is_float(a.dtype()) || a.shape() != shape) {
-    refuse(what, " has shape ", text(a.shape()), " and dtype ", a.dtype(), "; expected floats of shape ", text(shape));
-  }
-  return keep(mx::astype(a, mx::float32, mx::Device::cpu)).data<float>();
+  return held_->arrays.keep_floats("experts: " + what, a, shape);
 }
 
 ExpertProjection& Experts::projection(const std::string& name) {
@@ -151,74 +94,44 @@ ExpertProjection& Experts::projection(const std::string& name) {
                     {{"gate", &plan.gate}, {"up", &plan.up}, {"down", &plan.down}}});
 }
 
-Projection Experts::form_of(const std::string& name, const mx::array& w, const std::optional<mx::array>& scales,
-                            const std::optional<mx::array>& biases, const Quantization& q) const {
-  int64_t n = w.shape(-2);
-  if (!scales) {
-    if (!is_float(w.dtype())) {
-      refuse(name, " has dtype ", w.dtype(), "; expected float32, float16 or bfloat16, or codes with scales");
-    }
-    return plain_form(n, w.shape(-1), w.dtype());
-  }
-  int64_t code_bits = int64_t{w.shape(-1)} * 32;
-  if (w.dtype() != mx::uint32 || q.bits < 1 || code_bits % q.bits != 0) {
-    refuse(name, ": codes have dtype ", w.dtype(), " and shape ", text(w.shape()), "; expected packed uint32 of ", q.bits,
-           " bits");
-  }
-  Projection p = quantized_form(name, n, code_bits / q.bits, scale_type(scales->dtype()), q);
-  mx::Shape expected = w.shape();
-  expected[expected.size() - 1] = p.k / q.group_size;
-  bool scales_fit =
-      scales->shape() == expected && (p.w.fp4 ? scales->dtype() == mx::uint8 : is_float(scales->dtype()));
-  bool biases_fit = p.w.fp4 ? !biases : biases && biases->shape() == expected && biases->dtype() == scales->dtype();
-  if (!scales_fit || !biases_fit) {
-    refuse(name, ": scales or biases do not fit codes of shape ", text(w.shape()), ", ", q.mode, " ", q.bits,
-           " bits in groups of ", q.group_size, "; expected shape ", text(expected));
-  }
-  return p;
-}
-
-void Experts::project(const std::string& name, const mx::array& w_in, const std::optional<mx::array>& scales_in,
-                      const std::optional<mx::array>& biases_in, const std::optional<mx::array>& bias,
+void Experts::project(const std::string& name, const mx::array& w, const std::optional<mx::array>& scales,
+                      const std::optional<mx::array>& biases, const std::optional<mx::array>& bias,
                       const Quantization& q) {
   ExpertProjection& p = projection(name);
-  if (w_in.ndim() != 3 || w_in.size() == 0) {
-    refuse(name, " has shape ", text(w_in.shape()), "; expected experts, rows and columns");
+  if (w.ndim() != 3 || w.size() == 0) {
+    refuse(name, " has shape ", text(w.shape()), "; expected experts, rows and columns");
   }
-  p.form = form_of(name, w_in, scales_in, biases_in, q);
-  mx::array w = keep(w_in);
-  const char *scales = nullptr, *biases = nullptr;
-  if (scales_in) {
-    scales = keep(*scales_in).data<char>();
-  }
-  if (biases_in) {
-    biases = keep(*biases_in).data<char>();
-  }
+  p.form = held_->arrays.keep_matrix("experts: " + name, w.shape(1), w, scales, biases, q);
+  const auto* codes = static_cast<const char*>(p.form.quantized ? p.form.w.codes : p.form.plain);
+  const auto* first_scales = static_cast<const char*>(p.form.w.scales);
+  const auto* first_biases = static_cast<const char*>(p.form.w.biases);
   const float* bias_rows = bias ? keep_floats(*bias, {w.shape(0), p.form.n}, name + "'s bias") : nullptr;
   int64_t w_bytes = static_cast<int64_t>(w.nbytes()) / w.shape(0), scale_bytes = p.form.w.scale_stride * p.form.n;
   p.at.clear();
   for (int64_t e = 0; e < w.shape(0); e++) {
-    p.at.push_back({w.data<char>() + e * w_bytes, scales ? scales + e * scale_bytes : nullptr,
-                    biases ? biases + e * scale_bytes : nullptr, bias_rows ? bias_rows + e * p.form.n : nullptr});
+    p.at.push_back({codes + e * w_bytes, first_scales ? first_scales + e * scale_bytes : nullptr,
+                    first_biases ? first_biases + e * scale_bytes : nullptr, bias_rows ? bias_rows + e * p.form.n : nullptr});
   }
 }
 
 void Experts::project_mapped(const std::string& name, int n, int k, mx::Dtype type, const std::vector<Bytes>& codes,
                              const std::vector<Bytes>& scales, const std::vector<Bytes>& biases,
-                             const std::optional<mx::array>& bias, const std::optional<Quantization>& q) {
+                             const std::optional<mx::array>& bias, const std::optional<Quantization>& q,
+                             std::shared_ptr<const void> owner) {
   ExpertProjection& p = projection(name);
   if (codes.empty() || n < 1 || k < 1 || !is_float(type)) {
     refuse(name, " is [", n, ", ", k, "] of dtype ", type, " for ", codes.size(),
            " experts; expected at least one of each, and floats");
   }
-  p.form = q ? quantized_form(name, n, k, scale_type(type), *q) : plain_form(n, k, type);
+  p.form = q ? quantized_form("experts: " + name, n, k, scale_type(type), *q) : plain_form(n, k, type);
   size_t experts = codes.size();
   int64_t float_size = bytes_of(float_of(type)), scale_bytes = p.form.w.scale_stride * n;
   bool with_biases = q && !p.form.w.fp4;
   check_bytes(name + "'s codes", codes, experts, q ? p.form.w.row_bytes * n : int64_t{n} * k * float_size, q ? 4 : float_size);
-  check_bytes(name + "'s scales", scales, q ? experts : 0, scale_bytes, size_of(p.form.w.type));
-  check_bytes(name + "'s biases", biases, with_biases ? experts : 0, scale_bytes, size_of(p.form.w.type));
+  check_bytes(name + "'s scales", scales, q ? experts : 0, scale_bytes, bytes_of(p.form.w.type));
+  check_bytes(name + "'s biases", biases, with_biases ? experts : 0, scale_bytes, bytes_of(p.form.w.type));
   const float* bias_rows = bias ? keep_floats(*bias, {static_cast<int>(experts), n}, name + "'s bias") : nullptr;
+  held_->owners.push_back(std::move(owner));
   p.at.clear();
   for (size_t e = 0; e < experts; e++) {
     p.at.push_back({codes[e].data, q ? scales[e].data : nullptr, with_biases ? biases[e].data : nullptr,
@@ -226,8 +139,8 @@ void Experts::project_mapped(const std::string& name, int n, int k, mx::Dtype ty
   }
 }
 
-void Experts::project_dense(const std::string& name, const mx::array& w_in, const std::optional<mx::array>& scales_in,
-                            const std::optional<mx::array>& biases_in, const std::optional<mx::array>& bias,
+void Experts::project_dense(const std::string& name, const mx::array& w, const std::optional<mx::array>& scales,
+                            const std::optional<mx::array>& biases, const std::optional<mx::array>& bias,
                             const Quantization& q) {
   auto& plan = held_->plan;
   Projection& p = *named("projection", name,
@@ -236,18 +149,10 @@ void Experts::project_dense(const std::string& name, const mx::array& w_in, cons
                                                                             {"shared_up", &plan.shared.up},
                                                                             {"shared_down", &plan.shared.down},
                                                                             {"shared_weight", &plan.shared.weight}}});
-  if (w_in.ndim() != 2 || w_in.size() == 0) {
-    refuse(name, " has shape ", text(w_in.shape()), "; expected a matrix");
+  if (w.ndim() != 2 || w.size() == 0) {
+    refuse(name, " has shape ", text(w.shape()), "; expected a matrix");
   }
-  p = form_of(name, w_in, scales_in, biases_in, q);
-  mx::array w = keep(w_in);
-  if (p.quantized) {
-    p.w.codes = w.data<uint8_t>();
-    p.w.scales = keep(*scales_in).data<void>();
-    p.w.biases = biases_in ? keep(*biases_in).data<void>() : nullptr;
-  } else {
-    p.plain = w.data<void>();
-  }
+  p = held_->arrays.keep_matrix("experts: " + name, w.shape(0), w, scales, biases, q);
   if (bias) {
     p.bias = keep_floats(*bias, {p.n}, name + "'s bias");
   }

@@ -3,7 +3,7 @@
 
 #include "dense_driver.h"
 #include "experts_plan.h"
-#include "experts_rows.h"
+#include "few_rows.h"
 
 namespace edger1 {
 namespace {

@@ -3,7 +3,7 @@
 #include <stdexcept>
 
 #include "experts_plan.h"
-#include "experts_rows.h"
+#include "few_rows.h"
 
 namespace edger1 {
 

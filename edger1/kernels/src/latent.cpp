@@ -4,6 +4,7 @@
 #include <sstream>
 
 #include "append.h"
+#include "hand_on.h"
 #include "ops_common.h"
 
 namespace edger1 {
@@ -112,35 +113,39 @@ class LatentAttendOp : public CpuPrimitive {
   bool causal_;
 };
 
-// Inputs x, latent, k_pe (claimed) and, if masked, a mask [B, L, S]; outputs the result and the caches.
+// Inputs x, latent, k_pe (claimed) and, if masked, a mask [B, L, S]; the result, and latent and k_pe for others to hand on.
 class LatentLayerOp : public CpuPrimitive {
  public:
-  LatentLayerOp(mx::Stream stream, std::shared_ptr<const LatentAttention::Held> held, int offset)
-      : CpuPrimitive(stream), held_(std::move(held)), offset_(offset) {}
+  LatentLayerOp(mx::Stream stream, std::shared_ptr<const LatentAttention::Held> held, std::shared_ptr<Written> written,
+                int offset)
+      : CpuPrimitive(stream), held_(std::move(held)), written_(std::move(written)), offset_(offset) {}
 
   const char* name() const override {
     return "EdgeR1LatentLayer";
   }
   std::vector<mx::Shape> output_shapes(const std::vector<mx::array>& inputs) override {
-    return {inputs[0].shape(), inputs[1].shape(), inputs[2].shape()};
+    return {inputs[0].shape()};
   }
   void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
     const auto& x = inputs[0];
     allocate(outputs[0]);
-    outputs[1].copy_shared_buffer(inputs[1]);
-    outputs[2].copy_shared_buffer(inputs[2]);
+    for (int i = 1; i < 3; i++) {
+      mx::array cache(inputs[i].shape(), inputs[i].dtype(), nullptr, {});
+      cache.copy_shared_buffer(inputs[i]);
+      written_->caches.push_back(std::move(cache));
+    }
     LatentLayerCall call;
     call.batch = x.shape(0);
     call.length = x.shape(1);
     call.out = outputs[0].data<float>();
-    call.latent = outputs[1].data<float>();
-    call.k_pe = outputs[2].data<float>();
+    call.latent = written_->caches[0].data<float>();
+    call.k_pe = written_->caches[1].data<float>();
     call.capacity = inputs[1].shape(2);
     call.offset = offset_;
     if (inputs.size() > 3) {
       use_mask(inputs[3], call.keep, call.mask_strides);
     }
-    auto caches = reading({outputs[1], outputs[2]}, stream());
+    auto caches = reading(written_->caches, stream());
     launch(stream(), [held = held_, call, rows = Rows(x), caches, index = stream().index]() mutable {
       ReadingDone done{caches, index};
       // The result's place holds x as contiguous rows until it is overwritten at the very end.
@@ -159,6 +164,7 @@ class LatentLayerOp : public CpuPrimitive {
 
  private:
   std::shared_ptr<const LatentAttention::Held> held_;
+  std::shared_ptr<Written> written_;
   int offset_;
 };
 
@@ -227,9 +233,9 @@ std::optional<std::tuple<mx::array, mx::array, mx::array>> LatentAttention::laye
     }
     inputs.push_back(*rows);
   }
-  auto outputs = mx::array::make_arrays({x.shape(), latent.shape(), k_pe.shape()}, {mx::float32, mx::float32, mx::float32},
-                                        std::make_shared<LatentLayerOp>(stream, held_, offset), inputs);
-  return std::tuple(outputs[0], outputs[1], outputs[2]);
+  auto written = std::make_shared<Written>();
+  mx::array out(x.shape(), mx::float32, std::make_shared<LatentLayerOp>(stream, held_, written, offset), std::move(inputs));
+  return std::tuple(out, handed_on(out, latent, written, 0), handed_on(out, k_pe, written, 1));
 }
 
 } // namespace edger1

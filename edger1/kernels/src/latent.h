@@ -7,6 +7,7 @@
 #include <tuple>
 #include <vector>
 
+#include "describe_matrix.h"
 #include "latent_plan.h"
 #include "primitive.h"
 
@@ -58,14 +59,11 @@ class LatentAttention {
 
   struct Held {
     LatentPlan plan;
-    std::vector<mx::array> arrays;
+    KeptArrays arrays;
   };
 
  private:
-  mx::array keep(const mx::array& a);
   const float* keep_floats(const mx::array& a, int n, const std::string& what);
-  Projection whole_matrix(const std::string& name, const mx::array& w, const std::optional<mx::array>& scales,
-                          const std::optional<mx::array>& biases, int group_size, int bits, const std::string& mode);
 
   std::shared_ptr<Held> held_;
   bool finished_ = false;

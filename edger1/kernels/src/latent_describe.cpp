@@ -15,10 +15,6 @@ template <class... Parts>
   throw std::invalid_argument(out.str());
 }
 
-ScaleType scale_type(mx::Dtype dtype) {
-  return dtype == mx::float32 ? ScaleType::f32 : dtype == mx::float16 ? ScaleType::f16 : ScaleType::bf16;
-}
-
 // One head of a stack of matrices.
 Projection head_of(const Projection& stack, int head, int rows) {
   Projection p = stack;
@@ -55,76 +51,8 @@ LatentAttention::LatentAttention(const LatentSettings& settings) : held_(std::ma
   plan.fast = settings.precision == "fast";
 }
 
-mx::array LatentAttention::keep(const mx::array& a) {
-  mx::array kept = a;
-  kept.eval();
-  if (!kept.flags().row_contiguous) {
-    kept = mx::contiguous(kept, false, mx::Device::cpu);
-    kept.eval();
-  }
-  held_->arrays.push_back(kept);
-  return kept;
-}
-
 const float* LatentAttention::keep_floats(const mx::array& a, int n, const std::string& what) {
-  if (!is_float(a.dtype()) || a.ndim() != 1 || a.shape(0) != n) {
-    refuse(what, " has ", a.ndim(), " axes, ", a.size(), " elements and dtype ", a.dtype(), "; expected ", n, " floats");
-  }
-  return keep(mx::astype(a, mx::float32, mx::Device::cpu)).data<float>();
-}
-
-// All rows of a matrix, or of a stack of them.
-Projection LatentAttention::whole_matrix(const std::string& name, const mx::array& w_in,
-                                         const std::optional<mx::array>& scales_in,
-                                         const std::optional<mx::array>& biases_in, int group_size, int bits,
-                                         const std::string& mode) {
-  Projection p;
-  p.n = static_cast<int>(w_in.size() / w_in.shape(-1));
-  p.quantized = scales_in.has_value();
-  if (!p.quantized) {
-    if (!is_float(w_in.dtype())) {
-      refuse(name, " has dtype ", w_in.dtype(), "; expected float32, float16 or bfloat16");
-    }
-    mx::array w = keep(w_in);
-    p.k = w.shape(-1);
-    p.plain = w.data<void>();
-    p.plain_type = float_of(w.dtype());
-    p.plain_stride = p.k;
-    return p;
-  }
-  bool fp4 = mode == "mxfp4";
-  bool known = fp4 ? bits == 4 && group_size == 32
-                   : mode == "affine" && ((bits >= 2 && bits <= 6) || bits == 8) &&
-                         (group_size == 32 || group_size == 64 || group_size == 128);
-  int64_t code_bits = int64_t{w_in.shape(-1)} * 32;
-  if (!known || w_in.dtype() != mx::uint32 || code_bits % (int64_t{bits} * group_size) != 0) {
-    refuse(name, ": quantization ", mode, ", ", bits, " bits in groups of ", group_size, ", is not one of the kernels'");
-  }
-  p.k = static_cast<int>(code_bits / bits);
-  mx::Shape expected = w_in.shape();
-  expected.back() = p.k / group_size;
-  bool scales_fit = scales_in->shape() == expected && (fp4 ? scales_in->dtype() == mx::uint8 : is_float(scales_in->dtype()));
-  bool biases_fit = fp4 ? !biases_in
-                        : biases_in && biases_in->shape() == expected && biases_in->dtype() == scales_in->dtype();
-  if (!scales_fit || !biases_fit) {
-    refuse(name, ": scales or biases do not fit codes for [", p.n, ", ", p.k, "] in groups of ", group_size);
-  }
-  mx::array w = keep(w_in), scales = keep(*scales_in);
-  p.w.codes = w.data<uint8_t>();
-  p.w.row_bytes = int64_t{w.shape(-1)} * 4;
-  p.w.scales = scales.data<void>();
-  p.w.scale_stride = static_cast<int64_t>(scales.itemsize()) * expected.back();
-  p.w.type = fp4 ? ScaleType::e8m0 : scale_type(scales.dtype());
-  if (!fp4) {
-    p.w.biases = keep(*biases_in).data<void>();
-    p.w.bias_stride = p.w.scale_stride;
-  }
-  p.w.n = p.n;
-  p.w.k = p.k;
-  p.w.group = group_size;
-  p.w.bits = bits;
-  p.w.fp4 = fp4;
-  return p;
+  return held_->arrays.keep_floats("latent attention: " + what, a, {n});
 }
 
 void LatentAttention::project(const std::string& name, const mx::array& w, const std::optional<mx::array>& scales,
@@ -135,7 +63,9 @@ void LatentAttention::project(const std::string& name, const mx::array& w, const
   if (w.ndim() != (stacked ? 3 : 2) || w.size() == 0) {
     refuse(name, " has ", w.ndim(), " axes and ", w.size(), " elements; expected ", stacked ? "a matrix a head" : "a matrix");
   }
-  Projection p = whole_matrix(name, w, scales, biases, group_size, bits, mode);
+  // All rows of a matrix, or of a stack of them.
+  int64_t rows = static_cast<int64_t>(w.size()) / w.shape(-1);
+  Projection p = held_->arrays.keep_matrix("latent attention: " + name, rows, w, scales, biases, {group_size, bits, mode});
   if (stacked) {
     int n = embed ? plan.rank : plan.value, k = embed ? plan.nope : plan.rank;
     if (w.shape(0) != plan.heads || w.shape(1) != n || p.k != k || bias) {
@@ -220,7 +150,7 @@ void LatentAttention::finish(bool whole) {
     }
   }
   // Like int8 rows, bf16 is for layers whose weights were rounded more than that.
-  plan.tiles = plan.fast && plan.embed[0].quantized && plan.unembed[0].quantized;
+  plan.bf16 = plan.fast && plan.embed[0].quantized && plan.unembed[0].quantized;
   plan.whole = whole;
   finished_ = true;
 }

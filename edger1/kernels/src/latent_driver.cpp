@@ -11,44 +11,55 @@ namespace edger1 {
 namespace {
 
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
-constexpr int kBlockKeys = 256;                  // fixed, so that a row's result does not depend on how work is split
+constexpr int kBlockKeys = 256;                  // these two are fixed, so that a row's result does not depend on how work is split
+constexpr int kSpanBlocks = 2;
 constexpr int kScoreStride = kBlockKeys + 16;    // rows a power of two apart would share few lines of the cache
-constexpr int64_t kPartialBytes = 8 << 20;       // of results that wait to be merged
+constexpr int64_t kWaveBytes = 4 << 20;          // for a thread, of results that wait to be merged, and packed latents
 
 int64_t aligned(int64_t bytes) {
   return padded(bytes, 64);
 }
 
-// All heads of few rows. Pieces of work are blocks of keys, each packed once for all rows that meet it; their results
-// are merged in the order of the blocks, some blocks at a time.
+// All heads of few rows. Blocks of the cache are packed once for all rows that meet them. A piece of work is a span of some
+// blocks, with an online softmax; the spans' results are merged in their order, some spans at a time. Where there are not
+// enough spans for all threads, the blocks of a wave are packed first, and a piece is some of the rows against a span.
 class FewRows {
  public:
   FewRows(const LatentPlan& plan, const LatentCall& call)
-      : plan_(plan), call_(call), math_(latent_math(plan.tiles)), rows_(plan.heads * call.length),
-        blocks_((call.keys + kBlockKeys - 1) / kBlockKeys), tile_(math_.row_tile), tiles_((rows_ + tile_ - 1) / tile_) {
-    int64_t all = int64_t{call.batch} * rows_, latent_bytes = math_.a_bytes(tile_, plan.rank);
-    tile_bytes_ = latent_bytes + math_.a_bytes(tile_, plan.rope);
-    latent_bytes_ = latent_bytes;
-    int64_t part = all * (plan.rank + 2) * 4;
-    wave_ = static_cast<int>(std::clamp<int64_t>(kPartialBytes / part, 1, std::max(blocks_, 1)));
-    int64_t sizes[] = {all * plan.rank * 4, all * plan.rope * 4, call.batch * tiles_ * tile_bytes_, wave_ * part,
-                       all * 2 * 4};
+      : plan_(plan), call_(call), math_(latent_math(plan.bf16)), rows_(plan.heads * call.length),
+        blocks_((call.keys + kBlockKeys - 1) / kBlockKeys) {
+    int64_t all = int64_t{call.batch} * rows_;
+    key_bytes_ = aligned(math_.b_bytes(plan.rank, kBlockKeys));
+    key_pe_bytes_ = aligned(math_.b_bytes(plan.rope, kBlockKeys));
+    block_bytes_ = key_bytes_ + key_pe_bytes_ + aligned(math_.b_bytes(kBlockKeys, plan.rank));
+    int64_t part = aligned(all * (plan.rank + 2) * 4), packed = int64_t{call.batch} * kSpanBlocks * block_bytes_;
+    int64_t spans = (blocks_ + kSpanBlocks - 1) / kSpanBlocks, most = kWaveBytes * pool_threads();
+    whole_spans_ = std::min(most / part, spans) * call.batch >= 2 * int64_t{pool_threads()};
+    wave_ = static_cast<int>(std::clamp<int64_t>(most / (whole_spans_ ? part : part + packed), 1, spans));
+    tile_ = rows_of_a_piece();
+    tiles_ = (rows_ + tile_ - 1) / tile_;
+    latent_bytes_ = aligned(math_.a_bytes(tile_, plan.rank));
+    tile_bytes_ = latent_bytes_ + aligned(math_.a_bytes(tile_, plan.rope));
+    int64_t sizes[] = {all * plan.rank * 4, all * plan.rope * 4, call.batch * tiles_ * tile_bytes_,
+                       whole_spans_ ? 0 : wave_ * packed, wave_ * part, all * 2 * 4};
     int64_t total = 0;
     for (int64_t& size : sizes) {
       size = aligned(size);
       total += size;
     }
     auto* at = static_cast<char*>(thread_scratch(1, static_cast<size_t>(total)));
-    char* areas[5];
-    for (int i = 0; i < 5; i++) {
+    char* areas[6];
+    for (int i = 0; i < 6; i++) {
       areas[i] = at;
       at += sizes[i];
     }
     queries_ = reinterpret_cast<float*>(areas[0]);
     query_pe_ = reinterpret_cast<float*>(areas[1]);
     packed_ = areas[2];
-    partial_ = reinterpret_cast<float*>(areas[3]);
-    maxima_ = reinterpret_cast<float*>(areas[4]);
+    latents_ = areas[3];
+    partial_ = reinterpret_cast<float*>(areas[4]);
+    partial_stride_ = part / 4;
+    maxima_ = reinterpret_cast<float*>(areas[5]);
     sums_ = maxima_ + all;
   }
 
@@ -59,19 +70,36 @@ class FewRows {
     // The queries' place is taken by what their rows add up to.
     std::fill(maxima_, maxima_ + int64_t{call_.batch} * rows_, kMinusInfinity);
     std::fill(sums_, sums_ + int64_t{call_.batch} * rows_, 0.0f);
-    for (int first = 0; first < blocks_; first += wave_) {
-      int count = std::min(wave_, blocks_ - first);
-      int wanted = (2 * pool_threads() + count * call_.batch - 1) / (count * call_.batch);
-      int groups = std::clamp(wanted, 1, tiles_);
-      parallel_for(int64_t{call_.batch} * count * groups, [&](int64_t task) {
-        int b = static_cast<int>(task / (count * groups)), rest = static_cast<int>(task % (count * groups));
-        int group = rest % groups;
-        attend(b, first, rest / groups, tiles_ * group / groups, tiles_ * (group + 1) / groups);
-      });
+    for (int first = 0; first < blocks_; first += wave_ * kSpanBlocks) {
+      int blocks = std::min(wave_ * kSpanBlocks, blocks_ - first), spans = (blocks + kSpanBlocks - 1) / kSpanBlocks;
+      // The last span, which may be a short one, is the last to be begun.
+      if (whole_spans_) {
+        parallel_for(int64_t{spans} * call_.batch, [&](int64_t i) {
+          int b = static_cast<int>(i % call_.batch), span = static_cast<int>(i / call_.batch), at = span * kSpanBlocks;
+          for (int j = 0; j < std::min(kSpanBlocks, blocks - at); j++) {
+            char* packed = scratch() + tile_scratch_bytes();
+            pack_block(b, first + at + j, packed);
+            for (int tile = 0; tile < tiles_; tile++) {
+              attend(b, tile, span, first + at + j, j == 0, packed);
+            }
+          }
+        });
+      } else {
+        parallel_for(int64_t{call_.batch} * blocks, [&](int64_t i) {
+          pack_block(static_cast<int>(i / blocks), first + static_cast<int>(i % blocks), latents_ + i * block_bytes_);
+        });
+        parallel_for(int64_t{spans} * call_.batch * tiles_, [&](int64_t i) {
+          int tile = static_cast<int>(i % tiles_), rest = static_cast<int>(i / tiles_);
+          int b = rest % call_.batch, span = rest / call_.batch, at = span * kSpanBlocks;
+          for (int j = 0; j < std::min(kSpanBlocks, blocks - at); j++) {
+            attend(b, tile, span, first + at + j, j == 0, latents_ + (int64_t{b} * blocks + at + j) * block_bytes_);
+          }
+        });
+      }
       int64_t all = int64_t{call_.batch} * rows_;
-      parallel_ranges(all, grain_for(all, double(count) * plan_.rank, 20000), [&](int64_t begin, int64_t end) {
+      parallel_ranges(all, grain_for(all, double(spans) * plan_.rank, 20000), [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; i++) {
-          merge(i, count, first == 0);
+          merge(i, spans, first == 0);
         }
       });
     }
@@ -79,6 +107,12 @@ class FewRows {
   }
 
  private:
+  // As many as go together best, fewer where some threads would have nothing to do.
+  int rows_of_a_piece() const {
+    int64_t wanted = whole_spans_ ? 1 : std::max<int64_t>(2 * pool_threads() / (int64_t{wave_} * call_.batch), 1);
+    return static_cast<int>(std::clamp<int64_t>(padded(rows_ / wanted, math_.row_step), math_.row_step, math_.row_tile));
+  }
+
   // Row h * length + l of a batch is query l of head h.
   void embed() {
     int m = call_.batch * call_.length;
@@ -124,61 +158,65 @@ class FewRows {
     }
   }
 
-  // Weighted sums, maxima and sums of all rows for the block at `slot` of a wave.
-  float* partial(int slot) const {
-    return partial_ + int64_t{slot} * call_.batch * rows_ * (plan_.rank + 2);
+  // Memory of a piece of work: for scores, weights and a packed block.
+  char* scratch() const {
+    return static_cast<char*>(thread_scratch(0, static_cast<size_t>(tile_scratch_bytes() + block_bytes_)));
+  }
+  int64_t tile_scratch_bytes() const {
+    return aligned(int64_t{tile_} * kScoreStride * 4) + aligned(math_.a_bytes(tile_, kBlockKeys));
   }
 
-  // Rows of tiles [tile0, tile1) against block first + slot.
-  void attend(int b, int first, int slot, int tile0, int tile1) {
-    int key = (first + slot) * kBlockKeys, n = std::min(kBlockKeys, call_.keys - key);
-    int64_t all = int64_t{call_.batch} * rows_;
-    float *out = partial(slot), *maxima = out + all * plan_.rank, *sums = maxima + all;
-    int64_t sizes[] = {aligned(math_.b_bytes(plan_.rank, n)), aligned(math_.b_bytes(plan_.rope, n)),
-                       aligned(math_.b_bytes(n, plan_.rank)), aligned(int64_t{tile_} * kScoreStride * 4),
-                       aligned(math_.a_bytes(tile_, n))};
-    int64_t total = 0;
-    for (int64_t size : sizes) {
-      total += size;
-    }
-    auto* keys = static_cast<char*>(thread_scratch(0, static_cast<size_t>(total)));
-    char *key_pe = keys + sizes[0], *values = key_pe + sizes[1];
-    auto* scores = reinterpret_cast<float*>(values + sizes[2]);
-    char* weights = reinterpret_cast<char*>(scores) + sizes[3];
+  void pack_block(int b, int block, char* to) {
+    int key = block * kBlockKeys, n = std::min(kBlockKeys, call_.keys - key);
     const LatentRows &c = call_.latent, &pe = call_.k_pe;
     // Values first: packing them reads the cache in order.
-    math_.pack_b(values, c.at(b, 0, key), c.type, c.row, c.step, n, plan_.rank);
-    math_.pack_b(keys, c.at(b, 0, key), c.type, c.step, c.row, plan_.rank, n);
+    math_.pack_b(to + key_bytes_ + key_pe_bytes_, c.at(b, 0, key), c.type, c.row, c.step, n, plan_.rank);
+    math_.pack_b(to, c.at(b, 0, key), c.type, c.step, c.row, plan_.rank, n);
     if (plan_.rope > 0) {
-      math_.pack_b(key_pe, pe.at(b, 0, key), pe.type, pe.step, pe.row, plan_.rope, n);
-    }
-    for (int tile = tile0; tile < tile1; tile++) {
-      int rows = tile_rows(tile);
-      int64_t row = int64_t{b} * rows_ + int64_t{tile} * tile_;
-      const char* queries = packed_queries(b, tile);
-      LatentProduct products[] = {{queries, keys, plan_.rank}, {queries + latent_bytes_, key_pe, plan_.rope}};
-      math_.gemm(scores, kScoreStride, products, 2, rows, n, false);
-      for (int r = 0; r < rows; r++) {
-        int l = (tile * tile_ + r) % call_.length;
-        maxima[row + r] = kMinusInfinity;
-        sums[row + r] = 0;
-        weigh_keys(call_, spans_[b * call_.length + l], b, l, key, n, scores + int64_t{r} * kScoreStride, maxima + row + r,
-                   sums + row + r);
-      }
-      math_.pack_a(weights, scores, Float::f32, kScoreStride, 1, rows, n);
-      math_.multiply(out + row * plan_.rank, plan_.rank, {weights, values, n}, rows, plan_.rank, false);
+      math_.pack_b(to + key_bytes_, pe.at(b, 0, key), pe.type, pe.step, pe.row, plan_.rope, n);
     }
   }
 
-  void merge(int64_t row, int count, bool first) {
+  // Weighted sums, maxima and sums of all rows for a span of a wave.
+  float* partial(int span) const {
+    return partial_ + span * partial_stride_;
+  }
+
+  // The rows of a tile against a block, which may be the first of its span in a wave.
+  void attend(int b, int tile, int span, int block, bool begins, const char* packed) {
+    int64_t all = int64_t{call_.batch} * rows_, row = int64_t{b} * rows_ + int64_t{tile} * tile_;
+    float *out = partial(span) + row * plan_.rank, *maxima = partial(span) + all * plan_.rank + row, *sums = maxima + all;
+    char* weights = scratch();
+    auto* scores = reinterpret_cast<float*>(weights + aligned(math_.a_bytes(tile_, kBlockKeys)));
+    int rows = tile_rows(tile), key = block * kBlockKeys, n = std::min(kBlockKeys, call_.keys - key);
+    if (begins) {
+      std::fill(maxima, maxima + rows, kMinusInfinity);
+      std::fill(sums, sums + rows, 0.0f);
+    }
+    const char* queries = packed_queries(b, tile);
+    LatentProduct products[] = {{queries, packed, plan_.rank}, {queries + latent_bytes_, packed + key_bytes_, plan_.rope}};
+    math_.gemm(scores, kScoreStride, products, 2, rows, n, false);
+    for (int r = 0; r < rows; r++) {
+      int l = (tile * tile_ + r) % call_.length;
+      float factor = weigh_keys(call_, spans_[b * call_.length + l], b, l, key, n, scores + int64_t{r} * kScoreStride,
+                                maxima + r, sums + r);
+      if (!begins && factor != 1) {
+        ops().scale_row(out + int64_t{r} * plan_.rank, factor, plan_.rank);
+      }
+    }
+    math_.pack_a(weights, scores, Float::f32, kScoreStride, 1, rows, n);
+    math_.multiply(out, plan_.rank, {weights, packed + key_bytes_ + key_pe_bytes_, n}, rows, plan_.rank, !begins);
+  }
+
+  void merge(int64_t row, int spans, bool first) {
     int64_t all = int64_t{call_.batch} * rows_;
     float* to = queries_ + row * plan_.rank;
     if (first) {
       std::fill(to, to + plan_.rank, 0.0f);
     }
     float &top = maxima_[row], &sum = sums_[row];
-    for (int slot = 0; slot < count; slot++) {
-      const float* from = partial(slot);
+    for (int span = 0; span < spans; span++) {
+      const float* from = partial(span);
       float part_top = from[all * plan_.rank + row], part_sum = from[all * (plan_.rank + 1) + row];
       if (part_top == kMinusInfinity) {
         continue;
@@ -213,10 +251,11 @@ class FewRows {
   const LatentPlan& plan_;
   const LatentCall& call_;
   const LatentMath& math_;
-  int rows_, blocks_, tile_, tiles_, wave_ = 1;
-  int64_t tile_bytes_ = 0, latent_bytes_ = 0;
+  int rows_, blocks_, tile_ = 1, tiles_ = 1, wave_ = 1;
+  bool whole_spans_ = false;
+  int64_t tile_bytes_ = 0, latent_bytes_ = 0, key_bytes_ = 0, key_pe_bytes_ = 0, block_bytes_ = 0, partial_stride_ = 0;
   float *queries_, *query_pe_, *partial_, *maxima_, *sums_;
-  char* packed_;
+  char *packed_, *latents_;
   std::vector<KeySpan> spans_;
 };
 

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "few_rows.h"
 #include "latent_plan.h"
 #include "pool.h"
 #include "qmm_driver.h"
@@ -9,8 +10,6 @@
 
 namespace edger1 {
 namespace {
-
-constexpr int64_t kRangeBytes = 16 << 10;    // weights below which splitting further costs more than it gains
 
 // Rows prepared for a product, in memory of the caller's.
 struct Prepared {
@@ -21,11 +20,6 @@ struct Prepared {
 
 int64_t prepared_bytes(const Projection& p, bool fast) {
   return p.quantized ? prepared_layout(p.k, fast).bytes : padded(int64_t{p.k} * 4, 64);
-}
-
-bool same_form(const Projection& a, const Projection& b) {
-  return a.quantized == b.quantized && a.k == b.k &&
-      (!a.quantized || (a.w.bits == b.w.bits && a.w.group == b.w.group && a.w.fp4 == b.w.fp4));
 }
 
 class Layer {
@@ -61,7 +55,7 @@ class Layer {
     const Projection& first = plan_.q_a.n > 0 ? plan_.q_a : plan_.q;
     float* first_out = plan_.q_a.n > 0 ? q_a_ : q_;
     Prepared x = prepare(first, 0, call_.x, call_.x_stride);
-    Prepared x_kv = same_form(first, plan_.kv_a) ? x : prepare(plan_.kv_a, 1, call_.x, call_.x_stride);
+    Prepared x_kv = same_rows(first, plan_.kv_a) ? x : prepare(plan_.kv_a, 1, call_.x, call_.x_stride);
     sweep(first.n + plan_.kv_a.n, first.row_bytes(), [&](int n0, int n1) {
       part(first, x, n0, n1, 0, first_out);
       part(plan_.kv_a, x_kv, n0, n1, first.n, kv_);
@@ -82,12 +76,8 @@ class Layer {
 
  private:
   template <class Body>
-  void sweep(int n, int64_t row_bytes, Body&& body) {
-    int64_t least = std::max<int64_t>(kRangeBytes / std::max<int64_t>(row_bytes, 1), 1);
-    int64_t share = (n + 8 * int64_t{pool_threads()} - 1) / (8 * int64_t{pool_threads()});
-    parallel_ranges(n, std::max(least, share), [&](int64_t n0, int64_t n1) {
-      body(static_cast<int>(n0), static_cast<int>(n1));
-    });
+  static void sweep(int n, int64_t row_bytes, Body&& body) {
+    sweep_rows(n, row_bytes, n, [&](int64_t n0, int64_t n1) { body(static_cast<int>(n0), static_cast<int>(n1)); });
   }
 
   Prepared prepare(const Projection& form, int slot, const float* x, int64_t x_stride) {

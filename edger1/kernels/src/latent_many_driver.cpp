@@ -45,7 +45,7 @@ struct Piece {
 class Run {
  public:
   Run(const LatentPlan& plan, const LatentCall& call, const std::vector<KeySpan>& spans, bool expand, const Piece& piece)
-      : plan_(plan), call_(call), math_(latent_math(plan.tiles)), spans_(spans), expand_(expand), piece_(piece),
+      : plan_(plan), call_(call), math_(latent_math(plan.bf16)), spans_(spans), expand_(expand), piece_(piece),
         key_dim_(expand ? plan.nope : plan.rank), value_dim_(expand ? plan.value : plan.rank), tile_(math_.row_tile),
         tiles_((piece.rows + tile_ - 1) / tile_) {
     Areas count(nullptr);

@@ -1,4 +1,4 @@
-// Blocked matrix products for latent attention: f32 as everywhere, or bf16 in matrix tiles (AMX).
+// Blocked matrix products for latent attention: f32 as everywhere, or bf16 in matrix tiles (AMX) or in vectors.
 //
 // Operands are packed once and used many times. An element of the result is one chain of additions over k, whatever rows
 // and columns it is computed with, so that a row among many has the bits of the row alone.
@@ -16,8 +16,8 @@ struct LatentProduct {
 };
 
 struct LatentMath {
-  // Rows of A that are best taken together.
-  int row_tile;
+  // Rows of A that are best taken together, and of which number multiples are.
+  int row_tile, row_step;
   // Buffers of so many bytes, aligned to 64, hold a packed operand.
   int64_t (*a_bytes)(int rows, int k);
   int64_t (*b_bytes)(int k, int columns);
@@ -32,10 +32,11 @@ struct LatentMath {
   }
 };
 
-// Matrix tiles, if wanted and there.
-const LatentMath& latent_math(bool tiles);
+// That in bf16, if wanted and there.
+const LatentMath& latent_math(bool bf16);
 
-// Null where this build has none.
+// Null where this build has no matrix tiles, or no products of bf16 in vectors.
 extern const LatentMath* const latent_math_amx;
+extern const LatentMath* const latent_math_bf16;
 
 } // namespace edger1

@@ -55,9 +55,12 @@ void gemm(float* c, int64_t c_stride, const LatentProduct* products, int count, 
 
 } // namespace
 
-const LatentMath& latent_math(bool tiles) {
-  static const LatentMath exact{static_cast<int>(round_up(112, ops().mr)), a_bytes, b_bytes, pack_a, pack_b, gemm};
-  return tiles && latent_math_amx && active_isa_has_amx() ? *latent_math_amx : exact;
+const LatentMath& latent_math(bool bf16) {
+  static const LatentMath exact{static_cast<int>(round_up(112, ops().mr)), ops().mr, a_bytes, b_bytes, pack_a, pack_b, gemm};
+  if (bf16 && latent_math_amx && active_isa_has_amx()) {
+    return *latent_math_amx;
+  }
+  return bf16 && latent_math_bf16 && active_isa_has_bf16() ? *latent_math_bf16 : exact;
 }
 
 } // namespace edger1

@@ -23,7 +23,7 @@ struct LatentNorm {
 
 struct LatentPlan {
   bool fast = false;                   // int8 rows in products with quantized weights
-  bool tiles = false;                  // bf16 in matrix tiles for attention, where the processor has them
+  bool bf16 = false;                   // attention itself in bf16, where the processor has products of it
   int heads = 0, nope = 0, rope = 0, rank = 0, value = 0;
   float scale = 1;                     // of scores
   std::vector<Projection> embed;       // of each head [rank, nope]: K_h^T

@@ -330,43 +330,6 @@ void rows_exact_block(const QuantMatrix& w, const void* const* prepared, int n0,
   }
 }
 
-// Rows of x in blocks of 8, 4, 2 or 1; a block that is not full computes its first row more than once.
-template <class F, bool Fast>
-void rows(const QuantMatrix& w, const void* const* prepared, int m, int n0, int n1, float* const* out) {
-  if (Fast && m == 1 && row_fast<F>(w, prepared[0], n0, n1, out[0])) {
-    return;
-  }
-  for (int done = 0; done < m;) {
-    int left = m - done;
-    int size = left > 4 ? 8 : left > 2 ? 4 : left;
-    const void* x[8];
-    float* to[8];
-    for (int i = 0; i < size; i++) {
-      x[i] = prepared[i < left ? done + i : done];
-      to[i] = out[i < left ? done + i : done];
-    }
-    auto run = [&](auto block) { block(w, x, n0, n1, to); };
-    if constexpr (Fast) {
-      run(size == 8 ? rows_fast_block<F, 8> : size == 4 ? rows_fast_block<F, 4> : size == 2 ? rows_fast_block<F, 2>
-                                                                                              : rows_fast_block<F, 1>);
-    } else {
-      run(size == 8 ? rows_exact_block<F, 8>
-                    : size == 4 ? rows_exact_block<F, 4>
-                    : size == 2 ? rows_exact_block<F, 2>
-                                : rows_exact_block<F, 1>);
-    }
-    done += size;
-  }
-}
-
-void rows_fast(const QuantMatrix& w, const void* const* prepared, int m, int n0, int n1, float* const* out) {
-  for_format(w, [&](auto format) { rows<decltype(format), true>(w, prepared, m, n0, n1, out); });
-}
-
-void rows_exact(const QuantMatrix& w, const void* const* prepared, int m, int n0, int n1, float* const* out) {
-  for_format(w, [&](auto format) { rows<decltype(format), false>(w, prepared, m, n0, n1, out); });
-}
-
 void prepare_fast(const QuantMatrix& w, const float* x, void* prepared) {
   PreparedLayout layout = prepared_layout(w.k, true);
   auto* q = static_cast<int8_t*>(prepared);

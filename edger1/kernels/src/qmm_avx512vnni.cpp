@@ -1,6 +1,6 @@
 #if defined(__AVX512VNNI__) && defined(__AVX512VBMI__)
 #include "qmm_avx512_panel.h"
-#include "qmm_avx512_rows.h"
+#include "qmm_avx512_tiles.h"
 #include "qmm_tables.h"
 
 namespace edger1 {

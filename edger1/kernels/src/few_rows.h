@@ -106,16 +106,17 @@ inline void multiply_rows(const Projection& p, bool fast, const void* const* x, 
 }
 
 // Calls body(begin, end) for ranges that cover [0, n): long ones first, since each begins with a wait for memory, and then
-// ever shorter ones, so that all threads end together.
+// ever shorter ones, so that all threads end together. Where rows are many, the ranges are multiples of those that a kernel
+// takes side by side.
 template <class Body>
 void sweep_rows(int64_t n, int64_t row_bytes, int64_t longest, Body&& body) {
-  constexpr int64_t least_bytes = 8 << 10;
+  constexpr int64_t least_bytes = 8 << 10, side_by_side = 4;
   std::vector<int64_t> bounds{0};
   int64_t least = std::max<int64_t>(least_bytes / std::max<int64_t>(row_bytes, 1), 1), threads = pool_threads();
   while (bounds.back() < n) {
     int64_t left = n - bounds.back();
     int64_t size = std::min(std::clamp(left * 2 / (3 * threads), std::min(least, left), left), longest);
-    bounds.push_back(bounds.back() + size);
+    bounds.push_back(bounds.back() + (size < 4 * side_by_side ? size : size / side_by_side * side_by_side));
   }
   parallel_for(static_cast<int64_t>(bounds.size()) - 1,
                [&](int64_t i) { body(bounds[static_cast<size_t>(i)], bounds[static_cast<size_t>(i) + 1]); });
