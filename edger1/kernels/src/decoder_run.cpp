@@ -8,12 +8,12 @@
 #include "pool.h"
 #include "qmm_driver.h"
 #include "rope.h"
+#include "split.h"
 
 namespace edger1 {
 namespace {
 
 constexpr int64_t kRangeBytes = 8 << 10;     // weights below which splitting further costs more than it gains
-constexpr int kMostRanges = 512;
 constexpr int64_t kSerialRows = 1 << 13;     // elements below which rows are not worth a phase
 constexpr double kLeastAttention = 1 << 16;  // operations below which splitting attention further gains nothing
 constexpr int64_t kAheadBytes = 32 << 10;    // what a waiting thread reads of each matrix
@@ -49,32 +49,6 @@ void product(const Projection& p, bool fast, const char* prepared, int64_t strid
     ops().blend_row(out[i], 1, p.bias + n0, 1, n1 - n0);
   }
 }
-
-// A phase's items split into pieces: one for each thread, together most of them, and then ever shorter ones for whoever is
-// first, so that all threads end together. Long pieces read memory best, and a thread's own one is known beforehand.
-struct Split {
-  int n = -1, least = 0, threads = 0, pieces = 0;
-  int bounds[kMostRanges + 1];
-
-  void set(int n_, int least_) {
-    int threads_ = pool_threads();
-    if (n == n_ && least == least_ && threads == threads_) {
-      return;
-    }
-    n = n_, least = least_, threads = threads_, pieces = 0;
-    int own = std::max(static_cast<int>(int64_t{n} * 3 / (4 * threads)), least);
-    bounds[0] = 0;
-    for (; pieces < threads; pieces++) {
-      bounds[pieces + 1] = std::min(bounds[pieces] + own, n);
-    }
-    while (bounds[pieces] < n) {
-      int left = n - bounds[pieces];
-      int size = pieces + 1 == kMostRanges ? left : std::clamp(left / (2 * threads), std::min(least, left), left);
-      bounds[pieces + 1] = bounds[pieces] + size;
-      pieces++;
-    }
-  }
-};
 
 // Layers one after the other, each in phases; see Stage.
 class Run : public Course {
