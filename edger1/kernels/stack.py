@@ -20,6 +20,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import BatchKVCache, KVCache
 
+from edger1.kernels import _load
+
 _MOST_ROWS = 16
 _SAME = 1e-4
 """Largest difference of the two results, relative to the largest number in them, that rounding explains."""
@@ -142,7 +144,12 @@ def _make_room(caches: Any, length: int) -> bool:
 
 
 def _grown(a: mx.array, end: int, more: int) -> mx.array:
-    return mx.concatenate([a[..., :end, :], mx.zeros((*a.shape[:2], more, a.shape[3]), a.dtype)], axis=2)
+    room = mx.zeros((*a.shape[:2], end + more, a.shape[3]), a.dtype)
+    extension, _ = _load()
+    # MLX's own concatenation moves a cache element by element.
+    if end and not (extension and extension.assign_rows(room, 0, end, a[..., :end, :])):
+        room[..., :end, :] = a[..., :end, :]
+    return room
 
 
 def _operation(module: Any, cache_dtype: mx.Dtype, extension: ModuleType) -> _Stack:

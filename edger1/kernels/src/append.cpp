@@ -78,11 +78,14 @@ class AppendRows : public DensePrimitive {
                           }
                         });
       }
-      for (int64_t g = 0; g < groups; g++) {
-        for (int64_t r = 0; r < added; r++) {
-          copy_row(to + (g * length + start + r) * width * size, from + row_at(g * added + r) * size, step);
-        }
-      }
+      // Many rows at once are a whole cache that moves into a larger one.
+      parallel_ranges(groups * added, grain_for(groups * added, static_cast<double>(width * size), 65536),
+                      [&](int64_t begin, int64_t end) {
+                        for (int64_t r = begin; r < end; r++) {
+                          int64_t at = r / added * length + start + r % added;
+                          copy_row(to + at * width * size, from + row_at(r) * size, step);
+                        }
+                      });
     });
   }
 
