@@ -21,6 +21,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from edger1.kernels.install import install
 from edger1.train import export, forward, plot
 from edger1.train.data import Corpus, open_corpus
 from edger1.train.losses import Batch, batch_of
@@ -132,6 +133,7 @@ def curve(run: Path) -> list[tuple[int, float]]:
 def measure(run: Path, corpus: Corpus, corpus_folder: Path, each: int) -> tuple[dict[str, Any], np.ndarray]:
     """Return all figures of one run's model as plain values, and its experts' loads."""
     model, config = export.load(run / "model")
+    installed = install(model, "exact", fuse=False)
     predictions, loads = held_out(model, corpus)
     questions = read(corpus_folder, each)
     found: dict[str, Any] = {"held_out": asdict(predictions), "loss": curve(run)}
@@ -143,6 +145,7 @@ def measure(run: Path, corpus: Corpus, corpus_folder: Path, each: int) -> tuple[
         }
         made = drafts(model, run / "model", read(corpus_folder, max(1, each // 20)))
         found["drafts"] = asdict(made) | {"share": made.share}
+    installed.uninstall()
     del model
     kinds = {task: (right, asked) for task, right, asked in _told(accuracy(questions, asker(str(run / "model"))))}
     found["questions"] = {task: {"right": right, "asked": asked} for task, (right, asked) in kinds.items()}
