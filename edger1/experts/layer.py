@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edger1.experts.bank import Bank
-from edger1.experts.figures import LayerFigures
+from edger1.experts.figures import BYTES_READ, CALLS, HITS, MISSES, STALL_S
 
 if TYPE_CHECKING:
     from edger1.experts.store import Read
@@ -37,7 +37,7 @@ class StreamedExperts:
 
     def __init__(self, bank: Bank, streaming: Streaming) -> None:
         self.bank = bank
-        self.figures = LayerFigures()
+        self.figures = streaming.figures[bank.layer.index]
         self._streaming = streaming
 
     def __call__(self, switch: Any, x: Any, indices: Any, compute: Compute) -> Any:
@@ -50,9 +50,8 @@ class StreamedExperts:
             return compute(switch, x, indices)
         chosen = self.read_back(indices)
         distinct: list[int] = list(dict.fromkeys(chosen.ravel().tolist()))
-        self.note(distinct)
         missing = [expert for expert in distinct if bank.table[expert] < 0]
-        self.figures.count(len(distinct), len(missing), bank.layer.expert_bytes)
+        self.note(distinct, missing)
         if not missing:
             return compute(switch, x, _array(bank.table[chosen]))
         if len(distinct) > bank.usable_slots or chosen.size > FEW_ROWS * chosen.shape[-1]:
@@ -66,9 +65,14 @@ class StreamedExperts:
         self.bank.settle()
         return chosen
 
-    def note(self, distinct: Sequence[int], scores: Any = None) -> None:
-        """Tell the policy, and whoever counts, which experts a call uses."""
+    def note(self, distinct: Sequence[int], missing: Sequence[int], scores: Any = None) -> None:
+        """Tell the policy, and whoever counts, which experts a call uses and which of them are not there."""
         self.bank.policy.use(distinct, scores)
+        figures = self.figures
+        figures[CALLS] += 1
+        figures[HITS] += len(distinct) - len(missing)
+        figures[MISSES] += len(missing)
+        figures[BYTES_READ] += len(missing) * self.bank.layer.expert_bytes
         self._streaming.used(self.bank.layer.index, distinct)
 
     def request(self, missing: Sequence[int], distinct: Sequence[int]) -> list[Read]:
@@ -89,7 +93,7 @@ class StreamedExperts:
                 while not read.wait(self._streaming.patience_s):
                     self._streaming.check()
         finally:
-            self.figures.stall_s += time.perf_counter() - began
+            self.figures[STALL_S] += time.perf_counter() - began
         self.bank.settle()
         for read in reads:
             if read.error is not None:

@@ -17,3 +17,4 @@ class Lru:
         for e in experts: self._last[e] = self._now
     def victim(self, resident, keep):
         return min((e for e in resident if e not in keep), key=self._last.__getitem__, default=None)
+DEFAULT_POLICY = Lru

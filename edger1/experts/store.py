@@ -257,14 +257,18 @@ class Store:
         ahead = offset - first
         length = -(-(ahead + into.size) // _ALIGNMENT) * _ALIGNMENT
         assert file.direct is not None
-        done = 0
-        while done < ahead + into.size:
-            # What a short read leaves begins at a block again, or is the file's end.
-            done -= done % _ALIGNMENT
+        needed, done = ahead + into.size, 0
+        while done < needed:
             got = os.preadv(file.direct, [memoryview(staging)[done:length]], first + done)
-            if done + got < ahead + into.size and (got == 0 or (done + got) % _ALIGNMENT):
-                raise _ended(file, first + done + got)
+            if got == 0:
+                raise _ended(file, first + done)
+            if done + got < needed and got < _ALIGNMENT:
+                # Less than a block: direct reads cannot go on from there.
+                _read_buffered(file, first + done, staging[done:needed])
+                break
             done += got
+            if done < needed:
+                done -= done % _ALIGNMENT
         np.copyto(into, staging[ahead : ahead + into.size])
 
 

@@ -12,7 +12,7 @@ from edger1.experts import anatomy
 from edger1.experts.anatomy import LayerExperts
 from edger1.experts.bank import Bank
 from edger1.experts.device import Device
-from edger1.experts.figures import LayerFigures
+from edger1.experts.figures import COMPUTE_S, STALL_S, empty
 from edger1.experts.layer import StreamedExperts, streamed
 from edger1.experts.policy import Policy
 from edger1.experts.store import Store
@@ -41,17 +41,25 @@ class Streaming:
         self.banks = [
             Bank(layer, count, self.store, policy(layer.experts)) for layer, count in zip(layers, slots, strict=True)
         ]
+        self.figures = empty(len(self.banks))
+        """See `edger1.experts.figures.COLUMNS`; since loading."""
         self.layers = [StreamedExperts(bank, self) for bank in self.banks]
         self.uses = [np.zeros(layer.experts, np.int64) for layer in layers]
         self.interrupted: Callable[[], None] | None = None
         """Called while it waits; raises where nobody wants the answer any more."""
         self._at = time.perf_counter()
+        self._stalled = 0.0
         self._attached: list[tuple[Any, type]] = []
 
     @property
     def nbytes(self) -> int:
         """Bytes that the slots hold."""
         return sum(bank.nbytes for bank in self.banks)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every expert has its slot, so that nothing is ever read while the model runs."""
+        return all(bank.identity for bank in self.banks)
 
     def attach(self, model: Any) -> None:
         """Put the banks in the places of the model's stacked experts, which need not have been read."""
@@ -84,14 +92,15 @@ class Streaming:
 
     def used(self, layer: int, experts: Sequence[int]) -> None:
         """Count the experts that a call of a layer uses, and the time since the call before."""
-        self.uses[layer][experts] += 1
+        self.uses[layer][list(experts)] += 1
         now = time.perf_counter()
-        self.layers[layer].figures.compute_s += now - self._at
-        self._at = now
+        stalled = float(self.figures[:, STALL_S].sum())
+        self.figures[layer, COMPUTE_S] += now - self._at - (stalled - self._stalled)
+        self._at, self._stalled = now, stalled
 
-    def figures(self) -> list[LayerFigures]:
-        """Return a copy of each layer's figures."""
-        return [layer.figures.copy() for layer in self.layers]
+    def begin(self) -> None:
+        """Count time from here on: what was before is nobody's."""
+        self._at, self._stalled = time.perf_counter(), float(self.figures[:, STALL_S].sum())
 
     def close(self) -> None:
         """End the reads and give the model's layers their classes back."""
