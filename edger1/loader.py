@@ -112,7 +112,7 @@ def plan_folder(folder: Path, ceiling_bytes: int, context: int | None) -> Plan:
     Raises UnknownModelError and FormatError for a folder that is no model.
     """
     found = inspect(folder)
-    return _plan(found, _build(found, folder.name)[0], ceiling_bytes, context)[0]
+    return _plan(found, build(found, folder.name)[0], ceiling_bytes, context)[0]
 
 
 def _plan(folder: ModelFolder, model: Any, ceiling_bytes: int, context: int | None) -> tuple[Plan, KVLayout]:
@@ -129,7 +129,7 @@ def _plan(folder: ModelFolder, model: Any, ceiling_bytes: int, context: int | No
     return make_plan(folder.config, weights, kv, context=chosen, ceiling_bytes=ceiling_bytes, fused_attention=fused), kv
 
 
-def _build(folder: ModelFolder, name: str) -> tuple[Any, dict[str, Any]]:
+def build(folder: ModelFolder, name: str) -> tuple[Any, dict[str, Any]]:
     """Build mlx-lm's model of the folder and return it with its config; no weight is read yet."""
     prepare()
     from mlx_lm.utils import load_model
@@ -168,7 +168,7 @@ def load(
     Raises FormatError for a folder that is not what it says, MemoryCeilingError before anything large is read.
     """
     folder = inspect(path)
-    model, config = _build(folder, name)
+    model, config = build(folder, name)
     plan, kv = _plan(folder, model, ceiling_bytes, context)
     plan.check(name)
     import mlx.core as mx
