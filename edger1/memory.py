@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edger1.errors import MemoryCeilingError
 from edger1.units import format_bytes
+
+if TYPE_CHECKING:
+    from edger1.experts.budget import Prediction, StreamPlan
 
 DEFAULT_CONTEXT = 8192
 DEFAULT_SHARE = 0.75
@@ -33,8 +36,9 @@ _KV_STEP = 256
 class Plan:
     """Bytes that a model needs, and the ceiling they must fit under.
 
-    `process_bytes` is Python, its libraries and the tokenizer. `slots` is the number of expert slots a layer where
-    experts are streamed, None where everything is resident.
+    `resident_bytes` are the weights that stay in memory: all of them, or all but the routed experts where `stream` says
+    how those are streamed. `process_bytes` is Python, its libraries and the tokenizer. `streamed_least_bytes` is the
+    smallest ceiling with experts streamed, None where they cannot be.
     """
 
     resident_bytes: int
@@ -43,21 +47,57 @@ class Plan:
     process_bytes: int
     context: int
     ceiling_bytes: int
-    slots: int | None = None
+    stream: StreamPlan | None = None
+    streamed_least_bytes: int | None = None
+    prediction: Prediction | None = None
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Plan:
+        """Read what `dataclasses.asdict` wrote, also after a journey through JSON."""
+        from edger1.experts.budget import Prediction, StreamPlan
+
+        stream, prediction = values.get("stream"), values.get("prediction")
+        return cls(
+            **{
+                **values,
+                "stream": None if stream is None else StreamPlan.from_json(stream),
+                "prediction": None if prediction is None else Prediction(**prediction),
+            }
+        )
+
+    @property
+    def slots(self) -> tuple[int, ...] | None:
+        """Expert slots of each layer that has experts; None where everything is resident."""
+        return None if self.stream is None else self.stream.slots
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes that the model takes under this plan, at most."""
+        banks = 0 if self.stream is None else self.stream.bank_bytes + self.stream.staging_bytes
+        return self.resident_bytes + banks + self.kv_bytes + self.activation_bytes + self.process_bytes
 
     @property
     def smallest_ceiling_bytes(self) -> int:
-        """The smallest ceiling that this model and context run under."""
-        return self.resident_bytes + self.kv_bytes + self.activation_bytes + self.process_bytes
+        """The smallest ceiling that this model and context run under, with experts streamed where they can be."""
+        least = self.streamed_least_bytes
+        return self.total_bytes if least is None else min(self.total_bytes, least)
 
     def check(self, name: str) -> None:
         """Raise MemoryCeilingError where the model does not fit, naming the ceiling that would do."""
-        if self.smallest_ceiling_bytes > self.ceiling_bytes:
+        if self.total_bytes <= self.ceiling_bytes:
+            return
+        need, ceiling = format_bytes(self.total_bytes, up=True), format_bytes(self.ceiling_bytes)
+        what = f"{name} with a context of {self.context} tokens"
+        if self.stream is not None and self.stream.by_hand:
             raise MemoryCeilingError(
-                f"{name} with a context of {self.context} tokens needs {format_bytes(self.smallest_ceiling_bytes)} of "
-                f"memory, and the ceiling is {format_bytes(self.ceiling_bytes)}. Give it more with --memory, or ask "
-                f"for less with --context."
+                f"{what} and the expert slots that were asked for needs {need} of memory, and the ceiling is "
+                f"{ceiling}. Give it more with --memory, or ask for fewer with --expert-slots: "
+                f"{format_bytes(self.smallest_ceiling_bytes, up=True)} would do with the fewest that work."
             )
+        raise MemoryCeilingError(
+            f"{what} needs {need} of memory, and the ceiling is {ceiling}. Give it more with --memory, or ask for less "
+            f"with --context."
+        )
 
 
 def machine_bytes() -> int:
