@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from edger1 import sampling
 from edger1.errors import EdgeR1Error, EngineError, UsageError
+from edger1.experts.budget import parse_slots
 from edger1.memory import PROCESS_BYTES, default_ceiling
 from edger1.messages import (
     Cancel,
@@ -45,6 +46,10 @@ PRECISIONS = ("fast", "exact")
 THINK = ("auto", "on", "off")
 
 
+class Interrupted(Exception):  # noqa: N818
+    """The step under way waits for a disk, and nobody wants its result any more."""
+
+
 class Job(Protocol):
     """A piece of work that goes on a step at a time."""
 
@@ -56,6 +61,9 @@ class Job(Protocol):
 
     def drop(self) -> None:
         """End here without a word: the job has failed, or nobody listens any more."""
+
+    def give_way(self) -> None:
+        """Forget what was computed, which may be half of a step; it is computed anew if the job goes on."""
 
 
 Entry = tuple[str, str, Job]
@@ -98,7 +106,11 @@ class LoadJob:
             ceiling_bytes=self._scheduler.room(self._request.memory_bytes),
             context=self._request.context,
             precision=self._request.precision,
+            expert_slots=self._request.expert_slots,
         )
+
+    def give_way(self) -> None:
+        """Nothing: what was loaded is whole tensors."""
 
     def cancel(self) -> None:
         """Drop what was loaded."""
@@ -123,14 +135,19 @@ class Scheduler:
         self._turn: Any = None
         self._batches: dict[str, Batch] = {}
         self.loads: list[LoadJob] = []
+        self._inbox: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
+        # What came while a step was under way.
+        self._early: collections.deque[Request | None] = collections.deque()
+        self._under_way: Entry | None = None
 
     def run(self, inbox: queue.SimpleQueue[Request | None]) -> None:
         """Serve requests until None arrives. This thread owns MLX from here on."""
+        self._inbox = inbox
         while True:
-            if self._jobs and inbox.empty():
+            if self._jobs and inbox.empty() and not self._early:
                 self._advance()
                 continue
-            request = inbox.get()
+            request = self._early.popleft() if self._early else inbox.get()
             if request is None:
                 break
             self._handle(request)
@@ -156,6 +173,8 @@ class Scheduler:
         """Take a loaded model into service."""
         name = request.id
         self._models[name] = model
+        if model.streaming is not None:
+            model.streaming.interrupted = self._look
         self.emit(Loaded(request.id, name, model.describe()))
 
     def _handle(self, request: Request) -> None:
@@ -211,14 +230,30 @@ class Scheduler:
     def _step(self, entry: Entry, step: Callable[[], bool]) -> None:
         """Go one step with a job that is in no queue, and put it to the back unless it has finished."""
         id_, _, job = entry
+        self._under_way = entry
         try:
             finished = step()
+        except Interrupted:
+            # What ends it is in the inbox, and is served next.
+            job.give_way()
+            finished = False
         except Exception as error:
             job.drop()
             self._fail(id_, error)
             return
+        finally:
+            self._under_way = None
         if not finished:
             self._jobs.append(entry)
+
+    def _look(self) -> None:
+        """Raise Interrupted where a request has arrived that ends the step under way."""
+        while not self._inbox.empty():
+            self._early.append(self._inbox.get())
+        if self._early and self._under_way is not None:
+            id_, model, _ = self._under_way
+            if any(_ends(request, id_, model) for request in self._early):
+                raise Interrupted
 
     def _step_together(self, company: list[tuple[Entry, Generation]]) -> None:
         """Give each one token; those that cannot be in the batch have theirs alone."""
@@ -285,6 +320,12 @@ class Scheduler:
         )
 
 
+def _ends(request: Request | None, id_: str, model: str) -> bool:
+    if isinstance(request, Cancel):
+        return request.target == id_
+    return request is None or (isinstance(request, Unload) and request.model == model)
+
+
 def _say(said: Said, complete: list[Generation]) -> bool:
     """Give a job its token, and note in `complete` if that was the last of its answer."""
     done = said.row.say(said.token, fed=said.fed)
@@ -303,6 +344,8 @@ def _check_load(request: Load) -> None:
         raise UsageError(f"precision is {request.precision!r}; expected one of {', '.join(PRECISIONS)}.")
     sampling.check_count("context", request.context)
     sampling.check_count("memory", request.memory_bytes)
+    if request.expert_slots is not None:
+        parse_slots(request.expert_slots)
 
 
 def _check_generate(request: Generate) -> None:

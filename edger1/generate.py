@@ -26,6 +26,7 @@ from edger1 import sampling
 from edger1.batch import Batch, batchable
 from edger1.cache import Entry
 from edger1.errors import ContextError, UsageError
+from edger1.experts.figures import Account
 from edger1.loader import LiveModel
 from edger1.messages import Done, Event, Figures, Generate, Message, Progress, Text, Thought, Usage
 from edger1.mlx_runtime import on_gpu
@@ -138,6 +139,7 @@ class Generation:
         self._detokenizer = model.tokenizer.detokenizer
         self._run_ahead = runs_ahead(model) and not self._sampler.looks_back
 
+        self._experts = None if model.streaming is None else Account(model.streaming)
         self._caches: list[Any] | None = None
         self._cached = 0
         # The tokens that are in the caches, out of prompt and answer.
@@ -164,6 +166,12 @@ class Generation:
         Without `ahead` no token is computed before the one that is due has been sent. Does nothing while older
         requests leave no room for the KV cache.
         """
+        if self._experts is None:
+            return self._step(ahead=ahead)
+        with self._experts.counting(decoding=self._caches is not None and self._waiting <= 1):
+            return self._step(ahead=ahead)
+
+    def _step(self, *, ahead: bool) -> bool:
         self._come_back()
         if self._caches is None and not self._begin():
             return False
@@ -388,11 +396,15 @@ class Generation:
             peak_memory_bytes=peak_memory_bytes(),
             context_used=len(self._prompt) + len(self._output.tokens),
             context_size=self._model.context,
+            experts=None if self._experts is None else self._experts.summary(usage.prefilled_tokens, max(0, decoded)),
         )
 
 
 def runs_ahead(model: LiveModel) -> bool:
     """Whether a token's graph is worth building before the one before it is known."""
+    if model.streaming is not None and not model.streaming.complete:
+        # The forward pass after the last token would read experts for nothing.
+        return False
     return on_gpu() or model.plan.resident_bytes <= _SMALL_MODEL_BYTES
 
 

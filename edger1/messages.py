@@ -39,6 +39,8 @@ class Load:
     memory_bytes: int | None = None
     context: int | None = None
     precision: str = "fast"
+    expert_slots: str | int | None = None
+    """Slots a layer for routed experts, as a number or a share such as "25%"; None: what the ceiling allows."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,8 @@ class Figures:
     peak_memory_bytes: int = 0
     context_used: int = 0
     context_size: int = 0
+    experts: dict[str, Any] | None = None
+    """What streaming the experts took, as `edger1.experts.figures.summary` has it; None where they are resident."""
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,8 @@ def read_header(path: Path) -> Header:
         raise FormatError(f"{path} is no safetensors file: its header is not valid JSON. Fetch it again.") from None
     if not isinstance(parsed, dict):
         raise FormatError(f"{path} is no safetensors file: its header is not a JSON object. Fetch it again.")
-    metadata = parsed.pop("__metadata__", {})
+    # MLX writes null where it was given none.
+    metadata = parsed.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise FormatError(f"{path}: __metadata__ in its header is not an object of strings; the file is damaged.")
     data_start = 8 + len(raw)

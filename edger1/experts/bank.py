@@ -1,0 +1,185 @@
+"""The slots of one layer: memory for some of its experts, filled from the store and overwritten in place.
+
+A slot is a row in each of the layer's bank arrays, MLX arrays [slots, ...] that the layer computes with, written through
+NumPy views of the same memory. So nothing that MLX has still to compute may read a slot that is being filled: whoever
+asks for experts has MLX finish first (`layer.py`).
+
+An expert's bytes are there when its read has ended well. A read that failed, or was given up, leaves its slot free.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edger1.experts import page_cache
+from edger1.experts.anatomy import LayerExperts, mlx_dtype
+from edger1.experts.policy import Policy
+from edger1.experts.store import Bytes, Read, Store
+
+ABSENT = -1
+
+
+class Bank:
+    """Slots for the experts of one layer.
+
+    `arrays` maps (projection, name) to the MLX array [slots, ...] of that part. Used by one thread; reads end on others.
+    """
+
+    def __init__(self, layer: LayerExperts, slots: int, store: Store, policy: Policy) -> None:
+        self.layer, self.store, self.policy = layer, store, policy
+        self.slots = slots
+        self.arrays = {(part.projection, part.name): _allocate(slots, part) for part in layer.parts}
+        self._rows = [_bytes_of(self.arrays[part.projection, part.name], part.nbytes) for part in layer.parts]
+        self.table: npt.NDArray[np.int32] = np.full(layer.experts, ABSENT, np.int32)
+        self.loading: dict[int, Read] = {}
+        self._slot_of_read: dict[int, int] = {}
+        self._free = list(range(slots - 1, -1, -1))
+        # Slots whose memory was given back; they are the last that are used again.
+        self._released: list[int] = []
+        self.identity = False
+        """Whether expert e lies in slot e for all of them, so that indices need no translation."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the slots whose memory is held."""
+        return (self.slots - len(self._released)) * self.layer.expert_bytes
+
+    @property
+    def present(self) -> int:
+        """How many experts are there."""
+        return int((self.table >= 0).sum())
+
+    @property
+    def usable_slots(self) -> int:
+        """Slots that can hold an expert at the moment."""
+        return self.slots - len(self._released)
+
+    def lookup(self, experts: Any) -> npt.NDArray[np.int32]:
+        """Return the slots of experts, ABSENT where they are not there; any shape."""
+        found: npt.NDArray[np.int32] = self.table[experts]
+        return found
+
+    def load_all(self) -> Sequence[Read]:
+        """Begin to fill every slot, expert e into slot e; for a bank with a slot for each expert."""
+        self._free = []
+        self._released = []
+        reads = [self._start(expert, expert, guessed=False) for expert in range(self.layer.experts)]
+        self.identity = True
+        return reads
+
+    def request(self, expert: int, keep: Collection[int], *, guessed: bool = False) -> Read | None:
+        """Begin to bring an expert in; None where no slot can be freed without one of `keep`.
+
+        A read that is under way already is returned, and goes before others now unless this one is a guess as well.
+        """
+        self.settle()
+        under_way = self.loading.get(expert)
+        if under_way is not None and not under_way.cancelled:
+            if not guessed:
+                self.store.hurry(under_way)
+            return under_way
+        slot = self._take_slot(keep)
+        return None if slot is None else self._start(expert, slot, guessed=guessed)
+
+    def ensure(self, experts: Sequence[int], keep: Collection[int] = ()) -> None:
+        """Bring experts in and wait until they are there. Raises StreamError where a read fails."""
+        wanted = {*experts, *keep}
+        missing = [e for e in dict.fromkeys(experts) if self.table[e] < 0]
+        reads = []
+        for expert in missing:
+            read = self.request(expert, wanted)
+            if read is None:
+                raise ValueError(f"{len(wanted)} experts at once in {self.slots} slots")
+            reads.append(read)
+        for read in reads:
+            read.wait()
+        self.settle()
+        for read in reads:
+            if read.error is not None:
+                raise read.error
+
+    def settle(self) -> None:
+        """Take note of reads that have ended: their experts are there, or their slots free again."""
+        for expert, read in list(self.loading.items()):
+            if not read.done:
+                continue
+            del self.loading[expert]
+            slot = self._slot_of_read.pop(expert)
+            if read.error is None:
+                self.table[expert] = slot
+            else:
+                self._free.append(slot)
+
+    def give_up(self, expert: int) -> None:
+        """Cancel a guess that came too late."""
+        read = self.loading.get(expert)
+        if read is not None:
+            read.cancel()
+
+    def shrink(self, slots: int, keep: Collection[int] = ()) -> int:
+        """Give the memory of up to `slots` slots back to the system; returns how many bytes went."""
+        self.settle()
+        given = 0
+        for _ in range(slots):
+            slot = self._take_slot(keep)
+            if slot is None:
+                break
+            freed = sum(page_cache.release(row[slot].ctypes.data, row[slot].nbytes) for row in self._rows)
+            if not freed:
+                self._free.append(slot)
+                break
+            self._released.append(slot)
+            given += freed
+        self.identity = self.identity and not self._released
+        return given
+
+    def grow(self, slots: int) -> int:
+        """Use up to `slots` of the slots again whose memory was given back; returns how many bytes they take."""
+        back = min(slots, len(self._released))
+        for _ in range(back):
+            self._free.insert(0, self._released.pop())
+        return back * self.layer.expert_bytes
+
+    def resident(self) -> list[int]:
+        """Return the experts that are there."""
+        return np.flatnonzero(self.table >= 0).tolist()
+
+    def _start(self, expert: int, slot: int, *, guessed: bool) -> Read:
+        read = self.store.read(self.layer, expert, [row[slot] for row in self._rows], guessed=guessed)
+        self.loading[expert] = read
+        self._slot_of_read[expert] = slot
+        return read
+
+    def _take_slot(self, keep: Collection[int]) -> int | None:
+        if self._free:
+            return self._free.pop()
+        leaving = self.policy.victim(self.resident(), keep)
+        if leaving is None:
+            return None
+        slot = int(self.table[leaving])
+        self.table[leaving] = ABSENT
+        self.identity = False
+        return slot
+
+
+def _allocate(slots: int, part: Any) -> Any:
+    import mlx.core as mx
+
+    array = mx.zeros((slots, *part.shape), dtype=getattr(mx, mlx_dtype(part)))
+    mx.eval(array)
+    return array
+
+
+def _bytes_of(array: Any, nbytes: int) -> Bytes:
+    """Return the memory of a bank array as uint8 [slots, nbytes]; writing to it changes the array."""
+    import mlx.core as mx
+
+    # NumPy has no bfloat16.
+    plain = array.view(mx.uint16) if array.dtype == mx.bfloat16 else array
+    mx.eval(plain)
+    view = np.array(plain, copy=False)
+    return view.view(np.uint8).reshape(array.shape[0], nbytes)

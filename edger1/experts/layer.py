@@ -1,0 +1,198 @@
+"""What stands in for a layer's routed experts: it reads the router's choice back, brings in what is missing, computes.
+
+Up to 16 rows (decoding, batches, drafts): the experts that are there are computed while the others are being read.
+More rows (prefill): expert by expert, each read at most once, a group computed while the next is read; a chunk of 512
+tokens asks for nearly all experts, whatever the number of slots.
+
+Either way each row's result is computed by itself and the results are put in the order of ranks before anyone sums them:
+what comes out does not depend on what was where. For up to 16 rows it has the bits of the resident layer.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edger1.experts.bank import Bank
+from edger1.experts.figures import BYTES_READ, CALLS, HITS, MISSES, STALL_S
+
+if TYPE_CHECKING:
+    from edger1.experts.store import Read
+    from edger1.experts.streaming import Streaming
+
+FEW_ROWS = 16
+"""Rows that the kernels compute to the bits that each has alone."""
+
+Compute = Callable[[Any, Any, Any], Any]
+"""(switch layer, x [..., hidden], slots [..., ranks]) -> what each expert gives, [..., ranks, hidden]."""
+
+
+class StreamedExperts:
+    """The experts of one layer, out of its bank."""
+
+    def __init__(self, bank: Bank, streaming: Streaming) -> None:
+        self.bank = bank
+        self.figures = streaming.figures[bank.layer.index]
+        self._streaming = streaming
+
+    def __call__(self, switch: Any, x: Any, indices: Any, compute: Compute) -> Any:
+        """Return what the experts `indices` [..., ranks] of a switch layer give for x [..., hidden].
+
+        Raises StreamError where an expert cannot be read.
+        """
+        bank = self.bank
+        if bank.identity:
+            return compute(switch, x, indices)
+        chosen = self.read_back(indices)
+        distinct: list[int] = list(dict.fromkeys(chosen.ravel().tolist()))
+        missing = [expert for expert in distinct if bank.table[expert] < 0]
+        self.note(distinct, missing)
+        if not missing:
+            return compute(switch, x, _array(bank.table[chosen]))
+        if len(distinct) > bank.usable_slots or chosen.size > FEW_ROWS * chosen.shape[-1]:
+            return self._by_expert(switch, x, chosen, distinct, compute)
+        return self._by_row(switch, x, chosen, distinct, missing, compute)
+
+    def read_back(self, indices: Any) -> npt.NDArray[np.int64]:
+        """Wait for the router's choice, and for all that was asked of MLX before it."""
+        chosen: npt.NDArray[np.int64] = self._streaming.device.read_back(indices).astype(np.int64)
+        self._streaming.check()
+        self.bank.settle()
+        return chosen
+
+    def note(self, distinct: Sequence[int], missing: Sequence[int], scores: Any = None) -> None:
+        """Tell the policy, and whoever counts, which experts a call uses and which of them are not there."""
+        self.bank.policy.use(distinct, scores)
+        figures = self.figures
+        figures[CALLS] += 1
+        figures[HITS] += len(distinct) - len(missing)
+        figures[MISSES] += len(missing)
+        figures[BYTES_READ] += len(missing) * self.bank.layer.expert_bytes
+        self._streaming.used(self.bank.layer.index, distinct)
+
+    def request(self, missing: Sequence[int], distinct: Sequence[int]) -> list[Read]:
+        """Begin to read what is missing, into slots that nothing reads any more."""
+        self._streaming.device.finish()
+        reads = []
+        for expert in missing:
+            read = self.bank.request(expert, distinct)
+            assert read is not None, "the caller looks that the slots suffice"
+            reads.append(read)
+        return reads
+
+    def wait(self, reads: Sequence[Read]) -> None:
+        """Wait until all are there; raises what the first failed of, or what `Streaming.check` raises meanwhile."""
+        began = time.perf_counter()
+        try:
+            for read in reads:
+                while not read.wait(self._streaming.patience_s):
+                    self._streaming.check()
+        finally:
+            self.figures[STALL_S] += time.perf_counter() - began
+        self.bank.settle()
+        for read in reads:
+            if read.error is not None:
+                raise read.error
+
+    def _by_row(
+        self,
+        switch: Any,
+        x: Any,
+        chosen: npt.NDArray[np.int64],
+        distinct: Sequence[int],
+        missing: Sequence[int],
+        compute: Compute,
+    ) -> Any:
+        reads = self.request(missing, distinct)
+        pairs = chosen.ravel()
+        here = np.flatnonzero(self.bank.table[pairs] >= 0)
+        there = np.flatnonzero(self.bank.table[pairs] < 0)
+        rows = x.reshape(-1, x.shape[-1])
+        ranks = chosen.shape[-1]
+        parts = []
+        if here.size:
+            parts.append(self._pairs(switch, rows, pairs, here, ranks, compute))
+        self.wait(reads)
+        parts.append(self._pairs(switch, rows, pairs, there, ranks, compute))
+        return _in_order(parts, [here, there] if here.size else [there], chosen.shape)
+
+    def _pairs(
+        self, switch: Any, rows: Any, pairs: npt.NDArray[np.int64], some: Any, ranks: int, compute: Compute
+    ) -> Any:
+        """Return what the experts of some pairs of row and rank give, [pairs, hidden], with its computation begun."""
+        import mlx.core as mx
+
+        slots = _array(self.bank.table[pairs[some]][:, None])
+        found = compute(switch, rows[_array(some // ranks)], slots)
+        found = found[:, 0, :]
+        mx.async_eval(found)
+        return found
+
+    def _by_expert(
+        self, switch: Any, x: Any, chosen: npt.NDArray[np.int64], distinct: Sequence[int], compute: Compute
+    ) -> Any:
+        """Compute expert by expert: those that are there first, then group after group of those that are not."""
+        bank = self.bank
+        rows = x.reshape(-1, x.shape[-1])
+        ranks = chosen.shape[-1]
+        pairs = chosen.ravel()
+        # Pairs of one expert side by side, in the order of rows.
+        order = np.argsort(pairs, kind="stable")
+        begins = np.searchsorted(pairs[order], np.arange(bank.layer.experts + 1))
+        group = [expert for expert in distinct if bank.table[expert] >= 0]
+        missing = [expert for expert in distinct if bank.table[expert] < 0]
+        parts, places = [], []
+        reads: list[Read] = []
+        while group or missing or reads:
+            # What is computed next must stay; what was computed, or is not asked for, may go.
+            batch = missing[: self._room(group)]
+            reads = self.request(batch, group) if batch else []
+            missing = missing[len(batch) :]
+            if group:
+                some = np.concatenate([order[begins[expert] : begins[expert + 1]] for expert in sorted(group)])
+                parts.append(self._pairs(switch, rows, pairs, some, ranks, compute))
+                places.append(some)
+                self._streaming.device.wait_for(parts[-1])
+            self.wait(reads)
+            group, reads = batch, []
+        return _in_order(parts, places, chosen.shape)
+
+    def _room(self, group: Sequence[int]) -> int:
+        """How many experts may be read while `group` is computed: the same number is to be free the next time."""
+        usable = self.bank.usable_slots
+        free = usable - len(group)
+        return min(free, max(1, usable // 2)) if group else max(1, usable // 2)
+
+
+def _array(values: Any) -> Any:
+    import mlx.core as mx
+
+    return mx.array(np.ascontiguousarray(values, np.int32)).astype(mx.uint32)
+
+
+def _in_order(parts: list[Any], places: Sequence[Any], shape: tuple[int, ...]) -> Any:
+    """Put results [pairs, hidden] where their pairs stand in `shape` [..., ranks]; returns [..., ranks, hidden]."""
+    import mlx.core as mx
+
+    order = np.empty(sum(place.size for place in places), np.int64)
+    order[np.concatenate(places)] = np.arange(order.size)
+    whole = parts[0] if len(parts) == 1 else mx.concatenate(parts)
+    parts.clear()
+    return whole[_array(order)].reshape(*shape, whole.shape[-1])
+
+
+@cache
+def streamed(original: Any) -> type:
+    """Return a subclass of a switch layer's class whose objects compute out of the bank in their `_streamed`."""
+    compute = original.__call__
+
+    def call(self: Any, x: Any, indices: Any) -> Any:
+        held: StreamedExperts | None = vars(self).get("_streamed")
+        return compute(self, x, indices) if held is None else held(self, x, indices, compute)
+
+    return type(original.__name__, (original,), {"__call__": call, "__module__": original.__module__})

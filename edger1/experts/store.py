@@ -1,0 +1,344 @@
+"""Reads experts from a model's files, in threads, straight into the memory where they will be used.
+
+A read that somebody waits for goes before one that was made on a guess. Where the page cache does not hold the bytes,
+direct I/O spares the copy through it, most of the processor's time, and the memory that the cache would take from a
+tight limit; where it does, or where direct I/O does not work, reads are buffered.
+
+Files may change beneath a running program. Each read looks at the file's size and time of change before and after: what
+was read from another file than the one that was loaded is an error, and never becomes a token.
+"""
+
+from __future__ import annotations
+
+import collections
+import mmap
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edger1.errors import EdgeR1Error
+from edger1.experts.anatomy import LayerExperts, Part
+
+Bytes = npt.NDArray[np.uint8]
+
+THREADS = 4
+"""Reads under way at once: on the disks that were measured more bring nothing."""
+_ALIGNMENT = 4096
+_SMALL = 64 << 10
+"""Parts up to this size are read by the thread that reads the part before them."""
+
+
+class StreamError(EdgeR1Error):
+    """An expert could not be read from the model's files."""
+
+
+class Read:
+    """One expert on its way from disk."""
+
+    def __init__(self, layer: LayerExperts, expert: int, pieces: int) -> None:
+        self.layer, self.expert = layer, expert
+        self.error: BaseException | None = None
+        self.seconds = 0.0
+        self._left = pieces
+        self._done = threading.Event()
+        self._lock = threading.Lock()
+        self._cancelled = False
+        self._callbacks: list[Callable[[Read], None]] = []
+
+    @property
+    def done(self) -> bool:
+        """Whether it has ended: the bytes are there, or `error` says why not."""
+        return self._done.is_set()
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether it was given up before its bytes were there."""
+        return self._cancelled
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Wait for its end; False where that did not come in time."""
+        return self._done.wait(timeout_s)
+
+    def then(self, callback: Callable[[Read], None]) -> None:
+        """Call `callback` when it has ended, from a reading thread, or at once where it has."""
+        with self._lock:
+            if not self._done.is_set():
+                self._callbacks.append(callback)
+                return
+        callback(self)
+
+    def cancel(self) -> None:
+        """Give it up; pieces that are being read are read to their end."""
+        self._cancelled = True
+
+    def finish_piece(self, error: BaseException | None) -> None:
+        """Note that a piece has been read, or why not."""
+        with self._lock:
+            self._left -= 1
+            self.error = self.error or error
+            if self._left:
+                return
+            self._done.set()
+            callbacks, self._callbacks = self._callbacks, []
+        for callback in callbacks:
+            callback(self)
+
+
+@dataclass(frozen=True)
+class _Identity:
+    """What a file was when the model was loaded."""
+
+    size: int
+    changed_ns: int
+
+    @classmethod
+    def of(cls, descriptor: int) -> _Identity:
+        about = os.fstat(descriptor)
+        return cls(about.st_size, about.st_mtime_ns)
+
+
+@dataclass
+class _File:
+    path: Path
+    buffered: int
+    direct: int | None
+    identity: _Identity
+    map: mmap.mmap | None = field(default=None, repr=False)
+
+    def check(self) -> None:
+        found = _Identity.of(self.buffered)
+        if found != self.identity:
+            what = "changed" if found.size == self.identity.size else f"now has {found.size:,} bytes"
+            raise StreamError(
+                f"{self.path} {what} while the model was in use ({self.identity.size:,} bytes when it was loaded). "
+                f"Load the model again."
+            )
+
+
+@dataclass
+class Counts:
+    """What a store has read so far."""
+
+    reads: int = 0
+    nbytes: int = 0
+    direct_bytes: int = 0
+    busy_s: float = 0.0
+    """Seconds that threads spent reading, added up."""
+
+
+_Piece = tuple[Read, tuple[tuple[Part, Any], ...]]
+
+
+class Store:
+    """The experts of a model on disk. `mode` is auto, direct or buffered; see the module for what auto does."""
+
+    def __init__(self, layers: Sequence[LayerExperts], *, mode: str = "auto", threads: int = THREADS) -> None:
+        self.mode = mode
+        self.counts = Counts()
+        self._files: dict[Path, _File] = {}
+        for path in {part.file for layer in layers for part in layer.parts}:
+            self._files[path] = _open(path, mode)
+        self._largest = max((part.nbytes for layer in layers for part in layer.parts), default=0)
+        self._wanted: collections.deque[_Piece] = collections.deque()
+        self._guessed: collections.deque[_Piece] = collections.deque()
+        self._ready = threading.Condition()
+        self._counting = threading.Lock()
+        self._closed = False
+        # Daemons: one that hangs in a dead disk must not keep the program from ending.
+        self._threads = [threading.Thread(target=self._serve, name="edger1-reader", daemon=True) for _ in range(threads)]
+        for thread in self._threads:
+            thread.start()
+
+    @property
+    def staging_bytes(self) -> int:
+        """Bytes that direct reads pass through, in all threads."""
+        if all(file.direct is None for file in self._files.values()):
+            return 0
+        return len(self._threads) * _staging(self._largest)
+
+    def read(self, layer: LayerExperts, expert: int, into: Sequence[Bytes], *, guessed: bool = False) -> Read:
+        """Begin to read an expert; part i of the layer goes to `into[i]`, uint8 [nbytes] without gaps."""
+        pieces = _pieces(layer, into)
+        read = Read(layer, expert, len(pieces))
+        with self._ready:
+            if self._closed:
+                raise StreamError("The model was closed while an expert was being asked for.")
+            (self._guessed if guessed else self._wanted).extend((read, piece) for piece in pieces)
+            self._ready.notify(len(pieces))
+        return read
+
+    def hurry(self, read: Read) -> None:
+        """Let a read that was made on a guess go before others of its kind: somebody waits for it."""
+        with self._ready:
+            mine = [piece for piece in self._guessed if piece[0] is read]
+            if mine:
+                self._guessed = collections.deque(piece for piece in self._guessed if piece[0] is not read)
+                self._wanted.extend(mine)
+
+    def close(self) -> None:
+        """End the threads and close the files; a thread that hangs in a read keeps its files open."""
+        with self._ready:
+            self._closed = True
+            left = [*self._wanted, *self._guessed]
+            self._wanted.clear()
+            self._guessed.clear()
+            self._ready.notify_all()
+        for read, _ in left:
+            read.finish_piece(StreamError("The model was closed while an expert was being read."))
+        for thread in self._threads:
+            thread.join(timeout=1)
+        if any(thread.is_alive() for thread in self._threads):
+            return
+        for file in self._files.values():
+            os.close(file.buffered)
+            if file.direct is not None:
+                os.close(file.direct)
+        self._files.clear()
+
+    def _serve(self) -> None:
+        staging: Bytes | None = None
+        while True:
+            with self._ready:
+                while not (self._wanted or self._guessed or self._closed):
+                    self._ready.wait()
+                if self._closed:
+                    return
+                read, parts = (self._wanted or self._guessed).popleft()
+            error: BaseException | None = None
+            if read.cancelled:
+                error = StreamError("The read was given up.")
+            else:
+                try:
+                    if staging is None and any(file.direct is not None for file in self._files.values()):
+                        staging = np.frombuffer(mmap.mmap(-1, _staging(self._largest)), np.uint8)
+                    began = time.perf_counter()
+                    for part, into in parts:
+                        self._read_part(part, read.expert, into, staging)
+                    seconds = time.perf_counter() - began
+                    read.seconds += seconds
+                    with self._counting:
+                        self.counts.reads += 1
+                        self.counts.busy_s += seconds
+                except BaseException as caught:
+                    error = caught
+            read.finish_piece(error)
+
+    def _read_part(self, part: Part, expert: int, into: Bytes, staging: Bytes | None) -> None:
+        file = self._files[part.file]
+        offset = part.offset + expert * part.nbytes
+        file.check()
+        direct = file.direct is not None and staging is not None
+        try:
+            if direct and not (self.mode == "auto" and _cached(file, offset, part.nbytes)):
+                self._read_direct(file, offset, into, staging)
+            else:
+                direct = False
+                _read_buffered(file, offset, into)
+        except OSError as error:
+            raise StreamError(
+                f"Reading expert {expert} of {part.projection} from {part.file} failed at byte {offset:,}: "
+                f"{(error.strerror or str(error)).lower()}. Check the disk, then load the model again."
+            ) from error
+        file.check()
+        with self._counting:
+            self.counts.nbytes += part.nbytes
+            self.counts.direct_bytes += part.nbytes if direct else 0
+
+    def _read_direct(self, file: _File, offset: int, into: Bytes, staging: Any) -> None:
+        first = offset // _ALIGNMENT * _ALIGNMENT
+        ahead = offset - first
+        length = -(-(ahead + into.size) // _ALIGNMENT) * _ALIGNMENT
+        assert file.direct is not None
+        needed, done = ahead + into.size, 0
+        while done < needed:
+            got = os.preadv(file.direct, [memoryview(staging)[done:length]], first + done)
+            if got == 0:
+                raise _ended(file, first + done)
+            if done + got < needed and got < _ALIGNMENT:
+                # Less than a block: direct reads cannot go on from there.
+                _read_buffered(file, first + done, staging[done:needed])
+                break
+            done += got
+            if done < needed:
+                done -= done % _ALIGNMENT
+        np.copyto(into, staging[ahead : ahead + into.size])
+
+
+def _ended(file: _File, at: int) -> StreamError:
+    return StreamError(
+        f"{file.path} ended at byte {at:,} while an expert was being read; it had {file.identity.size:,} bytes when the "
+        f"model was loaded. Fetch the model again."
+    )
+
+
+def _read_buffered(file: _File, offset: int, into: Bytes) -> None:
+    view, done = memoryview(into), 0
+    while done < len(view):
+        got = os.preadv(file.buffered, [view[done:]], offset + done)
+        if got == 0:
+            raise _ended(file, offset + done)
+        done += got
+
+
+def _staging(largest: int) -> int:
+    return -(-largest // _ALIGNMENT) * _ALIGNMENT + 2 * _ALIGNMENT
+
+
+def _pieces(layer: LayerExperts, into: Sequence[Bytes]) -> list[tuple[tuple[Part, Bytes], ...]]:
+    """Split an expert into what threads read side by side: a large part each, small ones with what is before them."""
+    pieces: list[list[tuple[Part, Bytes]]] = []
+    for part, target in zip(layer.parts, into, strict=True):
+        if pieces and part.nbytes <= _SMALL:
+            pieces[-1].append((part, target))
+        else:
+            pieces.append([(part, target)])
+    return [tuple(piece) for piece in pieces]
+
+
+def _open(path: Path, mode: str) -> _File:
+    try:
+        buffered = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise StreamError(f"{path} cannot be read: {(error.strerror or str(error)).lower()}.") from error
+    if sys.platform == "darwin":
+        import fcntl
+
+        # Experts are read again from the bank, not from the page cache, which would grow at the bank's cost.
+        if mode != "buffered":
+            fcntl.fcntl(buffered, fcntl.F_NOCACHE, 1)
+        fcntl.fcntl(buffered, fcntl.F_RDAHEAD, 0)
+        return _File(path, buffered, None, _Identity.of(buffered))
+    # Reading ahead fetches experts that nobody asked for.
+    os.posix_fadvise(buffered, 0, 0, os.POSIX_FADV_RANDOM)
+    file = _File(path, buffered, _open_direct(path) if mode != "buffered" else None, _Identity.of(buffered))
+    if file.direct is not None and mode == "auto" and file.identity.size:
+        file.map = mmap.mmap(buffered, 0, prot=mmap.PROT_READ)
+    return file
+
+
+def _open_direct(path: Path) -> int | None:
+    """Open a file for direct I/O; None where its file system does not offer that."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
+    except OSError:
+        return None
+    try:
+        os.preadv(descriptor, [mmap.mmap(-1, _ALIGNMENT)], 0)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _cached(file: _File, offset: int, nbytes: int) -> bool:
+    from edger1.experts.page_cache import holds
+
+    return file.map is not None and holds(file.map, offset, nbytes)

@@ -1,0 +1,111 @@
+"""A model whose routed experts are streamed: the store, the banks, and what stands in for each layer's experts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Sequence
+from typing import Any
+
+import numpy as np
+
+from edger1.experts import anatomy
+from edger1.experts.anatomy import LayerExperts
+from edger1.experts.bank import Bank
+from edger1.experts.device import Device
+from edger1.experts.figures import COMPUTE_S, STALL_S, empty
+from edger1.experts.layer import StreamedExperts, streamed
+from edger1.experts.policy import Policy
+from edger1.experts.store import Store
+
+
+class Streaming:
+    """The streamed experts of one model. Everything but the reads happens on the thread that owns MLX.
+
+    `slots` is the number of slots of each layer.
+    """
+
+    patience_s = 0.05
+    """How long it waits for a read before it looks whether anyone still wants it."""
+
+    def __init__(
+        self,
+        layers: Sequence[LayerExperts],
+        slots: Sequence[int],
+        *,
+        policy: Callable[[int], Policy],
+        mode: str = "auto",
+        device: Device | None = None,
+    ) -> None:
+        self.store = Store(layers, mode=mode)
+        self.device = device or Device()
+        self.banks = [
+            Bank(layer, count, self.store, policy(layer.experts)) for layer, count in zip(layers, slots, strict=True)
+        ]
+        self.figures = empty(len(self.banks))
+        """See `edger1.experts.figures.COLUMNS`; since loading."""
+        self.layers = [StreamedExperts(bank, self) for bank in self.banks]
+        self.uses = [np.zeros(layer.experts, np.int64) for layer in layers]
+        self.interrupted: Callable[[], None] | None = None
+        """Called while it waits; raises where nobody wants the answer any more."""
+        self._at = time.perf_counter()
+        self._stalled = 0.0
+        self._attached: list[tuple[Any, type]] = []
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the slots hold."""
+        return sum(bank.nbytes for bank in self.banks)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every expert has its slot, so that nothing is ever read while the model runs."""
+        return all(bank.identity for bank in self.banks)
+
+    def attach(self, model: Any) -> None:
+        """Put the banks in the places of the model's stacked experts, which need not have been read."""
+        switches = dict(anatomy.switches(model))
+        for held in self.layers:
+            switch = switches[held.bank.layer.path]
+            linears = dict(anatomy.projections(switch))
+            for (projection, name), array in held.bank.arrays.items():
+                linears[projection][name] = array
+            self._attached.append((switch, type(switch)))
+            object.__setattr__(switch, "_streamed", held)
+            switch.__class__ = streamed(type(switch))
+
+    def fill(self) -> Generator[int, None, None]:
+        """Fill the banks that have a slot for each expert; yields the bytes that came."""
+        for bank in self.banks:
+            if bank.slots < bank.layer.experts:
+                continue
+            for read in bank.load_all():
+                read.wait()
+                if read.error is not None:
+                    raise read.error
+                yield bank.layer.expert_bytes
+            bank.settle()
+
+    def check(self) -> None:
+        """Raise where the request under way is not wanted any more."""
+        if self.interrupted is not None:
+            self.interrupted()
+
+    def used(self, layer: int, experts: Sequence[int]) -> None:
+        """Count the experts that a call of a layer uses, and the time since the call before."""
+        self.uses[layer][list(experts)] += 1
+        now = time.perf_counter()
+        stalled = float(self.figures[:, STALL_S].sum())
+        self.figures[layer, COMPUTE_S] += now - self._at - (stalled - self._stalled)
+        self._at, self._stalled = now, stalled
+
+    def begin(self) -> None:
+        """Count time from here on: what was before is nobody's."""
+        self._at, self._stalled = time.perf_counter(), float(self.figures[:, STALL_S].sum())
+
+    def close(self) -> None:
+        """End the reads and give the model's layers their classes back."""
+        for switch, original in reversed(self._attached):
+            switch.__class__ = original
+            vars(switch).pop("_streamed", None)
+        self._attached = []
+        self.store.close()
