@@ -18,6 +18,7 @@ COMMANDS = (
     ("models", "show"),
     ("models", "path"),
     ("models", "rm"),
+    ("plan",),
     ("finetune",),
     ("doctor",),
 )

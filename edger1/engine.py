@@ -163,7 +163,7 @@ class Scheduler:
         """Bytes that a further model may take: what it was given, within what the engine's others leave."""
         ceiling = self._ceiling_bytes or default_ceiling()
         # The process itself is counted once in every plan, and is there only once.
-        taken = sum(m.plan.smallest_ceiling_bytes - PROCESS_BYTES for m in self._models.values())
+        taken = sum(m.plan.total_bytes - PROCESS_BYTES for m in self._models.values())
         left = max(0, ceiling - taken)
         if asked_bytes is None:
             return left

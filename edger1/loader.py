@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Generator
-from dataclasses import dataclass
+from collections.abc import Collection, Generator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ from edger1.quant.formats import safetensors
 from edger1.thinking import Markers
 
 if TYPE_CHECKING:
+    from edger1.experts.anatomy import LayerExperts
     from edger1.kernels.install import Installed
 
 GPU_PREFILL_STEP = 2048
@@ -72,15 +73,7 @@ class LiveModel:
             "context": self.context,
             "has_chat_template": self.has_chat_template,
             "kernels": self.installed.active,
-            "plan": {
-                "resident_bytes": self.plan.resident_bytes,
-                "kv_bytes": self.plan.kv_bytes,
-                "activation_bytes": self.plan.activation_bytes,
-                "process_bytes": self.plan.process_bytes,
-                "context": self.plan.context,
-                "ceiling_bytes": self.plan.ceiling_bytes,
-                "slots": self.plan.slots,
-            },
+            "plan": asdict(self.plan),
         }
 
     def close(self) -> None:
@@ -106,27 +99,43 @@ def prefill_step(parameters: int) -> int:
     return step
 
 
-def plan_folder(folder: Path, ceiling_bytes: int, context: int | None) -> Plan:
-    """Plan a resident model without reading its weights. Runs on a thread that owns MLX.
+def plan_folder(folder: Path, ceiling_bytes: int, context: int | None, expert_slots: str | int | None = None) -> Plan:
+    """Plan a model without reading its weights, and predict its speed. Runs on a thread that owns MLX.
 
-    Raises UnknownModelError and FormatError for a folder that is no model.
+    Raises UnknownModelError and FormatError for a folder that is no model, UsageError for slots that cannot be.
     """
+    from edger1.experts.planning import predict
+
     found = inspect(folder)
-    return _plan(found, build(found, folder.name)[0], ceiling_bytes, context)[0]
+    model = build(found, folder.name)[0]
+    plan, _, layers = _plan(found, model, ceiling_bytes, context, expert_slots)
+    return predict(plan, model, found, layers)
 
 
-def _plan(folder: ModelFolder, model: Any, ceiling_bytes: int, context: int | None) -> tuple[Plan, KVLayout]:
+def _plan(
+    folder: ModelFolder, model: Any, ceiling_bytes: int, context: int | None, expert_slots: str | int | None = None
+) -> tuple[Plan, KVLayout, tuple[LayerExperts, ...]]:
+    from edger1.experts import planning
+    from edger1.experts.budget import with_experts
+
     gpu = on_gpu()
+    layers = planning.find_layers(model, folder, expert_slots)
     weights = folder.total_bytes
+    # Experts that are streamed stay as they are on disk.
+    others = weights - planning.expert_total(layers)
     if not gpu:
-        weights += widened_bytes(folder, with_kernels=kernels.state().available)
+        available = kernels.state().available
+        weights += widened_bytes(folder, with_kernels=available)
+        others += widened_bytes(folder, with_kernels=available, without=planning.expert_tensors(layers))
     try:
         kv = kv_layout(model, 2 if gpu else 4, prefill_step(folder.parameters or folder.total_bytes))
     except Exception as error:
         raise _misfit(folder, folder.path.name, error) from error
     fused = gpu or kernels.state().available
     chosen = choose_context(folder.config, context)
-    return make_plan(folder.config, weights, kv, context=chosen, ceiling_bytes=ceiling_bytes, fused_attention=fused), kv
+    resident = make_plan(folder.config, weights, kv, context=chosen, ceiling_bytes=ceiling_bytes, fused_attention=fused)
+    plan = with_experts(resident, layers, others, prefill_tokens=kv.step_tokens, expert_slots=expert_slots)
+    return plan, kv, layers
 
 
 def build(folder: ModelFolder, name: str) -> tuple[Any, dict[str, Any]]:
@@ -149,14 +158,21 @@ def _misfit(folder: ModelFolder, name: str, error: Exception) -> FormatError:
     )
 
 
-def widened_bytes(folder: ModelFolder, *, with_kernels: bool) -> int:
-    """Bytes that 16-bit floats gain on a CPU: vectors with our kernels, which read matrices as they are; else all."""
+def widened_bytes(
+    folder: ModelFolder, *, with_kernels: bool, without: Collection[tuple[Path, int]] = frozenset()
+) -> int:
+    """Bytes that 16-bit floats gain on a CPU: vectors with our kernels, which read matrices as they are; else all.
+
+    `without` leaves tensors out, named by their file and offset.
+    """
     headers = (safetensors.read_header(file) for file in folder.weight_files)
     return sum(
         entry.nbytes
         for header in headers
         for entry in header.entries.values()
-        if entry.dtype in ("F16", "BF16") and (len(entry.shape) == 1 or not with_kernels)
+        if entry.dtype in ("F16", "BF16")
+        and (len(entry.shape) == 1 or not with_kernels)
+        and (header.path, entry.offset) not in without
     )
 
 
@@ -169,7 +185,7 @@ def load(
     """
     folder = inspect(path)
     model, config = build(folder, name)
-    plan, kv = _plan(folder, model, ceiling_bytes, context)
+    plan, kv, _ = _plan(folder, model, ceiling_bytes, context)
     plan.check(name)
     import mlx.core as mx
     from mlx.utils import tree_flatten, tree_unflatten

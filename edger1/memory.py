@@ -79,9 +79,8 @@ class Plan:
     @property
     def smallest_ceiling_bytes(self) -> int:
         """The smallest ceiling that this model and context run under, with experts streamed where they can be."""
-        return (
-            self.total_bytes if self.streamed_least_bytes is None else min(self.total_bytes, self.streamed_least_bytes)
-        )
+        least = self.streamed_least_bytes
+        return self.total_bytes if least is None else min(self.total_bytes, least)
 
     def check(self, name: str) -> None:
         """Raise MemoryCeilingError where the model does not fit, naming the ceiling that would do."""
@@ -91,8 +90,8 @@ class Plan:
         what = f"{name} with a context of {self.context} tokens"
         if self.stream is not None and self.stream.by_hand:
             raise MemoryCeilingError(
-                f"{what} and the expert slots that were asked for needs {need} of memory, and the ceiling is {ceiling}. "
-                f"Give it more with --memory, or ask for fewer with --expert-slots: "
+                f"{what} and the expert slots that were asked for needs {need} of memory, and the ceiling is "
+                f"{ceiling}. Give it more with --memory, or ask for fewer with --expert-slots: "
                 f"{format_bytes(self.smallest_ceiling_bytes, up=True)} would do with the fewest that work."
             )
         raise MemoryCeilingError(

@@ -169,7 +169,7 @@ class Model:
         self._closed = False
         self.info = loaded.info
         self.name: str = loaded.info["name"]
-        self.plan = Plan(**loaded.info["plan"])
+        self.plan = Plan.from_json(loaded.info["plan"])
 
     def __repr__(self) -> str:
         return f"<edger1.Model {self.name}{' (closed)' if self._closed else ''}>"
@@ -447,10 +447,21 @@ def load(name: str | Path, **options: Any) -> Model:
         raise
 
 
-def plan(name: str | Path, memory: str | int | None = None, context: int | None = None) -> Plan:
-    """Work out what an installed model needs of memory, without loading it. Raises as `load` does for a bad name."""
+def plan(
+    name: str | Path,
+    memory: str | int | None = None,
+    context: int | None = None,
+    expert_slots: str | int | None = None,
+) -> Plan:
+    """Work out what an installed model needs of memory and how fast it may be, without loading it.
+
+    expert_slots: slots of each layer's bank, as a number or a share such as "25%", instead of what memory allows.
+    What the machine's disk and kernels read a second is measured for the first plan of a day, in a second or two.
+
+    Raises as `load` does for a bad name; what does not fit under `memory` is told by the plan's `check`.
+    """
     from edger1.loader import plan_folder
 
     sampling.check_count("context", context)
     ceiling = memory_bytes(memory) or default_ceiling()
-    return worker.call(partial(plan_folder, installed.resolve(name), ceiling, context))
+    return worker.call(partial(plan_folder, installed.resolve(name), ceiling, context, expert_slots))

@@ -52,17 +52,24 @@ def parse_size(text: str | int, *, whole: int | None = None) -> int:
     return size
 
 
-def format_bytes(size: int) -> str:
-    """Return `size` in decimal units with three significant digits: "98.4 MB", "4.07 GB", "812 B"."""
+def format_bytes(size: int, *, up: bool = False) -> str:
+    """Return `size` in decimal units with three significant digits: "98.4 MB", "4.07 GB", "812 B".
+
+    `up` rounds up: a ceiling of what is printed then holds `size` bytes.
+    """
     if abs(size) < 1000:
         return f"{size} B"
-    value = float(size)
+    value, factor = float(size), 1
     for unit in ("kB", "MB", "GB", "TB"):
         value /= 1000
+        factor *= 1000
         # 999.5 and more would print as four digits.
         if abs(value) < 999.5 or unit == "TB":
             break
     digits = 2 if abs(value) < 9.995 else 1 if abs(value) < 99.95 else 0
+    if up:
+        last = factor // 10**digits
+        value = -(-size // last) * last / factor
     return f"{value:.{digits}f} {unit}"
 
 

@@ -263,7 +263,7 @@ def test_a_ceiling_that_is_too_small_is_refused_with_the_one_that_would_do(tiny_
     # The second one would not even hold the weights.
     for memory in ("100MB", "50kB"):
         with pytest.raises(
-            edger1.MemoryCeilingError, match=f"needs {format_bytes(plan.smallest_ceiling_bytes)}.*--mem"
+            edger1.MemoryCeilingError, match=f"needs {format_bytes(plan.smallest_ceiling_bytes, up=True)}.*--mem"
         ):
             edger1.load(tiny_folder, memory=memory)
     with edger1.load(tiny_folder, memory=plan.smallest_ceiling_bytes) as model:

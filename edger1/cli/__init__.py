@@ -15,6 +15,7 @@ from edger1.cli.demo import demo_command
 from edger1.cli.doctor import doctor_command
 from edger1.cli.finetune import finetune_command
 from edger1.cli.models import models_app
+from edger1.cli.plan import plan_command
 from edger1.cli.pull import INTERRUPTED, pull_command
 from edger1.cli.run import run_command
 from edger1.cli.verify import verify_command
@@ -54,6 +55,7 @@ app.command("run")(run_command)
 app.command("demo")(demo_command)
 app.command("pull")(pull_command)
 app.add_typer(models_app, name="models")
+app.command("plan")(plan_command)
 app.command("finetune")(finetune_command)
 app.command("verify")(verify_command)
 app.command("doctor")(doctor_command)

@@ -25,8 +25,6 @@ from edger1.memory import Plan
 
 READ_THREADS = 4
 """Threads that read experts at once; each has a buffer for the largest part of an expert."""
-PREFILL_EXPERTS = 2
-"""Experts that prefill holds beside the banks: one that computes, and the next one, which is being read."""
 LEAST_SLOTS = 2
 _PAGE = 4096
 # Unaligned spans are read whole pages at a time: up to one page more at either end.
@@ -85,7 +83,7 @@ def parse_slots(asked: str | int) -> int | float:
         raise UsageError(f'expert_slots is {asked!r}; expected a number of slots a layer, or a share such as "25%".')
     share = match[2] is not None
     value: int | float = float(match[1].rstrip("%")) / 100 if share else int(match[1])
-    if not 0 < value or (share and value > 1):
+    if value <= 0 or (share and value > 1):
         raise UsageError(f"expert_slots is {asked!r}; expected 1 or more slots a layer, or more than 0% up to 100%.")
     return value
 
@@ -170,10 +168,9 @@ def allocate(
 def staging_bytes(layers: Sequence[LayerExperts], prefill_tokens: int, read_threads: int = READ_THREADS) -> int:
     """Return what streaming holds beside the banks: buffers to read into, and what prefill keeps, a layer at a time.
 
-    Prefill goes expert by expert through a chunk of `prefill_tokens` tokens. It keeps the outputs of all pairs of token
-    and expert [tokens, top_k, hidden] in f32 until they are summed in rank order, and of one expert, which every token
-    of the chunk may have chosen, the rows that go in [tokens, hidden] and three rows of its inner size a token. Two
-    experts lie beside the banks meanwhile.
+    Prefill goes group by group of experts through a chunk of `prefill_tokens` tokens. It keeps the outputs of all pairs
+    of token and expert in f32 [tokens, top_k, hidden] until they are put in the order of ranks. A group, which may be
+    all of them, takes the rows that go in, as many as there are pairs, and three rows of the experts' inner size each.
     """
     reading = read_threads * max((part.nbytes + _SPAN_SLACK for layer in layers for part in layer.parts), default=0)
     return reading + max((_prefill_bytes(layer, prefill_tokens) for layer in layers), default=0)
@@ -184,8 +181,7 @@ def _prefill_bytes(layer: LayerExperts, tokens: int) -> int:
     rows = {part.projection: part.shape[0] for part in layer.parts if part.name == "weight"}
     hidden = rows.get("down_proj", rows.get("fc2", 0))
     inner = rows.get("up_proj", rows.get("fc1", 0))
-    per_token = layer.top_k * hidden + hidden + 3 * inner
-    return 4 * tokens * per_token + PREFILL_EXPERTS * layer.expert_bytes
+    return 4 * tokens * layer.top_k * (2 * hidden + 3 * inner)
 
 
 def plan_stream(

@@ -1,0 +1,212 @@
+"""What this machine reads a second: experts from the model's disk, and weights in memory by the kernels.
+
+Both are measured in well under a second each, for each machine, disk and kind of weights, and kept for a day in
+rates.json in the data folder. The disk is read as streaming reads it, experts picked at random, past the page cache
+where the file system lets it: the rate is that of a cold start, and what the page cache holds comes faster.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import mmap
+import os
+import platform
+import random
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from edger1 import paths
+from edger1.experts.anatomy import LayerExperts
+from edger1.experts.budget import READ_THREADS
+from edger1.fetch.place import write_atomically
+
+VERSION = 1
+# A rate taken while other programs kept the machine busy should not stay for ever.
+_KEPT_S = 24 * 3600
+_DISK_S = 0.5
+_KERNEL_S = 0.3
+_PAGE = 4096
+# Matrices enough that no cache holds them: 105 MB at 4 bits.
+_MATRICES, _SIZE = 12, 4096
+
+
+def disk_rate(layers: Sequence[LayerExperts]) -> float | None:
+    """Return bytes a second of reading experts of `layers` at random; None where they cannot be read.
+
+    Kept for each device and size of expert.
+    """
+    try:
+        device = layers[0].parts[0].file.stat().st_dev
+    except OSError:
+        return None
+    # To a power of two: a little more or less to an expert changes nothing.
+    size = layers[0].expert_bytes.bit_length()
+    return _kept(f"disk {platform.node()} {device} 2^{size}", lambda: measure_disk(layers))
+
+
+def weight_rate(quantization: Mapping[str, Any] | None, precision: str = "fast") -> float:
+    """Return bytes a second of weights that one row is multiplied with; runs on the thread that owns MLX.
+
+    `quantization` is config.json's, None for weights of 16 bits.
+    """
+    from edger1 import kernels
+
+    bits, group = 16, 0
+    if quantization is not None:
+        bits, group = (quantization.get(name) for name in ("bits", "group_size"))
+        if bits not in (2, 3, 4, 6, 8) or group not in (32, 64, 128):
+            bits, group = 4, 64
+    threads = os.environ.get("EDGER1_THREADS", os.cpu_count())
+    sets = "+".join(kernels.state().instruction_sets) or "mlx"
+    key = f"weights {platform.node()} {sets} {threads} threads {bits} bits/{group} {precision}"
+    return _kept(key, lambda: measure_weights(bits, group, precision)) or 1e9
+
+
+def measure_disk(layers: Sequence[LayerExperts], seconds: float = _DISK_S) -> float | None:
+    """Read whole experts at random in as many threads as streaming has, for `seconds`; return bytes a second."""
+    done: list[int] = []
+    began = time.perf_counter()
+    threads = [
+        threading.Thread(target=_read_until, args=(began + seconds, layers, done), name="edger1-rates", daemon=True)
+        for _ in range(READ_THREADS)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        # One read more than the time allows ends soon, unless the disk hangs.
+        thread.join(timeout=10)
+    read, spent = sum(done), time.perf_counter() - began
+    return read / spent if read else None
+
+
+def _read_until(end: float, layers: Sequence[LayerExperts], done: list[int]) -> None:
+    chooser = random.Random()
+    span = max(part.nbytes for layer in layers for part in layer.parts)
+    buffer = mmap.mmap(-1, -(-span // _PAGE) * _PAGE + _PAGE)
+    opened: dict[Path, int] = {}
+    try:
+        while True:
+            layer = chooser.choice(layers)
+            expert = chooser.randrange(layer.experts)
+            for part in layer.parts:
+                if part.file not in opened:
+                    opened[part.file] = _open(part.file)
+                offset = part.offset + expert * part.nbytes
+                first = offset // _PAGE * _PAGE
+                length = -(-(offset + part.nbytes - first) // _PAGE) * _PAGE
+                os.preadv(opened[part.file], [memoryview(buffer)[:length]], first)
+            done.append(layer.expert_bytes)
+            if time.perf_counter() >= end:
+                return
+    except (OSError, ValueError):
+        # What was read until then counts; nothing at all means that there is no rate.
+        return
+    finally:
+        for descriptor in opened.values():
+            os.close(descriptor)
+
+
+def _open(path: Path) -> int:
+    """Open a file past the page cache, or, where that is not to be had, without reading ahead."""
+    flags = os.O_RDONLY | os.O_CLOEXEC
+    if hasattr(os, "O_DIRECT"):
+        with contextlib.suppress(OSError):
+            descriptor = os.open(path, flags | os.O_DIRECT)
+            try:
+                os.preadv(descriptor, [mmap.mmap(-1, _PAGE)], 0)
+                return descriptor
+            except OSError:
+                os.close(descriptor)
+    descriptor = os.open(path, flags)
+    if sys.platform == "darwin":
+        import fcntl
+
+        fcntl.fcntl(descriptor, fcntl.F_NOCACHE, 1)
+    elif hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+    return descriptor
+
+
+def measure_weights(bits: int, group: int, precision: str, seconds: float = _KERNEL_S) -> float:
+    """Multiply one row with matrices of `bits` bits, more of them than caches hold; return bytes of them a second."""
+    import mlx.core as mx
+
+    from edger1.kernels.quantized import quantized_matmul
+
+    x = mx.ones((1, _SIZE))
+    if bits == 16:
+        matrices: list[tuple[Any, ...]] = [(mx.zeros((_SIZE, _SIZE), mx.bfloat16),) for _ in range(_MATRICES // 3)]
+    else:
+        packed, groups = (_SIZE, _SIZE * bits // 32), (_SIZE, _SIZE // group)
+        matrices = [
+            (mx.zeros(packed, mx.uint32), mx.ones(groups, mx.bfloat16), mx.zeros(groups, mx.bfloat16))
+            for _ in range(_MATRICES)
+        ]
+    mx.eval(x, matrices)
+
+    def compute() -> None:
+        if bits == 16:
+            mx.eval([_matmul(x, w.T) for (w,) in matrices])
+        else:
+            shape: dict[str, Any] = {"group_size": group, "bits": bits, "precision": precision}
+            mx.eval([quantized_matmul(x, w, scales, biases, **shape) for w, scales, biases in matrices])
+
+    compute()
+    began = time.perf_counter()
+    passes: list[float] = []
+    while sum(passes) < seconds or not passes:
+        before = time.perf_counter()
+        compute()
+        passes.append(time.perf_counter() - before)
+        if time.perf_counter() - began > 3 * seconds:
+            break
+    nbytes = sum(array.nbytes for each in matrices for array in each)
+    # The fastest: what slows a pass down is other programs.
+    return float(nbytes / min(passes))
+
+
+def _matmul(x: Any, w: Any) -> Any:
+    from edger1.kernels import _load
+
+    extension = _load()[0]
+    return x @ w if extension is None else extension.matmul(x, w)
+
+
+def _file() -> Path:
+    return paths.data() / "rates.json"
+
+
+def _kept(key: str, measure: Callable[[], float | None]) -> float | None:
+    """Return the rate kept under `key`, else what `measure` returns, which is then kept; no failure to keep is one."""
+    found = _all().get(key)
+    if found is not None and 0 <= time.time() - found["when"] < _KEPT_S:
+        return float(found["bytes_per_s"])
+    measured = measure()
+    if measured is None:
+        return None
+    entry = {"bytes_per_s": round(measured), "when": int(time.time())}
+    with contextlib.suppress(OSError):
+        write_atomically(_file(), json.dumps({"version": VERSION, "rates": _all() | {key: entry}}, indent=2) + "\n")
+    return measured
+
+
+def _all() -> dict[str, Any]:
+    """Return what was kept and is sound."""
+    try:
+        content: Any = json.loads(_file().read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    if not isinstance(content, dict) or content.get("version") != VERSION or not isinstance(content.get("rates"), dict):
+        return {}
+    return {key: entry for key, entry in content["rates"].items() if _is_sound(entry)}
+
+
+def _is_sound(entry: Any) -> bool:
+    numbers = [entry.get(name) for name in ("bytes_per_s", "when")] if isinstance(entry, dict) else []
+    # NaN is neither above nor below anything.
+    return bool(numbers) and all(type(n) in (int, float) and 0 < n < 1e15 for n in numbers)
