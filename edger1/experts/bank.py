@@ -35,7 +35,11 @@ class Bank:
         self.arrays = {(part.projection, part.name): _allocate(slots, part) for part in layer.parts}
         self._rows = [_bytes_of(self.arrays[part.projection, part.name], part.nbytes) for part in layer.parts]
         self.table: npt.NDArray[np.int32] = np.full(layer.experts, ABSENT, np.int32)
+        self.places: npt.NDArray[np.int32] = self.table.copy()
+        """The same with the slots of experts that are on their way."""
         self.loading: dict[int, Read] = {}
+        self.arrivals: Any = None
+        """The kernels' `Arrivals`, where operations wait for reads by themselves."""
         self._slot_of_read: dict[int, int] = {}
         self._free = list(range(slots - 1, -1, -1))
         # Slots whose memory was given back; they are the last that are used again.
@@ -112,7 +116,13 @@ class Bank:
             if read.error is None:
                 self.table[expert] = slot
             else:
+                self.places[expert] = ABSENT
                 self._free.append(slot)
+
+    def forget_arrivals(self) -> None:
+        """Begin with new arrivals: reads that nobody waits for any more tell the old ones."""
+        if self.arrivals is not None:
+            self.arrivals = type(self.arrivals)(self.arrivals.slots)
 
     def give_up(self, expert: int) -> None:
         """Cancel a guess that came too late."""
@@ -149,9 +159,15 @@ class Bank:
         return np.flatnonzero(self.table >= 0).tolist()
 
     def _start(self, expert: int, slot: int, *, guessed: bool) -> Read:
+        arrivals = self.arrivals
+        if arrivals is not None:
+            arrivals.expect([slot])
         read = self.store.read(self.layer, expert, [row[slot] for row in self._rows], guessed=guessed)
         self.loading[expert] = read
         self._slot_of_read[expert] = slot
+        self.places[expert] = slot
+        if arrivals is not None:
+            read.then(lambda ended: arrivals.done(slot) if ended.error is None else arrivals.fail(slot))
         return read
 
     def _take_slot(self, keep: Collection[int]) -> int | None:
@@ -161,7 +177,7 @@ class Bank:
         if leaving is None:
             return None
         slot = int(self.table[leaving])
-        self.table[leaving] = ABSENT
+        self.table[leaving] = self.places[leaving] = ABSENT
         self.identity = False
         return slot
 

@@ -22,6 +22,12 @@ class Device:
 
         mx.synchronize()
 
+    def begin(self, array: Any) -> None:
+        """Start to compute an array."""
+        import mlx.core as mx
+
+        mx.async_eval(array)
+
     def wait_for(self, array: Any) -> None:
         import mlx.core as mx
 

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edger1.errors import EdgeR1Error
+from edger1.errors import StreamError
 from edger1.experts.anatomy import LayerExperts, Part
 
 Bytes = npt.NDArray[np.uint8]
@@ -34,10 +34,6 @@ THREADS = 4
 _ALIGNMENT = 4096
 _SMALL = 64 << 10
 """Parts up to this size are read by the thread that reads the part before them."""
-
-
-class StreamError(EdgeR1Error):
-    """An expert could not be read from the model's files."""
 
 
 class Read:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from edger1.experts.anatomy import LayerExperts
 from edger1.experts.bank import Bank
 from edger1.experts.device import Device
 from edger1.experts.figures import COMPUTE_S, STALL_S, empty
-from edger1.experts.layer import StreamedExperts, streamed
+from edger1.experts.layer import StreamedExperts, streamed_module, streamed_switch
 from edger1.experts.policy import Policy
 from edger1.experts.store import Store
 
@@ -45,6 +46,8 @@ class Streaming:
         """See `edger1.experts.figures.COLUMNS`; since loading."""
         self.layers = [StreamedExperts(bank, self) for bank in self.banks]
         self.uses = [np.zeros(layer.experts, np.int64) for layer in layers]
+        self.asleep = False
+        """Whether switch layers answer zeros and read nothing, while others try the model out."""
         self.interrupted: Callable[[], None] | None = None
         """Called while it waits; raises where nobody wants the answer any more."""
         self._at = time.perf_counter()
@@ -71,7 +74,42 @@ class Streaming:
                 linears[projection][name] = array
             self._attached.append((switch, type(switch)))
             object.__setattr__(switch, "_streamed", held)
-            switch.__class__ = streamed(type(switch))
+            switch.__class__ = streamed_switch(type(switch))
+
+    def fuse(self, model: Any, precision: str) -> dict[str, int]:
+        """Let modules with experts run as operations of the kernels, where those are in place and cover them.
+
+        Returns how many do, by what they run as, for people.
+        """
+        from edger1.kernels import streamed_operations
+
+        found: dict[str, int] = {}
+        banks = {held.bank.layer.path: held for held in self.layers}
+        for owner, path, operation, reason in streamed_operations(
+            model, {path: held.bank.layer.experts for path, held in banks.items()}, precision
+        ):
+            held = banks[path]
+            held.operation = operation
+            if operation is None:
+                found[reason] = found.get(reason, 0) + 1
+                continue
+            held.bank.arrivals = operation.arrivals()
+            what = "streamed experts with their routers" if operation.has_router else "streamed experts"
+            found[what] = found.get(what, 0) + 1
+            if operation.has_router:
+                self._attached.append((owner, type(owner)))
+                object.__setattr__(owner, "_streamed", held)
+                owner.__class__ = streamed_module(type(owner))
+        return found
+
+    @contextlib.contextmanager
+    def sleeping(self) -> Iterator[None]:
+        """Let switch layers answer zeros inside."""
+        self.asleep = True
+        try:
+            yield
+        finally:
+            self.asleep = False
 
     def fill(self) -> Generator[int, None, None]:
         """Fill the banks that have a slot for each expert; yields the bytes that came."""
