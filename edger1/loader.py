@@ -7,6 +7,7 @@ runs on the thread that owns MLX.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 from collections.abc import Collection, Generator
@@ -259,6 +260,11 @@ def load(
         for nbytes in streaming.fill():
             done += nbytes
             yield min(done, total), total
+    with streaming.sleeping() if streaming is not None else contextlib.nullcontext():
+        # What it replaces for the process is given back by close() alone.
+        replaced = install(model, "exact" if precision == "exact" else "fast")
+    if streaming is not None:
+        streaming.fuse(model, replaced)
     live = LiveModel(
         name=name,
         folder=folder,
@@ -272,8 +278,7 @@ def load(
         vocabulary=vocabulary,
         streaming=streaming,
         kv=KVStore(plan.kv_bytes, kv.nbytes),
-        # Last, since what it replaces for the process is given back by close() alone.
-        installed=install(model, "exact" if precision == "exact" else "fast"),
+        installed=replaced,
     )
     runs.note(path, live.installed.report())
     return live

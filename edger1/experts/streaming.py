@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,6 +17,9 @@ from edger1.experts.figures import COMPUTE_S, STALL_S, empty
 from edger1.experts.layer import StreamedExperts, streamed_module, streamed_switch
 from edger1.experts.policy import Policy
 from edger1.experts.store import Store
+
+if TYPE_CHECKING:
+    from edger1.kernels.install import Installed
 
 
 class Streaming:
@@ -72,35 +75,44 @@ class Streaming:
             linears = dict(anatomy.projections(switch))
             for (projection, name), array in held.bank.arrays.items():
                 linears[projection][name] = array
-            self._attached.append((switch, type(switch)))
-            object.__setattr__(switch, "_streamed", held)
-            switch.__class__ = streamed_switch(type(switch))
+            self._take_over(switch, streamed_switch(type(switch)), held)
 
-    def fuse(self, model: Any, precision: str) -> dict[str, int]:
+    def fuse(self, model: Any, installed: Installed) -> None:
         """Let modules with experts run as operations of the kernels, where those are in place and cover them.
 
-        Returns how many do, by what they run as, for people.
+        What came of it is told by `installed`, what `edger1.kernels.install.install` did to the model.
         """
-        from edger1.kernels import streamed_operations
+        from edger1.kernels import extension
+        from edger1.kernels.experts_fit import Fit, UnfitError
+        from edger1.kernels.experts_streamed import streamed
 
-        found: dict[str, int] = {}
-        banks = {held.bank.layer.path: held for held in self.layers}
-        for owner, path, operation, reason in streamed_operations(
-            model, {path: held.bank.layer.experts for path, held in banks.items()}, precision
-        ):
-            held = banks[path]
-            held.operation = operation
-            if operation is None:
-                found[reason] = found.get(reason, 0) + 1
-                continue
-            held.bank.arrivals = operation.arrivals()
-            what = "streamed experts with their routers" if operation.has_router else "streamed experts"
-            found[what] = found.get(what, 0) + 1
-            if operation.has_router:
-                self._attached.append((owner, type(owner)))
-                object.__setattr__(owner, "_streamed", held)
-                owner.__class__ = streamed_module(type(owner))
-        return found
+        kernels = extension()
+        if kernels is None or not installed.active:
+            return
+        fit, experts = Fit(installed.precision, kernels), installed.experts
+        held_by = {id(switch): vars(switch)["_streamed"] for switch, _ in self._attached}
+        for owner in list(model.modules()):
+            for switch in owner.children().values():
+                held: StreamedExperts | None = held_by.get(id(switch))
+                if held is None:
+                    continue
+                try:
+                    operation = streamed(owner, switch, fit, experts=held.bank.layer.experts)
+                except UnfitError as error:
+                    reason = f"{type(owner).__name__}: {error}"
+                    experts.others[reason] = experts.others.get(reason, 0) + 1
+                    continue
+                held.operation = operation
+                held.bank.arrivals = kernels.Arrivals(held.bank.slots)
+                kind, counts = type(owner).__name__, experts.layers if operation.has_router else experts.experts
+                counts[kind] = counts.get(kind, 0) + 1
+                if operation.has_router:
+                    self._take_over(owner, streamed_module(type(owner)), held)
+
+    def _take_over(self, module: Any, replacement: type, held: StreamedExperts) -> None:
+        self._attached.append((module, type(module)))
+        object.__setattr__(module, "_streamed", held)
+        module.__class__ = replacement
 
     @contextlib.contextmanager
     def sleeping(self) -> Iterator[None]:
