@@ -1,0 +1,1 @@
+"""Routed experts on disk, some of them in memory: mixture-of-experts models larger than memory."""
