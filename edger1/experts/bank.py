@@ -37,6 +37,7 @@ class Bank:
         self.table: npt.NDArray[np.int32] = np.full(layer.experts, ABSENT, np.int32)
         self.places: npt.NDArray[np.int32] = self.table.copy()
         """The same with the slots of experts that are on their way."""
+        self._here: set[int] = set()
         self.loading: dict[int, Read] = {}
         self.arrivals: Any = None
         """The kernels' `Arrivals`, where operations wait for reads by themselves."""
@@ -55,7 +56,7 @@ class Bank:
     @property
     def present(self) -> int:
         """How many experts are there."""
-        return int((self.table >= 0).sum())
+        return len(self._here)
 
     @property
     def usable_slots(self) -> int:
@@ -115,6 +116,7 @@ class Bank:
             slot = self._slot_of_read.pop(expert)
             if read.error is None:
                 self.table[expert] = slot
+                self._here.add(expert)
             else:
                 self.places[expert] = ABSENT
                 self._free.append(slot)
@@ -156,7 +158,7 @@ class Bank:
 
     def resident(self) -> list[int]:
         """Return the experts that are there."""
-        return np.flatnonzero(self.table >= 0).tolist()
+        return sorted(self._here)
 
     def _start(self, expert: int, slot: int, *, guessed: bool) -> Read:
         arrivals = self.arrivals
@@ -173,11 +175,12 @@ class Bank:
     def _take_slot(self, keep: Collection[int]) -> int | None:
         if self._free:
             return self._free.pop()
-        leaving = self.policy.victim(self.resident(), keep)
+        leaving = self.policy.victim(self._here, keep)
         if leaving is None:
             return None
         slot = int(self.table[leaving])
         self.table[leaving] = self.places[leaving] = ABSENT
+        self._here.discard(leaving)
         self.identity = False
         return slot
 

@@ -138,9 +138,9 @@ class StreamedExperts:
     def _request(self, missing: Sequence[int], distinct: Sequence[int]) -> list[Read]:
         """Begin to read what is missing, into slots that nothing reads any more."""
         self._streaming.device.finish()
-        reads = []
+        reads, keep = [], set(distinct)
         for expert in missing:
-            read = self.bank.request(expert, distinct)
+            read = self.bank.request(expert, keep)
             assert read is not None, "the caller looks that the slots suffice"
             reads.append(read)
         return reads

@@ -16,6 +16,7 @@ from edger1.experts.device import Device
 from edger1.experts.figures import COMPUTE_S, STALL_S, empty
 from edger1.experts.layer import StreamedExperts, streamed_module, streamed_switch
 from edger1.experts.policy import Policy
+from edger1.experts.popularity import Popularity
 from edger1.experts.store import Store
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ class Streaming:
         slots: Sequence[int],
         *,
         policy: Callable[[int], Policy],
+        popularity: Popularity | None = None,
         mode: str = "auto",
         device: Device | None = None,
     ) -> None:
@@ -48,7 +50,7 @@ class Streaming:
         self.figures = empty(len(self.banks))
         """See `edger1.experts.figures.COLUMNS`; since loading."""
         self.layers = [StreamedExperts(bank, self) for bank in self.banks]
-        self.uses = [np.zeros(layer.experts, np.int64) for layer in layers]
+        self._popularity = popularity
         self.asleep = False
         """Whether switch layers answer zeros and read nothing, while others try the model out."""
         self.interrupted: Callable[[], None] | None = None
@@ -135,6 +137,19 @@ class Streaming:
                 yield bank.layer.expert_bytes
             bank.settle()
 
+    def warm(self) -> None:
+        """Begin to read what was popular in earlier runs into free slots, behind all that is asked for meanwhile."""
+        if self._popularity is None or not self._popularity.known:
+            return
+        for bank in self.banks:
+            if bank.slots >= bank.layer.experts:
+                continue
+            counts = self._popularity.counts(bank.layer.index)
+            bank.policy.warm(counts)
+            for expert in np.argsort(-counts, kind="stable")[: bank.slots].tolist():
+                if counts[expert] > 0:
+                    bank.request(expert, (), guessed=True)
+
     def check(self) -> None:
         """Raise where the request under way is not wanted any more."""
         if self.interrupted is not None:
@@ -142,7 +157,8 @@ class Streaming:
 
     def used(self, layer: int, experts: Sequence[int]) -> None:
         """Count the experts that a call of a layer uses, and the time since the call before."""
-        self.uses[layer][list(experts)] += 1
+        if self._popularity is not None:
+            self._popularity.add(layer, experts)
         now = time.perf_counter()
         stalled = float(self.figures[:, STALL_S].sum())
         self.figures[layer, COMPUTE_S] += now - self._at - (stalled - self._stalled)
@@ -153,7 +169,9 @@ class Streaming:
         self._at, self._stalled = time.perf_counter(), float(self.figures[:, STALL_S].sum())
 
     def close(self) -> None:
-        """End the reads and give the model's layers their classes back."""
+        """Save what was learnt of popularity, end the reads and give the model's layers their classes back."""
+        if self._popularity is not None:
+            self._popularity.save()
         for switch, original in reversed(self._attached):
             switch.__class__ = original
             vars(switch).pop("_streamed", None)
