@@ -219,7 +219,6 @@ def load(
     from mlx.utils import tree_flatten, tree_unflatten
     from mlx_lm.utils import load_tokenizer
 
-    from edger1.experts.policy import DEFAULT_POLICY
     from edger1.experts.popularity import Popularity
     from edger1.experts.streaming import Streaming
     from edger1.kernels.install import install
@@ -259,7 +258,7 @@ def load(
     streaming = None
     if plan.stream is not None:
         popularity = Popularity(path, [layer.experts for layer in streamed])
-        streaming = Streaming(streamed, plan.stream.slots, policy=DEFAULT_POLICY, popularity=popularity)
+        streaming = Streaming(streamed, plan.stream.slots, popularity=popularity)
         streaming.attach(model)
         for nbytes in streaming.fill():
             done += nbytes

@@ -83,10 +83,17 @@ class Bank:
         """
         self.settle()
         under_way = self.loading.get(expert)
-        if under_way is not None and not under_way.cancelled:
-            if not guessed:
-                self.store.hurry(under_way)
-            return under_way
+        if under_way is not None:
+            if under_way.cancelled:
+                # Its slot is free when its last piece has been left out or read.
+                under_way.wait()
+                self.settle()
+                if self.table[expert] >= 0:
+                    return under_way
+            else:
+                if not guessed:
+                    self.store.hurry(under_way)
+                return under_way
         slot = self._take_slot(keep)
         return None if slot is None else self._start(expert, slot, guessed=guessed)
 
@@ -126,11 +133,11 @@ class Bank:
         if self.arrivals is not None:
             self.arrivals = type(self.arrivals)(self.arrivals.slots)
 
-    def give_up(self, expert: int) -> None:
-        """Cancel a guess that came too late."""
-        read = self.loading.get(expert)
-        if read is not None:
-            read.cancel()
+    def give_up_guesses(self, wanted: Collection[int]) -> None:
+        """Cancel the guesses that are not among `wanted`; what is being read by now is read to its end."""
+        for expert, read in self.loading.items():
+            if read.guessed and expert not in wanted:
+                read.cancel()
 
     def shrink(self, slots: int, keep: Collection[int] = ()) -> int:
         """Give the memory of up to `slots` slots back to the system; returns how many bytes went."""

@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edger1.experts.bank import Bank
-from edger1.experts.figures import BYTES_READ, CALLS, HITS, MISSES, STALL_S
+from edger1.experts.figures import BYTES_READ, CALLS, GUESSES, HITS, MISSES, STALL_S
 
 if TYPE_CHECKING:
     from edger1.experts.store import Read
@@ -36,6 +36,7 @@ FEW_ROWS = 16
 Compute = Callable[[Any, Any, Any], Any]
 """(switch layer, x [..., hidden], slots [..., ranks]) -> what each expert gives, [..., ranks, hidden]."""
 Experts = npt.NDArray[np.int64]
+"""Numbers of experts, [..., ranks]."""
 
 
 class StreamedExperts:
@@ -88,7 +89,13 @@ class StreamedExperts:
             return operation.given(x, indices, weights)
         if indices.size > FEW_ROWS * indices.shape[-1]:
             return None
-        chosen = self._read_back(indices)
+        following = self._streaming.following(bank.layer.index)
+        early = following.route_early(x) if following is not None else None
+        if early is None:
+            chosen = self._read_back(indices)
+        else:
+            chosen, guesses = self._read_back(indices, early)
+            following.guess(_distinct(guesses))
         distinct = _distinct(chosen)
         if len(distinct) > bank.usable_slots:
             return None
@@ -105,6 +112,27 @@ class StreamedExperts:
             self._wait(reads)
         return done
 
+    def route_early(self, x: Any) -> Any:
+        """Return which experts the router would choose for the input of the layer before, or None."""
+        operation = self.operation
+        if operation is None or not operation.has_router or self.bank.identity:
+            return None
+        routed = operation.route(x)
+        return None if routed is None else routed[0]
+
+    def guess(self, experts: Sequence[int]) -> None:
+        """Begin to read those of `experts` that are not there, behind all that somebody waits for."""
+        bank = self.bank
+        bank.settle()
+        keep = set(experts)
+        for expert in experts:
+            if bank.places[expert] >= 0:
+                continue
+            if bank.request(expert, keep, guessed=True) is None:
+                return
+            self.figures[GUESSES] += 1
+            self.figures[BYTES_READ] += bank.layer.expert_bytes
+
     def _ranks_or(self, compute: Compute) -> Compute:
         operation = self.operation
         if operation is None:
@@ -116,12 +144,12 @@ class StreamedExperts:
 
         return ranks
 
-    def _read_back(self, indices: Any) -> Experts:
+    def _read_back(self, *indices: Any) -> Any:
         """Wait for the router's choice, and for all that was asked of MLX before it."""
-        chosen: Experts = self._streaming.device.read_back(indices).astype(np.int64)
+        chosen = [found.astype(np.int64) for found in self._streaming.device.read_back(*indices)]
         self._streaming.check()
         self.bank.settle()
-        return chosen
+        return chosen if len(chosen) > 1 else chosen[0]
 
     def _use(self, distinct: Sequence[int]) -> list[int]:
         """Tell the policy, and whoever counts, which experts a call uses; returns those that are not there."""
@@ -132,7 +160,7 @@ class StreamedExperts:
         figures[CALLS] += 1
         figures[HITS] += len(distinct) - len(missing)
         figures[MISSES] += len(missing)
-        figures[BYTES_READ] += len(missing) * bank.layer.expert_bytes
+        bank.give_up_guesses(distinct)
         return missing
 
     def _request(self, missing: Sequence[int], distinct: Sequence[int]) -> list[Read]:
@@ -140,6 +168,8 @@ class StreamedExperts:
         self._streaming.device.finish()
         reads, keep = [], set(distinct)
         for expert in missing:
+            if self.bank.places[expert] < 0:
+                self.figures[BYTES_READ] += self.bank.layer.expert_bytes
             read = self.bank.request(expert, keep)
             assert read is not None, "the caller looks that the slots suffice"
             reads.append(read)

@@ -39,8 +39,10 @@ _SMALL = 64 << 10
 class Read:
     """One expert on its way from disk."""
 
-    def __init__(self, layer: LayerExperts, expert: int, pieces: int) -> None:
+    def __init__(self, layer: LayerExperts, expert: int, pieces: int, *, guessed: bool) -> None:
         self.layer, self.expert = layer, expert
+        self.guessed = guessed
+        """Whether nobody has asked for it yet."""
         self.error: BaseException | None = None
         self.seconds = 0.0
         self._left = pieces
@@ -163,7 +165,7 @@ class Store:
     def read(self, layer: LayerExperts, expert: int, into: Sequence[Bytes], *, guessed: bool = False) -> Read:
         """Begin to read an expert; part i of the layer goes to `into[i]`, uint8 [nbytes] without gaps."""
         pieces = _pieces(layer, into)
-        read = Read(layer, expert, len(pieces))
+        read = Read(layer, expert, len(pieces), guessed=guessed)
         with self._ready:
             if self._closed:
                 raise StreamError("The model was closed while an expert was being asked for.")
@@ -173,6 +175,7 @@ class Store:
 
     def hurry(self, read: Read) -> None:
         """Let a read that was made on a guess go before others of its kind: somebody waits for it."""
+        read.guessed = False
         with self._ready:
             mine = [piece for piece in self._guessed if piece[0] is read]
             if mine:

@@ -15,8 +15,9 @@ from edger1.experts.bank import Bank
 from edger1.experts.device import Device
 from edger1.experts.figures import COMPUTE_S, STALL_S, empty
 from edger1.experts.layer import StreamedExperts, streamed_module, streamed_switch
-from edger1.experts.policy import Policy
+from edger1.experts.policy import DEFAULT_POLICY, POLICIES, Policy
 from edger1.experts.popularity import Popularity
+from edger1.experts.prefetch import Trial
 from edger1.experts.store import Store
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ class Streaming:
         layers: Sequence[LayerExperts],
         slots: Sequence[int],
         *,
-        policy: Callable[[int], Policy],
+        policy: Callable[[int], Policy] = POLICIES[DEFAULT_POLICY],
         popularity: Popularity | None = None,
         mode: str = "auto",
         device: Device | None = None,
@@ -55,6 +56,7 @@ class Streaming:
         """Whether switch layers answer zeros and read nothing, while others try the model out."""
         self.interrupted: Callable[[], None] | None = None
         """Called while it waits; raises where nobody wants the answer any more."""
+        self.prefetch = Trial()
         self._at = time.perf_counter()
         self._stalled = 0.0
         self._attached: list[tuple[Any, type]] = []
@@ -164,9 +166,14 @@ class Streaming:
         self.figures[layer, COMPUTE_S] += now - self._at - (stalled - self._stalled)
         self._at, self._stalled = now, stalled
 
-    def begin(self) -> None:
+    def following(self, layer: int) -> StreamedExperts | None:
+        """Return the layer after one, if its experts are to be read ahead."""
+        return self.layers[layer + 1] if self.prefetch.on and layer + 1 < len(self.layers) else None
+
+    def begin(self) -> float:
         """Count time from here on: what was before is nobody's."""
         self._at, self._stalled = time.perf_counter(), float(self.figures[:, STALL_S].sum())
+        return self._at
 
     def close(self) -> None:
         """Save what was learnt of popularity, end the reads and give the model's layers their classes back."""
