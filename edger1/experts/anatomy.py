@@ -81,7 +81,7 @@ def switches(model: Any) -> list[tuple[str, Any]]:
     """Return mlx-lm's switch layers in a model with their paths, in the order of the layers."""
     from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
 
-    return [(path, module) for path, module in _modules(model) if isinstance(module, SwitchGLU | SwitchMLP)]
+    return [(path, module) for path, module in modules(model) if isinstance(module, SwitchGLU | SwitchMLP)]
 
 
 def find(model: Any, folder: ModelFolder) -> tuple[LayerExperts, ...]:
@@ -104,7 +104,7 @@ def find(model: Any, folder: ModelFolder) -> tuple[LayerExperts, ...]:
     return tuple(layers)
 
 
-def _modules(model: Any) -> Iterator[tuple[str, Any]]:
+def modules(model: Any) -> Iterator[tuple[str, Any]]:
     """Yield all modules in the order in which layers are called; MLX's own listing runs backwards."""
 
     def visit(path: str, value: Any) -> Iterator[tuple[str, Any]]:

@@ -21,10 +21,9 @@ from typing import Any
 
 from edger1.errors import UsageError
 from edger1.experts.anatomy import LayerExperts
+from edger1.experts.store import THREADS
 from edger1.memory import Plan
 
-READ_THREADS = 4
-"""Threads that read experts at once; each has a buffer for the largest part of an expert."""
 LEAST_SLOTS = 2
 _PAGE = 4096
 # Unaligned spans are read whole pages at a time: up to one page more at either end.
@@ -165,7 +164,7 @@ def allocate(
     return tuple(slots)
 
 
-def staging_bytes(layers: Sequence[LayerExperts], prefill_tokens: int, read_threads: int = READ_THREADS) -> int:
+def staging_bytes(layers: Sequence[LayerExperts], prefill_tokens: int, read_threads: int = THREADS) -> int:
     """Return what streaming holds beside the banks: buffers to read into, and what prefill keeps, a layer at a time.
 
     Prefill goes group by group of experts through a chunk of `prefill_tokens` tokens. It keeps the outputs of all pairs
@@ -192,7 +191,7 @@ def plan_stream(
     popularity: Popularity | None = None,
     miss_cost_s: Sequence[float] | None = None,
     expert_slots: str | int | None = None,
-    read_threads: int = READ_THREADS,
+    read_threads: int = THREADS,
 ) -> StreamPlan:
     """Divide `room_bytes`, what the ceiling leaves beside everything else, among the banks of `layers`.
 
@@ -232,7 +231,7 @@ def with_experts(
     popularity: Popularity | None = None,
     miss_cost_s: Sequence[float] | None = None,
     expert_slots: str | int | None = None,
-    read_threads: int = READ_THREADS,
+    read_threads: int = THREADS,
 ) -> Plan:
     """Turn the plan of a model that is wholly resident into the one to load it by.
 
