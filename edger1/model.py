@@ -410,16 +410,15 @@ def load_into(
     on_progress: Any = None,
 ) -> Model:
     """Find `name` (fetching it where it is not installed) and load it into an engine."""
-    for option, value in (("adapter", adapter), ("expert_slots", expert_slots)):
-        if value is not None:
-            raise NotYetError(f"{option} is not in this version of EdgeR1 yet; leave it out.")
+    if adapter is not None:
+        raise NotYetError("adapter is not in this version of EdgeR1 yet; leave it out.")
     if isinstance(memory, str):
         memory = memory_bytes(memory)
     folder = find(name)
     installed.touch(folder)
     if beyond := beyond_training(folder, context):
         warnings.warn(beyond, stacklevel=3)
-    request = Load(next_id(), str(folder), memory, context, precision)
+    request = Load(next_id(), str(folder), memory, context, precision, expert_slots)
     for event in client.events(connection, request):
         if isinstance(event, Failed):
             raise error_of(event)
@@ -435,7 +434,8 @@ def load(name: str | Path, **options: Any) -> Model:
 
     memory: the ceiling, as bytes, "6GB" or "50%" (default: three quarters of the machine). context: tokens of prompt
     and answer together; more than the model was trained for is a warning. precision: "fast" (int8 activations on CPUs)
-    or "exact". on_progress(done, total) in bytes.
+    or "exact". expert_slots: slots a layer for routed experts, a number or a share such as "25%", also where all would
+    fit (default: experts stay resident where the ceiling allows it, else it decides the slots). on_progress(done, total) in bytes.
 
     Raises UnknownModelError, SourceError, FormatError, MemoryCeilingError, UsageError.
     """

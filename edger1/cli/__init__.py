@@ -18,6 +18,7 @@ from edger1.cli.models import models_app
 from edger1.cli.plan import plan_command
 from edger1.cli.pull import INTERRUPTED, pull_command
 from edger1.cli.run import run_command
+from edger1.cli.verify import verify_command
 from edger1.errors import EdgeR1Error
 
 app = typer.Typer(
@@ -56,6 +57,7 @@ app.command("pull")(pull_command)
 app.add_typer(models_app, name="models")
 app.command("plan")(plan_command)
 app.command("finetune")(finetune_command)
+app.command("verify")(verify_command)
 app.command("doctor")(doctor_command)
 
 

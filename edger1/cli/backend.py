@@ -16,8 +16,10 @@ class ChildBackend:
     The child is started here and not in `load`, so that it imports MLX while the terminal is being drawn.
     """
 
-    def __init__(self, folder: Path, *, memory: int | None, context: int | None, precision: str) -> None:
-        self._load = (str(folder), memory, context, precision)
+    def __init__(
+        self, folder: Path, *, memory: int | None, context: int | None, precision: str, expert_slots: str | None = None
+    ) -> None:
+        self._load = (str(folder), memory, context, precision, expert_slots)
         self._memory = memory
         self._connection: ChildConnection | None = ChildConnection(memory)
         self._model: str | None = None

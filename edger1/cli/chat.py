@@ -21,6 +21,7 @@ def chat_command(
     memory: options.Memory = None,
     context: options.Context = None,
     precision: options.Precision = "fast",
+    expert_slots: options.ExpertSlots = None,
     offline: options.Offline = False,
 ) -> None:
     """Talk to a model in the terminal.
@@ -40,7 +41,7 @@ def chat_command(
     config = load_config()
     name = model or config.model
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
-        _answer_once(name, system, memory, context, precision, offline)
+        _answer_once(name, system, memory, context, precision, expert_slots, offline)
         return
 
     from edger1.cli.backend import ChildBackend
@@ -57,12 +58,19 @@ def chat_command(
         memory=memory_bytes(memory) if memory is not None else config.memory_bytes,
         context=context,
         precision=precision,
+        expert_slots=expert_slots,
     )
     run_chat(backend, name, system=system, theme=config.theme)
 
 
 def _answer_once(
-    name: str, system: str | None, memory: str | None, context: int | None, precision: str, offline: bool
+    name: str,
+    system: str | None,
+    memory: str | None,
+    context: int | None,
+    precision: str,
+    expert_slots: str | None,
+    offline: bool,
 ) -> None:
     from edger1.cli.loading import open_model
     from edger1.cli.run import read_stdin
@@ -71,7 +79,9 @@ def _answer_once(
     piped = read_stdin().strip()
     question = piped or SAMPLE_QUESTION
     terminal = sys.stdout.isatty()
-    with open_model(name, memory=memory, context=context, precision=precision, offline=offline) as loaded:
+    with open_model(
+        name, memory=memory, context=context, precision=precision, expert_slots=expert_slots, offline=offline
+    ) as loaded:
         typer.echo(f"> {question}\n")
         done = None
         for event in loaded.chat(system).stream(

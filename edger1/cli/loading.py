@@ -26,12 +26,20 @@ def ensure_model(name: str, offline: bool) -> Path:
 
 
 @contextlib.contextmanager
-def open_model(name: str, *, memory: str | None, context: int | None, precision: str, offline: bool) -> Iterator[Model]:
+def open_model(
+    name: str,
+    *,
+    memory: str | None,
+    context: int | None,
+    precision: str,
+    offline: bool,
+    expert_slots: str | None = None,
+) -> Iterator[Model]:
     """Load a model with what the command line says, else the user's config.toml, else the defaults; close it after.
 
     After Ctrl-C it is left open: closing waits for the step that is running, and the process ends anyhow.
     """
-    model = _load(name, memory, context, precision, offline)
+    model = _load(name, memory, context, precision, offline, expert_slots)
     try:
         yield model
     except KeyboardInterrupt:
@@ -42,7 +50,9 @@ def open_model(name: str, *, memory: str | None, context: int | None, precision:
     model.close()
 
 
-def _load(name: str, memory: str | None, context: int | None, precision: str, offline: bool) -> Model:
+def _load(
+    name: str, memory: str | None, context: int | None, precision: str, offline: bool, expert_slots: str | None
+) -> Model:
     config = load_config()
     apply_threads(config.threads)
     folder = ensure_model(name, offline or config.offline)
@@ -57,6 +67,7 @@ def _load(name: str, memory: str | None, context: int | None, precision: str, of
             memory=memory if memory is not None else config.memory_bytes,
             context=context,
             precision=precision,
+            expert_slots=expert_slots,
             on_progress=_LoadingLine() if sys.stderr.isatty() else None,
         )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -29,6 +29,14 @@ ExpertSlots = Annotated[
 Precision = Annotated[
     str,
     typer.Option(metavar="fast|exact", help='"fast" computes with int8 activations on CPUs, "exact" with f32.'),
+]
+ExpertSlots = Annotated[
+    str | None,
+    typer.Option(
+        "--expert-slots",
+        metavar="N|P%",
+        help="Slots a layer for streamed experts, as a number or a share of them. Default: what the ceiling allows.",
+    ),
 ]
 System = Annotated[str | None, typer.Option(metavar="TEXT", help="System prompt.")]
 MaxTokens = Annotated[int | None, typer.Option(metavar="N", help="Longest answer in tokens. Default: what fits.")]
@@ -64,9 +72,24 @@ def figures_line(usage: Usage, figures: Figures) -> str:
     parts.append(prefill)
     if figures.time_to_first_token_s is not None:
         parts.append(f"first token after {figures.time_to_first_token_s:.2f} s")
+    if figures.experts is not None:
+        parts.append(experts_line(figures.experts))
     parts.append(f"context {figures.context_used}/{figures.context_size}")
     parts.append(f"peak memory {format_bytes(figures.peak_memory_bytes)}")
     return " · ".join(parts)
+
+
+def experts_line(experts: dict[str, Any]) -> str:
+    """Put what streaming took while decoding into a few words."""
+    from edger1.units import format_bytes
+
+    decode = experts["decode"]
+    if decode["hit_rate"] is None:
+        return "experts all in their slots"
+    said = f"experts {decode['hit_rate']:.0%} in slots"
+    if decode["bytes_per_token"] is not None:
+        said += f", {format_bytes(int(decode['bytes_per_token']))} read a token"
+    return said + f", {decode['stall_share'] or 0:.0%} of the time waiting"
 
 
 def printable(text: str) -> str:

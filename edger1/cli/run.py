@@ -6,6 +6,7 @@ import json
 import os
 import stat
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -55,6 +56,10 @@ def run_command(
     memory: options.Memory = None,
     context: options.Context = None,
     precision: options.Precision = "fast",
+    expert_slots: options.ExpertSlots = None,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="FILE.svg", help="Draw what streaming the experts took, by layer.")
+    ] = None,
     offline: options.Offline = False,
 ) -> None:
     """Answer one prompt.
@@ -76,6 +81,8 @@ def run_command(
     asked = "\n\n".join(part for part in (prompt, piped.strip("\n") if not raw else piped) if part)
     if not asked:
         raise UsageError('There is no prompt. Give one: edger1 run MODEL "...", or pipe it into standard input.')
+    if plot is not None and plot.suffix != ".svg":
+        raise UsageError(f"--plot {plot} draws an SVG; give a name that ends in .svg.")
     if raw and system is not None:
         raise UsageError("--system needs the chat template that --raw leaves out. Give one of the two.")
 
@@ -85,7 +92,9 @@ def run_command(
     terminal = sys.stdout.isatty()
     text: list[str] = []
     thinking: list[str] = []
-    with open_model(model, memory=memory, context=context, precision=precision, offline=offline) as loaded:
+    with open_model(
+        model, memory=memory, context=context, precision=precision, expert_slots=expert_slots, offline=offline
+    ) as loaded:
         # A model without a chat template continues a plain prompt.
         plain = raw or (system is None and not loaded.info["has_chat_template"])
         for event in loaded.stream(
@@ -115,6 +124,10 @@ def run_command(
                     sys.stdout.flush()
             elif isinstance(event, Done):
                 done = event
+    if plot is not None:
+        from edger1.experts.chart import draw
+
+        draw(plot, loaded.name, done.figures.experts)
     if json_:
         usage, cost = done.usage, done.figures
         answer = {
@@ -132,6 +145,7 @@ def run_command(
             "peak_memory_bytes": cost.peak_memory_bytes,
             "precision": loaded.info["precision"],
             "kernels": loaded.info["kernels"],
+            "experts": cost.experts,
         }
         typer.echo(json.dumps(answer, ensure_ascii=False))
         return
