@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from edger1 import cgroup
 from edger1.errors import MemoryCeilingError
 from edger1.units import format_bytes
 
@@ -101,10 +102,12 @@ class Plan:
 
 
 def machine_bytes() -> int:
-    """Memory of this machine in bytes."""
+    """Memory of this machine in bytes, or what its control group leaves a process where that is less."""
     import psutil
 
-    return int(psutil.virtual_memory().total)
+    total = int(psutil.virtual_memory().total)
+    limit = cgroup.limit_bytes()
+    return total if limit is None else min(total, limit)
 
 
 def default_ceiling() -> int:
