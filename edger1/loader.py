@@ -27,6 +27,7 @@ from edger1.thinking import Markers
 
 if TYPE_CHECKING:
     from edger1.experts.anatomy import LayerExperts
+    from edger1.experts.streaming import Streaming
     from edger1.kernels.install import Installed
 
 GPU_PREFILL_STEP = 2048
@@ -34,6 +35,9 @@ GPU_PREFILL_STEP = 2048
 PLAIN_PREFILL_STEP = 16
 # About half a second a step at the rate of our kernels; a step is also how long a cancel may wait.
 _STEP_WORK = 7e10
+STREAMED_PREFILL_STEP = 512
+"""Tokens a step where experts are streamed: each is read once a step, whatever the number of tokens. Cancelling does not
+wait for a step's end there."""
 
 
 @dataclass
@@ -52,6 +56,7 @@ class LiveModel:
     vocabulary: int
     kv: KVStore
     installed: Installed
+    streaming: Streaming | None = None
 
     @property
     def context(self) -> int:
@@ -82,6 +87,9 @@ class LiveModel:
 
         self.kv.clear()
         self.installed.uninstall()
+        if self.streaming is not None:
+            self.streaming.close()
+            self.streaming = None
         self.model = self.tokenizer = None
         gc.collect()
         mx.clear_cache()
@@ -120,6 +128,7 @@ def _plan(
 
     gpu = on_gpu()
     layers = planning.find_layers(model, folder, expert_slots)
+    popularity = None
     weights = folder.total_bytes
     # Experts that are streamed stay as they are on disk.
     others = weights - planning.expert_total(layers)
@@ -127,14 +136,23 @@ def _plan(
         available = kernels.state().available
         weights += widened_bytes(folder, with_kernels=available)
         others += widened_bytes(folder, with_kernels=available, without=planning.expert_tensors(layers))
-    try:
-        kv = kv_layout(model, 2 if gpu else 4, prefill_step(folder.parameters or folder.total_bytes))
-    except Exception as error:
-        raise _misfit(folder, folder.path.name, error) from error
     fused = gpu or kernels.state().available
     chosen = choose_context(folder.config, context)
-    resident = make_plan(folder.config, weights, kv, context=chosen, ceiling_bytes=ceiling_bytes, fused_attention=fused)
-    plan = with_experts(resident, layers, others, prefill_tokens=kv.step_tokens, expert_slots=expert_slots)
+
+    def planned(step: int) -> tuple[Plan, KVLayout]:
+        try:
+            kv = kv_layout(model, 2 if gpu else 4, step)
+        except Exception as error:
+            raise _misfit(folder, folder.path.name, error) from error
+        plan = make_plan(folder.config, weights, kv, context=chosen, ceiling_bytes=ceiling_bytes, fused_attention=fused)
+        return with_experts(
+            plan, layers, others, prefill_tokens=step, popularity=popularity, expert_slots=expert_slots
+        ), kv
+
+    parameters = folder.parameters or folder.total_bytes
+    plan, kv = planned(prefill_step(round(parameters * planning.active_share(folder, layers))))
+    if plan.stream is not None:
+        plan, kv = planned(STREAMED_PREFILL_STEP)
     return plan, kv, layers
 
 
@@ -177,27 +195,40 @@ def widened_bytes(
 
 
 def load(
-    name: str, path: Path, *, ceiling_bytes: int, context: int | None, precision: str
+    name: str,
+    path: Path,
+    *,
+    ceiling_bytes: int,
+    context: int | None,
+    precision: str,
+    expert_slots: str | int | None = None,
 ) -> Generator[tuple[int, int], None, LiveModel]:
     """Load a model folder in steps: yields (bytes done, bytes in all) and returns the LiveModel.
 
-    Raises FormatError for a folder that is not what it says, MemoryCeilingError before anything large is read.
+    Raises FormatError for a folder that is not what it says, MemoryCeilingError before anything large is read,
+    UnstreamableError where `expert_slots` is given and the experts do not lie as streaming needs them.
     """
     folder = inspect(path)
     model, config = build(folder, name)
-    plan, kv, _ = _plan(folder, model, ceiling_bytes, context)
+    plan, kv, layers = _plan(folder, model, ceiling_bytes, context, expert_slots)
     plan.check(name)
     import mlx.core as mx
     from mlx.utils import tree_flatten, tree_unflatten
     from mlx_lm.utils import load_tokenizer
 
+    from edger1.experts.policy import DEFAULT_POLICY
+    from edger1.experts.streaming import Streaming
     from edger1.kernels.install import install
     from edger1.kernels.pages import HugePages
 
-    total, done = plan.resident_bytes, 0
+    streamed = layers if plan.stream is not None else ()
+    total, done = plan.resident_bytes + (plan.stream.bank_bytes if plan.stream is not None else 0), 0
+    on_disk = {f"{layer.path}.{part.projection}.{part.name}" for layer in streamed for part in layer.parts}
     pages = None if on_gpu() else HugePages(total)
     yield done, total
     for key, value in tree_flatten(model.parameters()):
+        if key in on_disk:
+            continue
         loaded = value.astype(mx.float32) if _is_widened(value) else value
         try:
             mx.eval(loaded)
@@ -219,6 +250,15 @@ def load(
             f"{name}: the tokenizer in {path} cannot be read ({type(error).__name__}: {error}). A model folder needs "
             f"tokenizer.json and tokenizer_config.json of its model; fetch it again with: edger1 pull {name} --force"
         ) from error
+    # Either may be the smaller one: padded logits, or tokens that were added after training.
+    vocabulary = min(len(tokenizer), model(mx.zeros((1, 1), dtype=mx.int32)).shape[-1])
+    streaming = None
+    if plan.stream is not None:
+        streaming = Streaming(streamed, plan.stream.slots, policy=DEFAULT_POLICY)
+        streaming.attach(model)
+        for nbytes in streaming.fill():
+            done += nbytes
+            yield min(done, total), total
     live = LiveModel(
         name=name,
         folder=folder,
@@ -229,8 +269,8 @@ def load(
         sampling=sampling_defaults(path),
         markers=thinking_markers(path, tokenizer),
         prefill_step=kv.step_tokens,
-        # Either may be the smaller one: padded logits, or tokens that were added after training.
-        vocabulary=min(len(tokenizer), model(mx.zeros((1, 1), dtype=mx.int32)).shape[-1]),
+        vocabulary=vocabulary,
+        streaming=streaming,
         kv=KVStore(plan.kv_bytes, kv.nbytes),
         # Last, since what it replaces for the process is given back by close() alone.
         installed=install(model, "exact" if precision == "exact" else "fast"),

@@ -169,8 +169,11 @@ class Bank:
 def _allocate(slots: int, part: Any) -> Any:
     import mlx.core as mx
 
+    from edger1.kernels.pages import use_huge_pages
+
     array = mx.zeros((slots, *part.shape), dtype=getattr(mx, mlx_dtype(part)))
     mx.eval(array)
+    use_huge_pages([array])
     return array
 
 

@@ -37,6 +37,12 @@ def expert_total(layers: tuple[LayerExperts, ...]) -> int:
     return sum(layer.experts * layer.expert_bytes for layer in layers)
 
 
+def active_share(folder: ModelFolder, layers: tuple[LayerExperts, ...]) -> float:
+    """Return the share of the weights that a token passes through: all but the experts that it does not choose."""
+    idle = sum((layer.experts - layer.top_k) * layer.expert_bytes for layer in layers)
+    return 1 - idle / max(1, folder.total_bytes)
+
+
 def predict(plan: Plan, model: Any, folder: ModelFolder, layers: tuple[LayerExperts, ...]) -> Plan:
     """Return the plan with the tokens a second that can be expected, from rates measured on this machine."""
     if not layers and anatomy.switches(model):
