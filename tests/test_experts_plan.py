@@ -12,14 +12,34 @@ from test_cli import edger1 as command
 from test_cli import refused
 
 import edger1
-from edger1 import installed, paths
+from edger1 import paths
 from edger1.experts import rates
 from edger1.experts.anatomy import LayerExperts, Part
-from edger1.folder import inspect
-from edger1.quant.formats import safetensors
+from edger1.units import format_bytes
 
 WEIGHTS, DISK = 2e9, 1e8
-EXPERT = 52_224
+EXPERT = 3 * 128 * 384 * 2
+EMBEDDING = 300 * 128 * 2
+MIXTURE = {
+    "model_type": "qwen3_moe",
+    "hidden_size": 128,
+    "num_hidden_layers": 2,
+    "intermediate_size": 256,
+    "moe_intermediate_size": 384,
+    "num_experts": 64,
+    "num_experts_per_tok": 2,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "norm_topk_prob": True,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": False,
+    "vocab_size": 300,
+}
 
 
 @pytest.fixture
@@ -28,28 +48,50 @@ def known_rates(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rates, "measure_disk", lambda *_: DISK)
 
 
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two layers of 64 experts, two a token, 38 MB of them in all."""
+    import mlx.core as mx
+    from mlx.utils import tree_flatten
+    from mlx_lm.models import qwen3_moe
+
+    folder = tmp_path_factory.mktemp("mixture")
+    model = qwen3_moe.Model(qwen3_moe.ModelArgs.from_dict(MIXTURE))
+    weights = {name: value.astype(mx.bfloat16) for name, value in tree_flatten(model.parameters())}
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
+    (folder / "config.json").write_text(json.dumps(MIXTURE), encoding="utf-8")
+    return folder
+
+
 @pytest.mark.usefixtures("known_rates")
-def test_a_plan_of_a_mixture_of_experts() -> None:
-    plan = edger1.plan("nano-moe")
+def test_a_plan_of_a_mixture_of_experts(mixture: Path) -> None:
+    plan = edger1.plan(mixture)
     assert plan.slots is None
-    assert plan.smallest_ceiling_bytes < plan.total_bytes < plan.ceiling_bytes
-    streamed = edger1.plan("nano-moe", memory=plan.smallest_ceiling_bytes + 5 * 3 * EXPERT + 1000)
-    # Fewest slots are those of one token's four experts.
-    assert streamed.slots == (7,) * 5
+    least = plan.smallest_ceiling_bytes
+    assert least < plan.total_bytes < plan.ceiling_bytes
+    streamed = edger1.plan(mixture, memory=least + 2 * 3 * EXPERT + 1000)
+    assert streamed.slots == (5, 5)
     assert streamed.stream is not None
-    assert streamed.stream.hit_rate == pytest.approx(7 / 32)
-    assert plan.resident_bytes - streamed.resident_bytes == 5 * 32 * EXPERT
-    # Four experts a layer, of which 7/32 are there, and the rest of the weights but for the embedding.
-    folder = inspect(installed.resolve("nano-moe"))
-    header = safetensors.read_header(folder.weight_files[0])
-    embedding = sum(entry.nbytes for name, entry in header.entries.items() if "embed_tokens" in name)
-    read = streamed.resident_bytes - embedding
-    missed = 5 * 4 * EXPERT * 25 / 32
+    assert streamed.stream.hit_rate == pytest.approx(5 / 64)
+    assert plan.resident_bytes - streamed.resident_bytes == 2 * 64 * EXPERT
+    # Two experts a layer, of which 5/64 are there, and the rest of the weights but for the embedding.
+    read = streamed.resident_bytes - EMBEDDING
+    missed = 2 * 2 * EXPERT * 59 / 64
     assert streamed.prediction is not None
     assert 1 / streamed.prediction.tokens_per_s == pytest.approx((read + missed) / WEIGHTS + missed / DISK)
     assert plan.prediction is not None
-    assert 1 / plan.prediction.tokens_per_s == pytest.approx((read + 5 * 4 * EXPERT) / WEIGHTS)
+    assert 1 / plan.prediction.tokens_per_s == pytest.approx((read + 2 * 2 * EXPERT) / WEIGHTS)
     assert plan.prediction.disk_bytes_per_s is None
+    with pytest.raises(edger1.MemoryCeilingError, match=f"needs {format_bytes(least, up=True)} of memory"):
+        edger1.plan(mixture, memory=least - 1).check("mixture")
+
+
+@pytest.mark.usefixtures("known_rates")
+def test_experts_that_streaming_would_spare_nothing_of_stay_resident() -> None:
+    # Its experts take less than the buffers that streaming them would.
+    plan = edger1.plan("nano-moe", memory="1MB")
+    assert plan.slots is None
+    assert plan.smallest_ceiling_bytes == plan.total_bytes
 
 
 @pytest.mark.usefixtures("known_rates")
