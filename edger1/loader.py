@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import json
 from collections.abc import Collection, Generator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,9 +35,9 @@ GPU_PREFILL_STEP = 2048
 PLAIN_PREFILL_STEP = 16
 # About half a second a step at the rate of our kernels; a step is also how long a cancel may wait.
 _STEP_WORK = 7e10
-STREAMED_PREFILL_STEP = 512
-"""Tokens a step where experts are streamed: each is read once a step, whatever the number of tokens. Cancelling does not
-wait for a step's end there."""
+STREAMED_PREFILL_STEPS = (512, 256, 128, 64, 32)
+"""Tokens a step where experts are streamed, the first that memory allows: each expert is read once a step, whatever the
+number of tokens. Cancelling does not wait for a step's end there."""
 
 
 @dataclass
@@ -124,7 +124,7 @@ def _plan(
     folder: ModelFolder, model: Any, ceiling_bytes: int, context: int | None, expert_slots: str | int | None = None
 ) -> tuple[Plan, KVLayout, tuple[LayerExperts, ...]]:
     from edger1.experts import planning
-    from edger1.experts.budget import with_experts
+    from edger1.experts.budget import choose_step, with_experts
 
     gpu = on_gpu()
     layers = planning.find_layers(model, folder, expert_slots)
@@ -139,21 +139,27 @@ def _plan(
     fused = gpu or kernels.state().available
     chosen = choose_context(folder.config, context)
 
-    def planned(step: int) -> tuple[Plan, KVLayout]:
-        try:
-            kv = kv_layout(model, 2 if gpu else 4, step)
-        except Exception as error:
-            raise _misfit(folder, folder.path.name, error) from error
-        plan = make_plan(folder.config, weights, kv, context=chosen, ceiling_bytes=ceiling_bytes, fused_attention=fused)
-        return with_experts(
-            plan, layers, others, prefill_tokens=step, popularity=popularity, expert_slots=expert_slots
-        ), kv
-
     parameters = folder.parameters or folder.total_bytes
-    plan, kv = planned(prefill_step(round(parameters * planning.active_share(folder, layers))))
-    if plan.stream is not None:
-        plan, kv = planned(STREAMED_PREFILL_STEP)
-    return plan, kv, layers
+    try:
+        kv = kv_layout(model, 2 if gpu else 4, prefill_step(round(parameters * planning.active_share(folder, layers))))
+    except Exception as error:
+        raise _misfit(folder, folder.path.name, error) from error
+
+    def planned(step: int) -> Plan:
+        own = replace(kv, step_tokens=step)
+        plan = make_plan(
+            folder.config, weights, own, context=chosen, ceiling_bytes=ceiling_bytes, fused_attention=fused
+        )
+        return with_experts(plan, layers, others, prefill_tokens=step, popularity=popularity, expert_slots=expert_slots)
+
+    plan, step = planned(kv.step_tokens), kv.step_tokens
+    if layers:
+        streamed = [(planned(each), each) for each in STREAMED_PREFILL_STEPS]
+        if plan.stream is not None or plan.total_bytes > ceiling_bytes:
+            plan, step = streamed[choose_step([each for each, _ in streamed])]
+        # The smallest ceiling is that of the shortest step, whichever this ceiling allows.
+        plan = replace(plan, streamed_least_bytes=streamed[-1][0].streamed_least_bytes)
+    return plan, replace(kv, step_tokens=step), layers
 
 
 def build(folder: ModelFolder, name: str) -> tuple[Any, dict[str, Any]]:

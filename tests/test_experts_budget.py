@@ -17,6 +17,7 @@ from edger1.experts.budget import (
     Prediction,
     StreamPlan,
     allocate,
+    choose_step,
     least_slots,
     parse_slots,
     plan_stream,
@@ -189,6 +190,22 @@ def test_experts_smaller_than_the_buffers_of_streaming_are_not_streamed() -> Non
     plan = with_experts(resident(1, 5 * MB), [x], 5 * MB - 2 * x.expert_bytes, prefill_tokens=512)
     assert plan.stream is None
     assert plan.smallest_ceiling_bytes == plan.total_bytes
+
+
+def test_prefill_steps_are_as_long_as_the_banks_can_afford() -> None:
+    x = layer(experts=100, hidden=640, inner=32)
+    all_of_it = 5 * MB + x.experts * x.expert_bytes
+    steps = (512, 256, 128, 64, 32)
+
+    def chosen(ceiling: int) -> int:
+        plans = [with_experts(resident(ceiling, all_of_it), [x], 5 * MB, prefill_tokens=step) for step in steps]
+        return steps[choose_step(plans)]
+
+    # A step of 512 tokens takes 5.6 MB, and an expert 0.25.
+    assert chosen(65 * MB + 20 * MB) == 512
+    assert chosen(65 * MB + 10 * MB) == 256
+    assert chosen(65 * MB + 3 * MB) == 32
+    assert chosen(1) == 32
 
 
 def test_a_dense_model_has_no_slots() -> None:

@@ -70,7 +70,10 @@ def test_a_plan_of_a_mixture_of_experts(mixture: Path) -> None:
     least = plan.smallest_ceiling_bytes
     assert least < plan.total_bytes < plan.ceiling_bytes
     streamed = edger1.plan(mixture, memory=least + 2 * 3 * EXPERT + 1000)
+    # Two a layer at least, and the three that the rest of the ceiling holds.
     assert streamed.slots == (5, 5)
+    assert streamed.smallest_ceiling_bytes == least
+    edger1.plan(mixture, memory=least).check("mixture")
     assert streamed.stream is not None
     assert streamed.stream.hit_rate == pytest.approx(5 / 64)
     assert plan.resident_bytes - streamed.resident_bytes == 2 * 64 * EXPERT
@@ -87,11 +90,15 @@ def test_a_plan_of_a_mixture_of_experts(mixture: Path) -> None:
 
 
 @pytest.mark.usefixtures("known_rates")
-def test_experts_that_streaming_would_spare_nothing_of_stay_resident() -> None:
-    # Its experts take less than the buffers that streaming them would.
-    plan = edger1.plan("nano-moe", memory="1MB")
-    assert plan.slots is None
-    assert plan.smallest_ceiling_bytes == plan.total_bytes
+def test_every_ceiling_from_the_smallest_on_works() -> None:
+    # The experts of nano-moe take hardly more than the buffers that streaming them needs.
+    most = edger1.plan("nano-moe").total_bytes
+    least = edger1.plan("nano-moe").smallest_ceiling_bytes
+    for ceiling in range(least, most, (most - least) // 20):
+        plan = edger1.plan("nano-moe", memory=ceiling)
+        plan.check("nano-moe")
+        assert plan.smallest_ceiling_bytes == least
+    assert edger1.plan("nano-moe", memory=least - 1).total_bytes == least
 
 
 @pytest.mark.usefixtures("known_rates")
