@@ -60,7 +60,10 @@ class StreamPlan:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> StreamPlan:
         """Read what `dataclasses.asdict` wrote, whose tuples may have become lists."""
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+        read: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
+        }
+        return cls(**read)
 
 
 @dataclass(frozen=True)

@@ -59,9 +59,8 @@ def weight_rate(quantization: Mapping[str, Any] | None, precision: str = "fast")
 
     bits, group = 16, 0
     if quantization is not None:
-        bits, group = (quantization.get(name) for name in ("bits", "group_size"))
-        if bits not in (2, 3, 4, 6, 8) or group not in (32, 64, 128):
-            bits, group = 4, 64
+        asked: tuple[Any, Any] = quantization.get("bits"), quantization.get("group_size")
+        bits, group = asked if asked[0] in (2, 3, 4, 5, 6, 8) and asked[1] in (32, 64, 128) else (4, 64)
     threads = os.environ.get("EDGER1_THREADS", os.cpu_count())
     sets = "+".join(kernels.state().instruction_sets) or "mlx"
     key = f"weights {platform.node()} {sets} {threads} threads {bits} bits/{group} {precision}"
@@ -171,6 +170,6 @@ def _all() -> dict[str, Any]:
 
 
 def _is_sound(entry: Any) -> bool:
-    numbers = [entry.get(name) for name in ("bytes_per_s", "when")] if isinstance(entry, dict) else []
+    numbers: list[Any] = [entry.get(name) for name in ("bytes_per_s", "when")] if isinstance(entry, dict) else []
     # NaN is neither above nor below anything.
     return bool(numbers) and all(type(n) in (int, float) and 0 < n < 1e15 for n in numbers)
