@@ -49,3 +49,11 @@ class EngineError(EdgeR1Error):
 
 class NotYetError(EdgeR1Error):
     """A part of the public API that this version does not have."""
+
+
+class UnstreamableError(FormatError):
+    """The experts of a model do not lie in its files as streaming needs them."""
+
+
+class StreamError(EdgeR1Error):
+    """An expert could not be read from the model's files while the model was running."""

@@ -7,6 +7,7 @@ runs on the thread that owns MLX.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 from collections.abc import Collection, Generator
@@ -125,10 +126,12 @@ def _plan(
 ) -> tuple[Plan, KVLayout, tuple[LayerExperts, ...]]:
     from edger1.experts import planning
     from edger1.experts.budget import choose_step, with_experts
+    from edger1.experts.popularity import Popularity
 
     gpu = on_gpu()
     layers = planning.find_layers(model, folder, expert_slots)
-    popularity = None
+    counts = Popularity(folder.path, [layer.experts for layer in layers])
+    popularity = [counts.counts(layer.index).tolist() for layer in layers] if counts.known else None
     weights = folder.total_bytes
     # Experts that are streamed stay as they are on disk.
     others = weights - planning.expert_total(layers)
@@ -222,7 +225,7 @@ def load(
     from mlx.utils import tree_flatten, tree_unflatten
     from mlx_lm.utils import load_tokenizer
 
-    from edger1.experts.policy import DEFAULT_POLICY
+    from edger1.experts.popularity import Popularity
     from edger1.experts.streaming import Streaming
     from edger1.kernels.install import install
     from edger1.kernels.pages import HugePages
@@ -260,11 +263,18 @@ def load(
     vocabulary = min(len(tokenizer), model(mx.zeros((1, 1), dtype=mx.int32)).shape[-1])
     streaming = None
     if plan.stream is not None:
-        streaming = Streaming(streamed, plan.stream.slots, policy=DEFAULT_POLICY)
+        popularity = Popularity(path, [layer.experts for layer in streamed])
+        streaming = Streaming(streamed, plan.stream.slots, popularity=popularity)
         streaming.attach(model)
         for nbytes in streaming.fill():
             done += nbytes
             yield min(done, total), total
+    with streaming.sleeping() if streaming is not None else contextlib.nullcontext():
+        # What it replaces for the process is given back by close() alone.
+        replaced = install(model, "exact" if precision == "exact" else "fast")
+    if streaming is not None:
+        streaming.fuse(model, replaced)
+        streaming.warm()
     live = LiveModel(
         name=name,
         folder=folder,
@@ -278,8 +288,7 @@ def load(
         vocabulary=vocabulary,
         streaming=streaming,
         kv=KVStore(plan.kv_bytes, kv.nbytes),
-        # Last, since what it replaces for the process is given back by close() alone.
-        installed=install(model, "exact" if precision == "exact" else "fast"),
+        installed=replaced,
     )
     runs.note(path, live.installed.report())
     return live

@@ -16,7 +16,7 @@ from mlx_lm.utils import load_model
 
 from edger1.experts import anatomy
 from edger1.experts.anatomy import LayerExperts
-from edger1.experts.policy import DEFAULT_POLICY, Policy
+from edger1.experts.policy import DEFAULT_POLICY, POLICIES, Policy
 from edger1.experts.streaming import Streaming
 from edger1.folder import inspect
 from edger1.kernels.install import install
@@ -71,7 +71,7 @@ def open_streamed(
     slots: Callable[[LayerExperts], int],
     *,
     mode: str = "auto",
-    policy: Callable[[int], Policy] = DEFAULT_POLICY,
+    policy: Callable[[int], Policy] = POLICIES[DEFAULT_POLICY],
 ) -> tuple[Any, Streaming]:
     """Return a model with `slots(layer)` slots in each layer with experts, and its streaming; close the latter."""
     model, _ = load_model(folder, lazy=True)

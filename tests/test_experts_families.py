@@ -12,6 +12,7 @@ import streamed_models
 from streamed_models import UNSTREAMABLE, half, moe_families
 
 from edger1.experts import anatomy
+from edger1.errors import UnstreamableError
 from edger1.experts.figures import HITS, MISSES
 
 
@@ -112,5 +113,5 @@ def test_experts_that_do_not_lie_stacked_are_named(tmp_path: Path) -> None:
     name = next(n for n in weights if "switch_mlp.up_proj.weight" in n)
     weights[name.replace("up_proj", "other")] = weights.pop(name)
     mx.save_safetensors(str(folder / "model.safetensors"), weights)  # without metadata, which MLX writes as null
-    with pytest.raises(anatomy.UnstreamableError, match=r"up_proj.weight is not in the model's files.*Convert"):
+    with pytest.raises(UnstreamableError, match=r"up_proj.weight is not in the model's files.*Convert"):
         anatomy.find(model, streamed_models.inspect(folder))

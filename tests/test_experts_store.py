@@ -14,7 +14,8 @@ import pytest
 
 from edger1.experts import store as store_module
 from edger1.experts.anatomy import LayerExperts, Part
-from edger1.experts.store import Store, StreamError
+from edger1.errors import StreamError
+from edger1.experts.store import Store
 
 EXPERTS = 5
 # The first is larger than a page and begins at an odd byte, the last ends with the file.

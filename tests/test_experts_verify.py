@@ -15,7 +15,8 @@ from edger1 import worker
 from edger1.cli import app
 from edger1.errors import FormatError
 from edger1.experts import verify as verify_module
-from edger1.experts.store import Store, StreamError
+from edger1.errors import StreamError
+from edger1.experts.store import Store
 from edger1.experts.verify import ROWS, verify
 
 ONLY_16 = {"kimi_k3"}

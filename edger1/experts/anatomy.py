@@ -12,15 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edger1.errors import EdgeR1Error
+from edger1.errors import UnstreamableError
 from edger1.quant.formats import safetensors
 
 if TYPE_CHECKING:
     from edger1.folder import ModelFolder
-
-
-class UnstreamableError(EdgeR1Error):
-    """The experts of a model do not lie in its files as streaming needs them."""
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,12 @@ class Bank:
         self.arrays = {(part.projection, part.name): _allocate(slots, part) for part in layer.parts}
         self._rows = [_bytes_of(self.arrays[part.projection, part.name], part.nbytes) for part in layer.parts]
         self.table: npt.NDArray[np.int32] = np.full(layer.experts, ABSENT, np.int32)
+        self.places: npt.NDArray[np.int32] = self.table.copy()
+        """The same with the slots of experts that are on their way."""
+        self._here: set[int] = set()
         self.loading: dict[int, Read] = {}
+        self.arrivals: Any = None
+        """The kernels' `Arrivals`, where operations wait for reads by themselves."""
         self._slot_of_read: dict[int, int] = {}
         self._free = list(range(slots - 1, -1, -1))
         # Slots whose memory was given back; they are the last that are used again.
@@ -51,7 +56,7 @@ class Bank:
     @property
     def present(self) -> int:
         """How many experts are there."""
-        return int((self.table >= 0).sum())
+        return len(self._here)
 
     @property
     def usable_slots(self) -> int:
@@ -78,10 +83,17 @@ class Bank:
         """
         self.settle()
         under_way = self.loading.get(expert)
-        if under_way is not None and not under_way.cancelled:
-            if not guessed:
-                self.store.hurry(under_way)
-            return under_way
+        if under_way is not None:
+            if under_way.cancelled:
+                # Its slot is free when its last piece has been left out or read.
+                under_way.wait()
+                self.settle()
+                if self.table[expert] >= 0:
+                    return under_way
+            else:
+                if not guessed:
+                    self.store.hurry(under_way)
+                return under_way
         slot = self._take_slot(keep)
         return None if slot is None else self._start(expert, slot, guessed=guessed)
 
@@ -111,14 +123,21 @@ class Bank:
             slot = self._slot_of_read.pop(expert)
             if read.error is None:
                 self.table[expert] = slot
+                self._here.add(expert)
             else:
+                self.places[expert] = ABSENT
                 self._free.append(slot)
 
-    def give_up(self, expert: int) -> None:
-        """Cancel a guess that came too late."""
-        read = self.loading.get(expert)
-        if read is not None:
-            read.cancel()
+    def forget_arrivals(self) -> None:
+        """Begin with new arrivals: reads that nobody waits for any more tell the old ones."""
+        if self.arrivals is not None:
+            self.arrivals = type(self.arrivals)(self.arrivals.slots)
+
+    def give_up_guesses(self, wanted: Collection[int]) -> None:
+        """Cancel the guesses that are not among `wanted`; what is being read by now is read to its end."""
+        for expert, read in self.loading.items():
+            if read.guessed and expert not in wanted:
+                read.cancel()
 
     def shrink(self, slots: int, keep: Collection[int] = ()) -> int:
         """Give the memory of up to `slots` slots back to the system; returns how many bytes went."""
@@ -146,22 +165,29 @@ class Bank:
 
     def resident(self) -> list[int]:
         """Return the experts that are there."""
-        return np.flatnonzero(self.table >= 0).tolist()
+        return sorted(self._here)
 
     def _start(self, expert: int, slot: int, *, guessed: bool) -> Read:
+        arrivals = self.arrivals
+        if arrivals is not None:
+            arrivals.expect([slot])
         read = self.store.read(self.layer, expert, [row[slot] for row in self._rows], guessed=guessed)
         self.loading[expert] = read
         self._slot_of_read[expert] = slot
+        self.places[expert] = slot
+        if arrivals is not None:
+            read.then(lambda ended: arrivals.done(slot) if ended.error is None else arrivals.fail(slot))
         return read
 
     def _take_slot(self, keep: Collection[int]) -> int | None:
         if self._free:
             return self._free.pop()
-        leaving = self.policy.victim(self.resident(), keep)
+        leaving = self.policy.victim(self._here, keep)
         if leaving is None:
             return None
         slot = int(self.table[leaving])
-        self.table[leaving] = ABSENT
+        self.table[leaving] = self.places[leaving] = ABSENT
+        self._here.discard(leaving)
         self.identity = False
         return slot
 

@@ -10,17 +10,24 @@ class Device:
     def __init__(self) -> None:
         self.reads_back = 0
 
-    def read_back(self, array: Any) -> Any:
+    def read_back(self, *arrays: Any) -> list[Any]:
+        """Wait for arrays and for all that was begun before them; returns them for NumPy."""
         import mlx.core as mx
 
         self.reads_back += 1
-        mx.eval(array)
-        return np.array(array)
+        mx.eval(*arrays)
+        return [np.array(array) for array in arrays]
 
     def finish(self) -> None:
         import mlx.core as mx
 
         mx.synchronize()
+
+    def begin(self, array: Any) -> None:
+        """Start to compute an array."""
+        import mlx.core as mx
+
+        mx.async_eval(array)
 
     def wait_for(self, array: Any) -> None:
         import mlx.core as mx

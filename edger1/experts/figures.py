@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +14,11 @@ if TYPE_CHECKING:
     from edger1.experts.streaming import Streaming
 
 Table = npt.NDArray[np.float64]
-COLUMNS = ("calls", "hits", "misses", "bytes_read", "stall_s", "compute_s")
+COLUMNS = ("calls", "hits", "misses", "bytes_read", "stall_s", "compute_s", "guesses")
 """Columns of a table of figures [layers, columns]. `hits` and `misses` count the distinct experts of each call, `stall_s`
-is how long a layer stood still because an expert was not there, `compute_s` all else since the layer before it."""
-CALLS, HITS, MISSES, BYTES_READ, STALL_S, COMPUTE_S = range(len(COLUMNS))
+is how long a layer stood still because an expert was not there, `compute_s` all else since the layer before it,
+`guesses` how many experts were read before the layer asked for them."""
+CALLS, HITS, MISSES, BYTES_READ, STALL_S, COMPUTE_S, GUESSES = range(len(COLUMNS))
 
 
 def empty(layers: int) -> Table:
@@ -26,7 +28,7 @@ def empty(layers: int) -> Table:
 
 def added_up(table: Table, tokens: int) -> dict[str, Any]:
     """Add a table up over its layers, as plain JSON values; `tokens` went through them."""
-    _, hits, misses, nbytes, stall, compute = (float(value) for value in table.sum(axis=0))
+    _, hits, misses, nbytes, stall, compute, guesses = (float(value) for value in table.sum(axis=0))
     return {
         "tokens": tokens,
         "hit_rate": hits / (hits + misses) if hits + misses else None,
@@ -35,6 +37,7 @@ def added_up(table: Table, tokens: int) -> dict[str, Any]:
         "stall_s": stall,
         "compute_s": compute,
         "stall_share": stall / (stall + compute) if stall + compute else None,
+        "guesses": int(guesses),
     }
 
 
@@ -52,9 +55,11 @@ class Account:
         """Count what happens inside as this request's."""
         self._phase = "decode" if decoding else "prefill"
         self._before = self._streaming.figures.copy()
-        self._streaming.begin()
+        began = self._streaming.begin()
         try:
             yield
+            if decoding:
+                self._streaming.prefetch.note(time.perf_counter() - began)
         finally:
             self._take()
             self._phase = None

@@ -6,12 +6,16 @@ tokens asks for nearly all experts, whatever the number of slots.
 
 Either way each row's result is computed by itself and the results are put in the order of ranks before anyone sums them:
 what comes out does not depend on what was where. For up to 16 rows it has the bits of the resident layer.
+
+On CPUs with kernels the module that routes is one operation (`edger1.kernels.experts_streamed`), and waits itself for
+what is being read. Without, mlx-lm's own code runs over the bank.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -19,17 +23,20 @@ import numpy as np
 import numpy.typing as npt
 
 from edger1.experts.bank import Bank
-from edger1.experts.figures import BYTES_READ, CALLS, HITS, MISSES, STALL_S
+from edger1.experts.figures import BYTES_READ, CALLS, GUESSES, HITS, MISSES, STALL_S
 
 if TYPE_CHECKING:
     from edger1.experts.store import Read
     from edger1.experts.streaming import Streaming
+    from edger1.kernels.experts_streamed import StreamedOperation
 
 FEW_ROWS = 16
 """Rows that the kernels compute to the bits that each has alone."""
 
 Compute = Callable[[Any, Any, Any], Any]
 """(switch layer, x [..., hidden], slots [..., ranks]) -> what each expert gives, [..., ranks, hidden]."""
+Experts = npt.NDArray[np.int64]
+"""Numbers of experts, [..., ranks]."""
 
 
 class StreamedExperts:
@@ -38,77 +45,172 @@ class StreamedExperts:
     def __init__(self, bank: Bank, streaming: Streaming) -> None:
         self.bank = bank
         self.figures = streaming.figures[bank.layer.index]
+        self.operation: StreamedOperation | None = None
         self._streaming = streaming
 
-    def __call__(self, switch: Any, x: Any, indices: Any, compute: Compute) -> Any:
+    def switch(self, switch: Any, x: Any, indices: Any, compute: Compute) -> Any:
         """Return what the experts `indices` [..., ranks] of a switch layer give for x [..., hidden].
 
         Raises StreamError where an expert cannot be read.
         """
+        if self._streaming.asleep:
+            import mlx.core as mx
+
+            return mx.zeros((*indices.shape, x.shape[-1]), dtype=x.dtype)
+        compute = self._ranks_or(compute)
         bank = self.bank
         if bank.identity:
             return compute(switch, x, indices)
-        chosen = self.read_back(indices)
-        distinct: list[int] = list(dict.fromkeys(chosen.ravel().tolist()))
-        missing = [expert for expert in distinct if bank.table[expert] < 0]
-        self.note(distinct, missing)
+        chosen = self._read_back(indices)
+        distinct = _distinct(chosen)
+        missing = self._use(distinct)
         if not missing:
             return compute(switch, x, _array(bank.table[chosen]))
         if len(distinct) > bank.usable_slots or chosen.size > FEW_ROWS * chosen.shape[-1]:
             return self._by_expert(switch, x, chosen, distinct, compute)
         return self._by_row(switch, x, chosen, distinct, missing, compute)
 
-    def read_back(self, indices: Any) -> npt.NDArray[np.int64]:
+    def module(self, owner: Any, x: Any) -> Any:
+        """Return what a module that routes and holds the experts answers to x [..., hidden] as one operation.
+
+        None where it is not one, or for a call that goes expert by expert. Raises as `switch`.
+        """
+        operation, bank = self.operation, self.bank
+        if operation is None or not operation.has_router or self._streaming.asleep:
+            return None
+        if not operation.stands(owner):
+            self.operation = None
+            return None
+        routed = operation.route(x)
+        if routed is None:
+            return None
+        indices, weights = routed
+        if bank.identity:
+            return operation.given(x, indices, weights)
+        if indices.size > FEW_ROWS * indices.shape[-1]:
+            return None
+        following = self._streaming.following(bank.layer.index)
+        early = following.route_early(x) if following is not None else None
+        if early is None:
+            chosen = self._read_back(indices)
+        else:
+            chosen, guesses = self._read_back(indices, early)
+            following.guess(_distinct(guesses))
+        distinct = _distinct(chosen)
+        if len(distinct) > bank.usable_slots:
+            return None
+        missing = self._use(distinct)
+        if not missing:
+            return operation.given(x, _array(bank.table[chosen]), weights)
+        reads = self._request(missing, distinct)
+        with self._waiting():
+            done = operation.given(x, _array(bank.places[chosen]), weights, bank.arrivals)
+            if done is None:
+                self._wait(reads)
+                return operation.given(x, _array(bank.places[chosen]), weights)
+            self._streaming.device.begin(done)
+            self._wait(reads)
+        return done
+
+    def route_early(self, x: Any) -> Any:
+        """Return which experts the router would choose for the input of the layer before, or None."""
+        operation = self.operation
+        if operation is None or not operation.has_router or self.bank.identity:
+            return None
+        routed = operation.route(x)
+        return None if routed is None else routed[0]
+
+    def guess(self, experts: Sequence[int]) -> None:
+        """Begin to read those of `experts` that are not there, behind all that somebody waits for."""
+        bank = self.bank
+        bank.settle()
+        keep = set(experts)
+        for expert in experts:
+            if bank.places[expert] >= 0:
+                continue
+            if bank.request(expert, keep, guessed=True) is None:
+                return
+            self.figures[GUESSES] += 1
+            self.figures[BYTES_READ] += bank.layer.expert_bytes
+
+    def _ranks_or(self, compute: Compute) -> Compute:
+        operation = self.operation
+        if operation is None:
+            return compute
+
+        def ranks(switch: Any, x: Any, slots: Any) -> Any:
+            found = operation.ranks(x, slots)
+            return compute(switch, x, slots) if found is None else found
+
+        return ranks
+
+    def _read_back(self, *indices: Any) -> Any:
         """Wait for the router's choice, and for all that was asked of MLX before it."""
-        chosen: npt.NDArray[np.int64] = self._streaming.device.read_back(indices).astype(np.int64)
+        chosen = [found.astype(np.int64) for found in self._streaming.device.read_back(*indices)]
         self._streaming.check()
         self.bank.settle()
-        return chosen
+        return chosen if len(chosen) > 1 else chosen[0]
 
-    def note(self, distinct: Sequence[int], missing: Sequence[int], scores: Any = None) -> None:
-        """Tell the policy, and whoever counts, which experts a call uses and which of them are not there."""
-        self.bank.policy.use(distinct, scores)
-        figures = self.figures
+    def _use(self, distinct: Sequence[int]) -> list[int]:
+        """Tell the policy, and whoever counts, which experts a call uses; returns those that are not there."""
+        bank, figures = self.bank, self.figures
+        missing = [expert for expert in distinct if bank.table[expert] < 0]
+        bank.policy.use(distinct)
+        self._streaming.used(bank.layer.index, distinct)
         figures[CALLS] += 1
         figures[HITS] += len(distinct) - len(missing)
         figures[MISSES] += len(missing)
-        figures[BYTES_READ] += len(missing) * self.bank.layer.expert_bytes
-        self._streaming.used(self.bank.layer.index, distinct)
+        bank.give_up_guesses(distinct)
+        return missing
 
-    def request(self, missing: Sequence[int], distinct: Sequence[int]) -> list[Read]:
+    def _request(self, missing: Sequence[int], distinct: Sequence[int]) -> list[Read]:
         """Begin to read what is missing, into slots that nothing reads any more."""
         self._streaming.device.finish()
-        reads = []
+        reads, keep = [], set(distinct)
         for expert in missing:
-            read = self.bank.request(expert, distinct)
+            if self.bank.places[expert] < 0:
+                self.figures[BYTES_READ] += self.bank.layer.expert_bytes
+            read = self.bank.request(expert, keep)
             assert read is not None, "the caller looks that the slots suffice"
             reads.append(read)
         return reads
 
-    def wait(self, reads: Sequence[Read]) -> None:
+    def _wait(self, reads: Sequence[Read]) -> None:
         """Wait until all are there; raises what the first failed of, or what `Streaming.check` raises meanwhile."""
-        began = time.perf_counter()
-        try:
-            for read in reads:
-                while not read.wait(self._streaming.patience_s):
-                    self._streaming.check()
-        finally:
-            self.figures[STALL_S] += time.perf_counter() - began
+        for read in reads:
+            while not read.wait(self._streaming.patience_s):
+                self._streaming.check()
         self.bank.settle()
         for read in reads:
             if read.error is not None:
                 raise read.error
 
+    @contextmanager
+    def _waiting(self) -> Iterator[None]:
+        """Count the time inside as lost to reads, or, where an operation waits by itself, what it waited.
+
+        Whatever ends it early releases that operation.
+        """
+        began = time.perf_counter()
+        arrivals = self.bank.arrivals
+        before = arrivals.waited_s if arrivals is not None else 0.0
+        try:
+            yield
+        except BaseException:
+            if arrivals is not None:
+                arrivals.abort()
+                # What was aborted has let go of its slots when this returns.
+                self._streaming.device.finish()
+                self.bank.forget_arrivals()
+            raise
+        finally:
+            waited = arrivals.waited_s - before if arrivals is not None else time.perf_counter() - began
+            self.figures[STALL_S] += waited
+
     def _by_row(
-        self,
-        switch: Any,
-        x: Any,
-        chosen: npt.NDArray[np.int64],
-        distinct: Sequence[int],
-        missing: Sequence[int],
-        compute: Compute,
+        self, switch: Any, x: Any, chosen: Experts, distinct: Sequence[int], missing: Sequence[int], compute: Compute
     ) -> Any:
-        reads = self.request(missing, distinct)
+        reads = self._request(missing, distinct)
         pairs = chosen.ravel()
         here = np.flatnonzero(self.bank.table[pairs] >= 0)
         there = np.flatnonzero(self.bank.table[pairs] < 0)
@@ -117,25 +219,22 @@ class StreamedExperts:
         parts = []
         if here.size:
             parts.append(self._pairs(switch, rows, pairs, here, ranks, compute))
-        self.wait(reads)
+        began = time.perf_counter()
+        try:
+            self._wait(reads)
+        finally:
+            self.figures[STALL_S] += time.perf_counter() - began
         parts.append(self._pairs(switch, rows, pairs, there, ranks, compute))
         return _in_order(parts, [here, there] if here.size else [there], chosen.shape)
 
-    def _pairs(
-        self, switch: Any, rows: Any, pairs: npt.NDArray[np.int64], some: Any, ranks: int, compute: Compute
-    ) -> Any:
+    def _pairs(self, switch: Any, rows: Any, pairs: Experts, some: Any, ranks: int, compute: Compute) -> Any:
         """Return what the experts of some pairs of row and rank give, [pairs, hidden], with its computation begun."""
-        import mlx.core as mx
-
         slots = _array(self.bank.table[pairs[some]][:, None])
-        found = compute(switch, rows[_array(some // ranks)], slots)
-        found = found[:, 0, :]
-        mx.async_eval(found)
+        found = compute(switch, rows[_array(some // ranks)], slots)[:, 0, :]
+        self._streaming.device.begin(found)
         return found
 
-    def _by_expert(
-        self, switch: Any, x: Any, chosen: npt.NDArray[np.int64], distinct: Sequence[int], compute: Compute
-    ) -> Any:
+    def _by_expert(self, switch: Any, x: Any, chosen: Experts, distinct: Sequence[int], compute: Compute) -> Any:
         """Compute expert by expert: those that are there first, then group after group of those that are not."""
         bank = self.bank
         rows = x.reshape(-1, x.shape[-1])
@@ -148,31 +247,39 @@ class StreamedExperts:
         missing = [expert for expert in distinct if bank.table[expert] < 0]
         parts, places = [], []
         reads: list[Read] = []
-        while group or missing or reads:
+        while group or missing:
             # What is computed next must stay; what was computed, or is not asked for, may go.
             batch = missing[: self._room(group)]
-            reads = self.request(batch, group) if batch else []
+            reads = self._request(batch, group) if batch else []
             missing = missing[len(batch) :]
             if group:
                 some = np.concatenate([order[begins[expert] : begins[expert + 1]] for expert in sorted(group)])
                 parts.append(self._pairs(switch, rows, pairs, some, ranks, compute))
                 places.append(some)
                 self._streaming.device.wait_for(parts[-1])
-            self.wait(reads)
-            group, reads = batch, []
+            began = time.perf_counter()
+            try:
+                self._wait(reads)
+            finally:
+                self.figures[STALL_S] += time.perf_counter() - began
+            group = batch
         return _in_order(parts, places, chosen.shape)
 
     def _room(self, group: Sequence[int]) -> int:
-        """How many experts may be read while `group` is computed: the same number is to be free the next time."""
+        """How many experts may be read while `group` is computed: as many are to be free the next time."""
         usable = self.bank.usable_slots
-        free = usable - len(group)
-        return min(free, max(1, usable // 2)) if group else max(1, usable // 2)
+        half = max(1, usable // 2)
+        return min(usable - len(group), half) if group else half
+
+
+def _distinct(chosen: Experts) -> list[int]:
+    return list(dict.fromkeys(chosen.ravel().tolist()))
 
 
 def _array(values: Any) -> Any:
     import mlx.core as mx
 
-    return mx.array(np.ascontiguousarray(values, np.int32)).astype(mx.uint32)
+    return mx.array(np.ascontiguousarray(values, np.uint32))
 
 
 def _in_order(parts: list[Any], places: Sequence[Any], shape: tuple[int, ...]) -> Any:
@@ -187,12 +294,28 @@ def _in_order(parts: list[Any], places: Sequence[Any], shape: tuple[int, ...]) -
 
 
 @cache
-def streamed(original: Any) -> type:
+def streamed_switch(original: Any) -> type:
     """Return a subclass of a switch layer's class whose objects compute out of the bank in their `_streamed`."""
     compute = original.__call__
 
     def call(self: Any, x: Any, indices: Any) -> Any:
         held: StreamedExperts | None = vars(self).get("_streamed")
-        return compute(self, x, indices) if held is None else held(self, x, indices, compute)
+        return compute(self, x, indices) if held is None else held.switch(self, x, indices, compute)
+
+    return type(original.__name__, (original,), {"__call__": call, "__module__": original.__module__})
+
+
+@cache
+def streamed_module(original: Any) -> type:
+    """Return a subclass of a module's class whose objects run as the operation of their `_streamed` where they can."""
+    call_original = original.__call__
+
+    def call(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+        held: StreamedExperts | None = vars(self).get("_streamed")
+        if held is not None and not args and not kwargs:
+            done = held.module(self, x)
+            if done is not None:
+                return done
+        return call_original(self, x, *args, **kwargs)
 
     return type(original.__name__, (original,), {"__call__": call, "__module__": original.__module__})

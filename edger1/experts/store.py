@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edger1.errors import EdgeR1Error
+from edger1.errors import StreamError
 from edger1.experts.anatomy import LayerExperts, Part
 
 Bytes = npt.NDArray[np.uint8]
@@ -36,15 +36,13 @@ _SMALL = 64 << 10
 """Parts up to this size are read by the thread that reads the part before them."""
 
 
-class StreamError(EdgeR1Error):
-    """An expert could not be read from the model's files."""
-
-
 class Read:
     """One expert on its way from disk."""
 
-    def __init__(self, layer: LayerExperts, expert: int, pieces: int) -> None:
+    def __init__(self, layer: LayerExperts, expert: int, pieces: int, *, guessed: bool) -> None:
         self.layer, self.expert = layer, expert
+        self.guessed = guessed
+        """Whether nobody has asked for it yet."""
         self.error: BaseException | None = None
         self.seconds = 0.0
         self._left = pieces
@@ -167,7 +165,7 @@ class Store:
     def read(self, layer: LayerExperts, expert: int, into: Sequence[Bytes], *, guessed: bool = False) -> Read:
         """Begin to read an expert; part i of the layer goes to `into[i]`, uint8 [nbytes] without gaps."""
         pieces = _pieces(layer, into)
-        read = Read(layer, expert, len(pieces))
+        read = Read(layer, expert, len(pieces), guessed=guessed)
         with self._ready:
             if self._closed:
                 raise StreamError("The model was closed while an expert was being asked for.")
@@ -177,6 +175,7 @@ class Store:
 
     def hurry(self, read: Read) -> None:
         """Let a read that was made on a guess go before others of its kind: somebody waits for it."""
+        read.guessed = False
         with self._ready:
             mine = [piece for piece in self._guessed if piece[0] is read]
             if mine:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Generator, Sequence
-from typing import Any
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,9 +14,14 @@ from edger1.experts.anatomy import LayerExperts
 from edger1.experts.bank import Bank
 from edger1.experts.device import Device
 from edger1.experts.figures import COMPUTE_S, STALL_S, empty
-from edger1.experts.layer import StreamedExperts, streamed
-from edger1.experts.policy import Policy
+from edger1.experts.layer import StreamedExperts, streamed_module, streamed_switch
+from edger1.experts.policy import DEFAULT_POLICY, POLICIES, Policy
+from edger1.experts.popularity import Popularity
+from edger1.experts.prefetch import Trial
 from edger1.experts.store import Store
+
+if TYPE_CHECKING:
+    from edger1.kernels.install import Installed
 
 
 class Streaming:
@@ -32,7 +38,8 @@ class Streaming:
         layers: Sequence[LayerExperts],
         slots: Sequence[int],
         *,
-        policy: Callable[[int], Policy],
+        policy: Callable[[int], Policy] = POLICIES[DEFAULT_POLICY],
+        popularity: Popularity | None = None,
         mode: str = "auto",
         device: Device | None = None,
     ) -> None:
@@ -44,9 +51,12 @@ class Streaming:
         self.figures = empty(len(self.banks))
         """See `edger1.experts.figures.COLUMNS`; since loading."""
         self.layers = [StreamedExperts(bank, self) for bank in self.banks]
-        self.uses = [np.zeros(layer.experts, np.int64) for layer in layers]
+        self._popularity = popularity
+        self.asleep = False
+        """Whether switch layers answer zeros and read nothing, while others try the model out."""
         self.interrupted: Callable[[], None] | None = None
         """Called while it waits; raises where nobody wants the answer any more."""
+        self.prefetch = Trial()
         self._at = time.perf_counter()
         self._stalled = 0.0
         self._attached: list[tuple[Any, type]] = []
@@ -69,9 +79,53 @@ class Streaming:
             linears = dict(anatomy.projections(switch))
             for (projection, name), array in held.bank.arrays.items():
                 linears[projection][name] = array
-            self._attached.append((switch, type(switch)))
-            object.__setattr__(switch, "_streamed", held)
-            switch.__class__ = streamed(type(switch))
+            self._take_over(switch, streamed_switch(type(switch)), held)
+
+    def fuse(self, model: Any, installed: Installed) -> None:
+        """Let modules with experts run as operations of the kernels, where those are in place and cover them.
+
+        What came of it is told by `installed`, what `edger1.kernels.install.install` did to the model.
+        """
+        from edger1.kernels import extension
+        from edger1.kernels.experts_fit import Fit, UnfitError
+        from edger1.kernels.experts_streamed import streamed
+
+        kernels = extension()
+        if kernels is None or not installed.active:
+            return
+        fit, experts = Fit(installed.precision, kernels), installed.experts
+        held_by = {id(switch): vars(switch)["_streamed"] for switch, _ in self._attached}
+        for owner in list(model.modules()):
+            for switch in owner.children().values():
+                held: StreamedExperts | None = held_by.get(id(switch))
+                if held is None:
+                    continue
+                try:
+                    operation = streamed(owner, switch, fit, experts=held.bank.layer.experts)
+                except UnfitError as error:
+                    reason = f"{type(owner).__name__}: {error}"
+                    experts.others[reason] = experts.others.get(reason, 0) + 1
+                    continue
+                held.operation = operation
+                held.bank.arrivals = kernels.Arrivals(held.bank.slots)
+                kind, counts = type(owner).__name__, experts.layers if operation.has_router else experts.experts
+                counts[kind] = counts.get(kind, 0) + 1
+                if operation.has_router:
+                    self._take_over(owner, streamed_module(type(owner)), held)
+
+    def _take_over(self, module: Any, replacement: type, held: StreamedExperts) -> None:
+        self._attached.append((module, type(module)))
+        object.__setattr__(module, "_streamed", held)
+        module.__class__ = replacement
+
+    @contextlib.contextmanager
+    def sleeping(self) -> Iterator[None]:
+        """Let switch layers answer zeros inside."""
+        self.asleep = True
+        try:
+            yield
+        finally:
+            self.asleep = False
 
     def fill(self) -> Generator[int, None, None]:
         """Fill the banks that have a slot for each expert; yields the bytes that came."""
@@ -85,6 +139,19 @@ class Streaming:
                 yield bank.layer.expert_bytes
             bank.settle()
 
+    def warm(self) -> None:
+        """Begin to read what was popular in earlier runs into free slots, behind all that is asked for meanwhile."""
+        if self._popularity is None or not self._popularity.known:
+            return
+        for bank in self.banks:
+            if bank.slots >= bank.layer.experts:
+                continue
+            counts = self._popularity.counts(bank.layer.index)
+            bank.policy.warm(counts)
+            for expert in np.argsort(-counts, kind="stable")[: bank.slots].tolist():
+                if counts[expert] > 0:
+                    bank.request(expert, (), guessed=True)
+
     def check(self) -> None:
         """Raise where the request under way is not wanted any more."""
         if self.interrupted is not None:
@@ -92,18 +159,26 @@ class Streaming:
 
     def used(self, layer: int, experts: Sequence[int]) -> None:
         """Count the experts that a call of a layer uses, and the time since the call before."""
-        self.uses[layer][list(experts)] += 1
+        if self._popularity is not None:
+            self._popularity.add(layer, experts)
         now = time.perf_counter()
         stalled = float(self.figures[:, STALL_S].sum())
         self.figures[layer, COMPUTE_S] += now - self._at - (stalled - self._stalled)
         self._at, self._stalled = now, stalled
 
-    def begin(self) -> None:
+    def following(self, layer: int) -> StreamedExperts | None:
+        """Return the layer after one, if its experts are to be read ahead."""
+        return self.layers[layer + 1] if self.prefetch.on and layer + 1 < len(self.layers) else None
+
+    def begin(self) -> float:
         """Count time from here on: what was before is nobody's."""
         self._at, self._stalled = time.perf_counter(), float(self.figures[:, STALL_S].sum())
+        return self._at
 
     def close(self) -> None:
-        """End the reads and give the model's layers their classes back."""
+        """Save what was learnt of popularity, end the reads and give the model's layers their classes back."""
+        if self._popularity is not None:
+            self._popularity.save()
         for switch, original in reversed(self._attached):
             switch.__class__ = original
             vars(switch).pop("_streamed", None)

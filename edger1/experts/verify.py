@@ -24,7 +24,6 @@ from edger1.experts import anatomy
 from edger1.experts.anatomy import LayerExperts
 from edger1.experts.budget import least_slots, slots_by_hand
 from edger1.experts.figures import MISSES
-from edger1.experts.policy import DEFAULT_POLICY
 from edger1.experts.store import Store
 from edger1.experts.streaming import Streaming
 
@@ -237,7 +236,7 @@ class _Walk:
                 if rows == x.shape[1]:
                     raise
                 left_out.append(f"{rows} rows: {type(error).__name__}: {str(error)[:200]}")
-        streaming = Streaming(layers, slots, policy=DEFAULT_POLICY)
+        streaming = Streaming(layers, slots)
         try:
             streamed_weights = _sha256([_stored_bytes(streaming.store, layer) for layer in layers])
             streaming.attach(module)

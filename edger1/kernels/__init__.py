@@ -53,3 +53,8 @@ def _load() -> tuple[ModuleType | None, KernelState]:
 def state() -> KernelState:
     """Say whether the kernels are ready, and if not, why and what to do."""
     return _load()[1]
+
+
+def extension() -> ModuleType | None:
+    """Return the extension module where the kernels can run, for what calls them directly."""
+    return _load()[0]

@@ -1,0 +1,189 @@
+"""Streaming through the library: nano-moe with fewer slots than experts, and disks that misbehave while it runs."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+import edger1
+from edger1 import installed
+from edger1.cli import app
+from edger1.errors import MemoryCeilingError, StreamError, UnstreamableError, UsageError
+from edger1.experts import store as store_module
+
+QUESTION = "What is 17 + 25?"
+
+
+@pytest.fixture(scope="module")
+def nano() -> Path:
+    return installed.resolve("nano-moe")
+
+
+@pytest.fixture(scope="module")
+def answer(nano: Path) -> Any:
+    with edger1.load(nano, precision="exact") as model:
+        return model.generate(QUESTION, temperature=0, max_tokens=120)
+
+
+class Disk:
+    """Reads of experts, which can be made to hang or to fail."""
+
+    def __init__(self) -> None:
+        self._preadv = os.preadv
+        self.go = threading.Event()
+        self.go.set()
+        self.error: OSError | None = None
+        self.waiting = threading.Event()
+
+    def preadv(self, *given: Any) -> int:
+        if not self.go.is_set():
+            self.waiting.set()
+            self.go.wait(60)
+        if self.error is not None:
+            raise self.error
+        return self._preadv(*given)
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Disk]:
+    made = Disk()
+    monkeypatch.setattr(store_module.os, "preadv", made.preadv)
+    yield made
+    made.go.set()
+
+
+@pytest.mark.parametrize("slots", ["100%", "50%", 4])
+def test_the_answer_is_the_resident_one(nano: Path, answer: Any, slots: str | int) -> None:
+    with edger1.load(nano, precision="exact", expert_slots=slots) as model:
+        assert model.plan.slots == {"100%": (32,) * 5, "50%": (16,) * 5, 4: (4,) * 5}[slots]
+        got = model.generate(QUESTION, temperature=0, max_tokens=120)
+    assert (got.text, got.thinking) == (answer.text, answer.thinking)
+    decode = got.figures.experts["decode"]
+    if slots == "100%":
+        assert got.figures.experts["prefill"]["bytes_read"] == 0
+    else:
+        assert 0 < decode["hit_rate"] < 1
+        assert decode["bytes_read"] > 0
+        assert decode["tokens"] == got.usage.completion_tokens - 1
+        assert len(got.figures.experts["layers"]) == 5
+
+
+def test_several_requests_at_once_have_the_answers_they_have_alone(nano: Path) -> None:
+    questions = [QUESTION, "What is 5 * 6?", "Sort these numbers: 9 2 7 4"]
+    with edger1.load(nano, precision="exact") as model:
+        alone = [model.generate(q, temperature=0, max_tokens=60).text for q in questions]
+    with edger1.load(nano, precision="exact", expert_slots=6) as model:
+        handles = [model.submit(q, temperature=0, max_tokens=60) for q in questions]
+        assert [handle.result(60).text for handle in handles] == alone
+
+
+def test_a_disk_that_hangs_does_not_block_cancelling(nano: Path, answer: Any, disk: Disk) -> None:
+    with edger1.load(nano, precision="exact", expert_slots=4) as model:
+        disk.go.clear()
+        handle = model.submit(QUESTION, temperature=0, max_tokens=120)
+        assert disk.waiting.wait(30)
+        began = time.perf_counter()
+        handle.cancel()
+        assert handle.result(10).finish_reason == "cancelled"
+        assert time.perf_counter() - began < 2
+        disk.go.set()
+        again = model.generate(QUESTION, temperature=0, max_tokens=120)
+        assert (again.text, again.thinking) == (answer.text, answer.thinking)
+
+
+def test_a_disk_that_hangs_does_not_block_closing(nano: Path, disk: Disk) -> None:
+    model = edger1.load(nano, expert_slots=4)
+    disk.go.clear()
+    handle = model.submit(QUESTION)
+    assert disk.waiting.wait(30)
+    began = time.perf_counter()
+    model.close()
+    assert time.perf_counter() - began < 10
+    assert handle.done
+
+
+def test_an_error_of_the_disk_ends_the_request_and_not_the_engine(nano: Path, answer: Any, disk: Disk) -> None:
+    with edger1.load(nano, precision="exact", expert_slots=4) as model:
+        disk.error = OSError(errno.EIO, os.strerror(errno.EIO))
+        with pytest.raises(StreamError, match="input/output error"):
+            model.generate(QUESTION)
+        disk.error = None
+        again = model.generate(QUESTION, temperature=0, max_tokens=120)
+        assert (again.text, again.thinking) == (answer.text, answer.thinking)
+
+
+def test_a_file_that_shrinks_gives_no_wrong_token(nano: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "nano-moe"
+    shutil.copytree(nano, folder)
+    with edger1.load(folder, expert_slots=4) as model:
+        said = []
+        with pytest.raises(StreamError, match="while the model was in use"):
+            for number, event in enumerate(model.stream(QUESTION, temperature=0, max_tokens=400)):
+                said.append(event)
+                if number == 3:
+                    weights = folder / "model.safetensors"
+                    os.truncate(weights, weights.stat().st_size // 2)
+        with pytest.raises(StreamError, match="Load the model again"):
+            model.generate(QUESTION)
+
+
+def test_two_processes_on_one_model(nano: Path, answer: Any) -> None:
+    program = (
+        "import sys, edger1\n"
+        "with edger1.load(sys.argv[1], precision='exact', expert_slots=6) as m:\n"
+        f"    print(m.generate({QUESTION!r}, temperature=0, max_tokens=120).text)\n"
+    )
+    both = [
+        subprocess.Popen([sys.executable, "-c", program, str(nano)], stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    for process in both:
+        out, _ = process.communicate(timeout=120)
+        assert process.returncode == 0
+        assert out.strip() == answer.text.strip()
+
+
+def test_what_cannot_be_is_refused_before_anything_is_loaded(nano: Path, smollm2_or_tiny: Path) -> None:
+    with pytest.raises(MemoryCeilingError, match="needs .* of memory"):
+        edger1.load(nano, memory="100MB")
+    with pytest.raises(UsageError, match="each token asks for 4 experts"):
+        edger1.load(nano, expert_slots=3)
+    for wrong in ("many", "0", "0%", "120%", -1):
+        with pytest.raises(UsageError, match="expert_slots is"):
+            edger1.load(nano, expert_slots=wrong)
+    with pytest.raises((UsageError, UnstreamableError), match="no"):
+        edger1.load(smollm2_or_tiny, expert_slots="50%")
+
+
+@pytest.fixture
+def smollm2_or_tiny(tiny_folder: Path) -> Path:
+    return tiny_folder
+
+
+def test_the_command_line_tells_what_streaming_took(nano: Path, tmp_path: Path) -> None:
+    plot = tmp_path / "plot.svg"
+    done = CliRunner().invoke(
+        app, ["run", str(nano), QUESTION, "--expert-slots", "25%", "--json", "--plot", str(plot), "--temperature", "0"]
+    )
+    assert done.exit_code == 0, done.output
+    experts = json.loads(done.stdout.splitlines()[-1])["experts"]
+    assert experts["slots"] == [8] * 5
+    assert 0 < experts["decode"]["hit_rate"] < 1
+    assert "read a token" in plot.read_text()
+    done = CliRunner().invoke(app, ["run", str(nano), QUESTION, "--expert-slots", "25%", "--figures"])
+    assert "in slots" in done.output
+    done = CliRunner().invoke(app, ["run", str(nano), QUESTION, "--plot", str(tmp_path / "plot.png")])
+    assert isinstance(done.exception, UsageError)
+    assert "ends in .svg" in str(done.exception)
