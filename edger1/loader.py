@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edger1 import installed, kernels, registry, runs, sampling
+from edger1.accounting import Account
 from edger1.cache import KVStore
 from edger1.errors import FormatError
 from edger1.folder import ModelFolder, inspect
 from edger1.kv_layout import kv_layout
 from edger1.memory import KVLayout, Plan, choose_context, make_plan
 from edger1.messages import Sampling
-from edger1.mlx_runtime import on_gpu, prepare
+from edger1.mlx_runtime import give_back, on_gpu, prepare
 from edger1.quant.formats import safetensors
 from edger1.thinking import Markers
 
@@ -56,6 +57,7 @@ class LiveModel:
     prefill_step: int
     vocabulary: int
     kv: KVStore
+    account: Account
     installed: Installed
     streaming: Streaming | None = None
 
@@ -68,6 +70,11 @@ class LiveModel:
     def has_chat_template(self) -> bool:
         """Whether messages can be rendered."""
         return bool(self.tokenizer.has_chat_template)
+
+    @property
+    def accounted_bytes(self) -> int:
+        """Bytes that the process holds by its own account, those of other models included."""
+        return self.account.nbytes()
 
     def describe(self) -> dict[str, Any]:
         """Return what a client shows of the model: plain JSON values."""
@@ -259,6 +266,7 @@ def load(
             f"{name}: the tokenizer in {path} cannot be read ({type(error).__name__}: {error}). A model folder needs "
             f"tokenizer.json and tokenizer_config.json of its model; fetch it again with: edger1 pull {name} --force"
         ) from error
+    give_back()
     # Either may be the smaller one: padded logits, or tokens that were added after training.
     vocabulary = min(len(tokenizer), model(mx.zeros((1, 1), dtype=mx.int32)).shape[-1])
     streaming = None
@@ -289,6 +297,7 @@ def load(
         streaming=streaming,
         kv=KVStore(plan.kv_bytes, kv.nbytes),
         installed=replaced,
+        account=Account(),
     )
     runs.note(path, live.installed.report())
     return live

@@ -249,14 +249,14 @@ def with_experts(
     beside = replace(plan, resident_bytes=other_bytes)
     stream = plan_stream(
         layers,
-        plan.ceiling_bytes - beside.total_bytes,
+        plan.ceiling_bytes - beside.beside_banks_bytes,
         prefill_tokens=prefill_tokens,
         popularity=popularity,
         miss_cost_s=miss_cost_s,
         expert_slots=expert_slots,
         read_threads=read_threads,
     )
-    least = beside.total_bytes + stream.least_bank_bytes + stream.staging_bytes
+    least = beside.total_with(stream.least_bank_bytes + stream.staging_bytes)
     # The buffers of streaming may take more than the experts of a tiny model.
     if expert_slots is None and plan.total_bytes <= max(plan.ceiling_bytes, least):
         return replace(plan, streamed_least_bytes=least)
