@@ -39,6 +39,7 @@ class Bank:
         """The same with the slots of experts that are on their way."""
         self._here: set[int] = set()
         self.loading: dict[int, Read] = {}
+        self._leaving: list[tuple[Read, int]] = []
         self.arrivals: Any = None
         """The kernels' `Arrivals`, where operations wait for reads by themselves."""
         self._slot_of_read: dict[int, int] = {}
@@ -84,16 +85,9 @@ class Bank:
         self.settle()
         under_way = self.loading.get(expert)
         if under_way is not None:
-            if under_way.cancelled:
-                # Its slot is free when its last piece has been left out or read.
-                under_way.wait()
-                self.settle()
-                if self.table[expert] >= 0:
-                    return under_way
-            else:
-                if not guessed:
-                    self.store.hurry(under_way)
-                return under_way
+            if not guessed:
+                self.store.hurry(under_way)
+            return under_way
         slot = self._take_slot(keep)
         return None if slot is None else self._start(expert, slot, guessed=guessed)
 
@@ -116,6 +110,9 @@ class Bank:
 
     def settle(self) -> None:
         """Take note of reads that have ended: their experts are there, or their slots free again."""
+        for given_up in [each for each in self._leaving if each[0].done]:
+            self._leaving.remove(given_up)
+            self._free.append(given_up[1])
         for expert, read in list(self.loading.items()):
             if not read.done:
                 continue
@@ -128,6 +125,11 @@ class Bank:
                 self.places[expert] = ABSENT
                 self._free.append(slot)
 
+    def others_under_way(self, reads: Collection[Read]) -> list[Read]:
+        """Return the reads that hold slots and are none of `reads`."""
+        held = [read for read, _ in self._leaving] + list(self.loading.values())
+        return [read for read in held if read not in reads]
+
     def forget_arrivals(self) -> None:
         """Begin with new arrivals: reads that nobody waits for any more tell the old ones."""
         if self.arrivals is not None:
@@ -135,9 +137,13 @@ class Bank:
 
     def give_up_guesses(self, wanted: Collection[int]) -> None:
         """Cancel the guesses that are not among `wanted`; what is being read by now is read to its end."""
-        for expert, read in self.loading.items():
-            if read.guessed and expert not in wanted:
+        for expert, read in list(self.loading.items()):
+            if read.guessed and not read.done and expert not in wanted:
                 read.cancel()
+                del self.loading[expert]
+                self.places[expert] = ABSENT
+                # Free when its last piece has been left out, or read.
+                self._leaving.append((read, self._slot_of_read.pop(expert)))
 
     def shrink(self, slots: int, keep: Collection[int] = ()) -> int:
         """Give the memory of up to `slots` slots back to the system; returns how many bytes went."""

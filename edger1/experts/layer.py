@@ -170,8 +170,10 @@ class StreamedExperts:
         for expert in missing:
             if self.bank.places[expert] < 0:
                 self.figures[BYTES_READ] += self.bank.layer.expert_bytes
-            read = self.bank.request(expert, keep)
-            assert read is not None, "the caller looks that the slots suffice"
+            while (read := self.bank.request(expert, keep)) is None:
+                # The slots suffice, but guesses that were given up still hold some.
+                self.bank.others_under_way(reads)[0].wait(self._streaming.patience_s)
+                self._streaming.check()
             reads.append(read)
         return reads
 

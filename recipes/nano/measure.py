@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tomllib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -125,9 +126,13 @@ def drafts(model: Any, folder: Path, questions: list[Question]) -> Drafts:
 
 
 def curve(run: Path) -> list[tuple[int, float]]:
-    """Return (tokens seen, held-out loss) of a run's log."""
+    """Return (tokens seen, held-out loss) of a run's log, after those of the run whose model it began with."""
+    settings = tomllib.loads((run / "config.toml").read_text("utf-8"))["train"]
+    before = Path(settings["start_from"]).parent if settings.get("start_from") else None
+    points = curve(before) if before is not None and (before / "log.jsonl").is_file() else []
+    seen = points[-1][0] if points else 0
     entries = map(json.loads, (run / "log.jsonl").read_text("utf-8").splitlines())
-    return [(entry["tokens"], entry["held_out"]["loss"]) for entry in entries if "held_out" in entry]
+    return points + [(seen + entry["tokens"], entry["held_out"]["loss"]) for entry in entries if "held_out" in entry]
 
 
 def measure(run: Path, corpus: Corpus, corpus_folder: Path, each: int) -> tuple[dict[str, Any], np.ndarray]:
