@@ -110,6 +110,24 @@ std::vector<Bytes> bytes_of(Views& views, const std::vector<nb::object>& buffers
   return found;
 }
 
+// Arrivals as Python holds them. An operation holds the inner one: what it lets go of at last, on MLX's thread, must be no
+// Python object.
+struct SharedArrivals {
+  explicit SharedArrivals(int64_t slots) : held(std::make_shared<Arrivals>(slots)) {}
+  SharedArrivals(const SharedArrivals&) = delete;
+  SharedArrivals& operator=(const SharedArrivals&) = delete;
+  // Nobody is left who could tell a waiting operation.
+  ~SharedArrivals() {
+    held->abort();
+  }
+
+  std::shared_ptr<Arrivals> held;
+};
+
+std::shared_ptr<Arrivals> inner(const SharedArrivals* arrivals) {
+  return arrivals ? arrivals->held : nullptr;
+}
+
 template <class T>
 nb::object or_none(std::optional<T>&& value) {
   return value ? nb::cast(std::move(*value)) : nb::none();
@@ -120,6 +138,22 @@ using Array = std::optional<mx::array>;
 } // namespace
 
 void bind_experts(nb::module_& m) {
+  nb::class_<SharedArrivals>(m, "Arrivals", "Which slots of a bank have been read; the rest an operation waits for.")
+      .def(nb::init<int64_t>(), "slots"_a)
+      .def("expect", [](SharedArrivals& self, const std::vector<int64_t>& slots) { self.held->expect(slots); }, "slots"_a,
+           "Say that these slots will be overwritten: an operation waits for them.")
+      .def("done", [](SharedArrivals& self, int64_t slot) { self.held->done(slot); }, "slot"_a,
+           "Say that a slot holds what was expected. From any thread.")
+      .def("fail", [](SharedArrivals& self, int64_t slot) { self.held->fail(slot); }, "slot"_a,
+           "Say that a slot will not be filled: an operation that needs it gives NaN at once. From any thread.")
+      .def("abort", [](SharedArrivals& self) { self.held->abort(); },
+           "End all waiting until reset: an operation that misses a slot gives NaN. From any thread.")
+      .def("reset", [](SharedArrivals& self) { self.held->reset(); }, "All slots have arrived, none has failed.")
+      .def("failed", [](const SharedArrivals& self) { return self.held->failed(); }, "The slots that failed.")
+      .def_prop_ro("slots", [](const SharedArrivals& self) { return self.held->slots(); })
+      .def_prop_ro("aborted", [](const SharedArrivals& self) { return self.held->aborted(); })
+      .def_prop_ro("waited_s", [](const SharedArrivals& self) { return self.held->waited_s(); },
+                   "Seconds that operations have waited so far.");
   nb::class_<WatchedExperts>(m, "Experts", "The routed experts of a layer as one operation.")
       .def("__init__",
            [](WatchedExperts* self, const std::string& activation, float alpha, float limit, const std::string& precision) {
@@ -128,15 +162,16 @@ void bind_experts(nb::module_& m) {
            nb::kw_only(), "activation"_a = "swiglu", "alpha"_a = 1.702f, "limit"_a = 7.0f, "precision"_a = "exact")
       .def("project",
            [](WatchedExperts& self, const std::string& name, const mx::array& w, const Array& scales, const Array& biases,
-              const Array& bias, int group_size, int bits, const std::string& mode) {
+              const Array& bias, int group_size, int bits, const std::string& mode, bool in_place) {
              Quantization q{group_size, bits, mode};
              bool stacked = name == "gate" || name == "up" || name == "down";
-             stacked ? self.experts.project(name, w, scales, biases, bias, q)
+             stacked ? self.experts.project(name, w, scales, biases, bias, q, in_place)
                      : self.experts.project_dense(name, w, scales, biases, bias, q);
            },
            "name"_a, "w"_a, "scales"_a = nb::none(), "biases"_a = nb::none(), "bias"_a = nb::none(), "group_size"_a = 64,
-           "bits"_a = 4, "mode"_a = "affine",
-           "gate, up, down: w [experts, n, k]; router, shared_gate, shared_up, shared_down, shared_weight: w [n, k].")
+           "bits"_a = 4, "mode"_a = "affine", "in_place"_a = false,
+           "gate, up, down: w [experts, n, k], overwritten in place if it says so; router, shared_gate, shared_up, shared_down, "
+           "shared_weight: w [n, k].")
       .def("project_mapped",
            [](WatchedExperts& self, const std::string& name, int n, int k, mx::Dtype dtype,
               const std::vector<nb::object>& codes, const std::vector<nb::object>& scales,
@@ -153,6 +188,17 @@ void bind_experts(nb::module_& m) {
            "name"_a, "n"_a, "k"_a, "dtype"_a, "codes"_a, "scales"_a = nb::list(), "biases"_a = nb::list(),
            "bias"_a = nb::none(), "group_size"_a = nb::none(), "bits"_a = nb::none(), "mode"_a = "affine",
            "gate, up or down where expert e lies in the buffers codes[e], scales[e], biases[e] (a memory map's slices, say).")
+      .def("append_mapped",
+           [](WatchedExperts& self, const std::string& name, const std::vector<nb::object>& codes,
+              const std::vector<nb::object>& scales, const std::vector<nb::object>& biases,
+              const std::vector<nb::object>& bias) {
+             auto views = std::make_shared<Views>();
+             auto all_codes = bytes_of(*views, codes), all_scales = bytes_of(*views, scales),
+                  all_biases = bytes_of(*views, biases);
+             self.experts.append_mapped(name, all_codes, all_scales, all_biases, bytes_of(*views, bias), views);
+           },
+           "name"_a, "codes"_a, "scales"_a = nb::list(), "biases"_a = nb::list(), "bias"_a = nb::list(),
+           "Further experts behind those of gate, up or down, in buffers as with project_mapped and in the same types.")
       .def("router",
            [](WatchedExperts& self, int ranks, const std::string& score, const std::string& group_score, int groups,
               int groups_kept, bool softmax_chosen, bool normalize, float epsilon, float scale, const Array& correction) {
@@ -167,17 +213,24 @@ void bind_experts(nb::module_& m) {
            "Apply only while owner[key] is value; without an owner, the called module's.")
       .def("unchanged", &WatchedExperts::unchanged, "module"_a, "Whether all that is watched is as it was.")
       .def("__call__",
-           [](const WatchedExperts& self, const mx::array& x, const mx::array& indices, const Array& weights) {
-             return or_none(self.experts(x, indices, weights));
-           },
-           "x"_a, "indices"_a, "weights"_a = nb::none(),
+           [](const WatchedExperts& self, const mx::array& x, const mx::array& indices, const Array& weights,
+              const SharedArrivals* arrivals) { return or_none(self.experts(x, indices, weights, inner(arrivals))); },
+           "x"_a, "indices"_a, "weights"_a = nb::none(), "arrivals"_a = nb::none(),
            "The weighted sum over ranks, or each rank's result; None where the operation does not apply.")
+      .def("given",
+           [](const WatchedExperts& self, const mx::array& x, const mx::array& slots, const mx::array& weights,
+              const SharedArrivals* arrivals) { return or_none(self.experts.given(x, slots, weights, inner(arrivals))); },
+           "x"_a, "slots"_a, "weights"_a, "arrivals"_a = nb::none(),
+           "What layer() computes after routing, the shared expert included; None where that does not apply.")
       .def("layer", [](const WatchedExperts& self, const mx::array& x) { return or_none(self.experts.layer(x)); }, "x"_a,
            "Router, experts and shared expert; None where that does not apply.")
       .def("routed", [](const WatchedExperts& self, const mx::array& x) { return or_none(self.experts.routed(x)); }, "x"_a,
            "Router and experts; None where that does not apply.")
       .def("route", [](const WatchedExperts& self, const mx::array& x) { return or_none(self.experts.route(x)); }, "x"_a,
-           "The experts and weights that the router gives; None where that does not apply.");
+           "The experts and weights that the router gives; None where that does not apply.")
+      .def_prop_ro("experts", [](const WatchedExperts& self) { return self.experts.plan().experts; },
+                   "How many places of experts there are, the appended ones among them.")
+      .def_prop_ro("has_shared", [](const WatchedExperts& self) { return self.experts.plan().shared.present(); });
 }
 
 } // namespace edger1

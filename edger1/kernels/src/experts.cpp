@@ -18,6 +18,10 @@ mx::Shape with(mx::Shape shape, std::initializer_list<int> more) {
   return shape;
 }
 
+int64_t row_count(const mx::array& x) {
+  return static_cast<int64_t>(x.size()) / x.shape(-1);
+}
+
 // Rows of x for a call: where they lie if that is at one distance, else copied to `room`.
 void take_rows(ExpertsCall& call, const Rows& x, std::vector<float>& room) {
   call.rows = x.map.rows();
@@ -61,7 +65,8 @@ struct Elements {
 // Inputs x, indices and, for a sum over ranks, weights.
 class ExpertsOp : public CpuPrimitive {
  public:
-  ExpertsOp(mx::Stream stream, Shared held) : CpuPrimitive(stream), held_(std::move(held)) {}
+  ExpertsOp(mx::Stream stream, Shared held, bool with_shared, std::shared_ptr<Arrivals> arrivals)
+      : CpuPrimitive(stream), held_(std::move(held)), with_shared_(with_shared), arrivals_(std::move(arrivals)) {}
 
   const char* name() const override {
     return "EdgeR1Experts";
@@ -80,7 +85,8 @@ class ExpertsOp : public CpuPrimitive {
     }
     float* out = outputs[0].data<float>();
     int ranks = inputs[1].shape(-1);
-    launch(stream(), [held = held_, x, indices = std::move(indices), weights = std::move(weights), out, ranks] {
+    launch(stream(), [held = held_, arrivals = arrivals_, with_shared = with_shared_, x, indices = std::move(indices),
+                      weights = std::move(weights), out, ranks] {
       ExpertsCall call;
       std::vector<float> room, weight_values;
       take_rows(call, x, room);
@@ -91,6 +97,8 @@ class ExpertsOp : public CpuPrimitive {
       }
       call.ranks = ranks;
       call.experts = experts.data();
+      call.with_shared = with_shared;
+      call.arrivals = arrivals.get();
       call.out = out;
       run_experts(held->plan, call);
     });
@@ -98,6 +106,8 @@ class ExpertsOp : public CpuPrimitive {
 
  private:
   Shared held_;
+  bool with_shared_;
+  std::shared_ptr<Arrivals> arrivals_;
 };
 
 // Input x. One output, the layer's; or, for the router alone, indices and weights.
@@ -158,8 +168,24 @@ class MoeLayerOp : public CpuPrimitive {
 
 } // namespace
 
-std::optional<mx::array> Experts::operator()(const mx::array& x, const mx::array& indices_in,
-                                             const std::optional<mx::array>& weights) const {
+std::optional<mx::array> Experts::operator()(const mx::array& x, const mx::array& indices,
+                                             const std::optional<mx::array>& weights,
+                                             std::shared_ptr<Arrivals> arrivals) const {
+  return computed(x, indices, weights, false, std::move(arrivals));
+}
+
+std::optional<mx::array> Experts::given(const mx::array& x, const mx::array& indices, const mx::array& weights,
+                                        std::shared_ptr<Arrivals> arrivals) const {
+  bool shared = plan().shared.present();
+  if (!applies(x) || (shared && row_count(x) > kMaxRows)) {
+    return std::nullopt;
+  }
+  return computed(x, indices, weights, shared, std::move(arrivals));
+}
+
+std::optional<mx::array> Experts::computed(const mx::array& x, const mx::array& indices_in,
+                                           const std::optional<mx::array>& weights, bool with_shared,
+                                           std::shared_ptr<Arrivals> arrivals) const {
   if (!applies(x) || indices_in.ndim() != x.ndim() || !mx::issubdtype(indices_in.dtype(), mx::integer) ||
       rows_of(indices_in, 1) != rows_of(x, 1) || indices_in.size() == 0 || indices_in.is_tracer()) {
     return std::nullopt;
@@ -169,20 +195,19 @@ std::optional<mx::array> Experts::operator()(const mx::array& x, const mx::array
   mx::array indices = plain ? indices_in
       : indices_in.dtype() == mx::int32 ? mx::view(indices_in, mx::uint32, stream)
                                         : mx::astype(indices_in, mx::uint32, stream);
+  auto op = std::make_shared<ExpertsOp>(stream, held_, with_shared, std::move(arrivals));
   if (!weights) {
-    return mx::array(with(indices.shape(), {plan().hidden}), mx::float32, std::make_shared<ExpertsOp>(stream, held_),
-                     {x, indices});
+    return mx::array(with(indices.shape(), {plan().hidden}), mx::float32, std::move(op), {x, indices});
   }
   bool fits = weights->shape() == indices.shape() || weights->shape() == with(indices.shape(), {1});
   if (!fits || weights->dtype() != mx::float32 || weights->is_tracer()) {
     return std::nullopt;
   }
-  return mx::array(x.shape(), mx::float32, std::make_shared<ExpertsOp>(stream, held_), {x, indices, *weights});
+  return mx::array(x.shape(), mx::float32, std::move(op), {x, indices, *weights});
 }
 
 std::optional<mx::array> Experts::layer(const mx::array& x) const {
-  int64_t rows = x.ndim() > 0 && x.shape(-1) > 0 ? static_cast<int64_t>(x.size()) / x.shape(-1) : 0;
-  if (!applies(x) || plan().router.ranks == 0 || (plan().shared.present() && rows > kMaxRows)) {
+  if (!applies(x) || !plan().routes_here() || (plan().shared.present() && row_count(x) > kMaxRows)) {
     return std::nullopt;
   }
   mx::Stream stream = cpu_stream(mx::Device::cpu, "experts");
@@ -190,7 +215,7 @@ std::optional<mx::array> Experts::layer(const mx::array& x) const {
 }
 
 std::optional<mx::array> Experts::routed(const mx::array& x) const {
-  if (!applies(x) || plan().router.ranks == 0) {
+  if (!applies(x) || !plan().routes_here()) {
     return std::nullopt;
   }
   mx::Stream stream = cpu_stream(mx::Device::cpu, "experts");

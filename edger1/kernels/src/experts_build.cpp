@@ -70,6 +70,29 @@ void check_bytes(const std::string& what, const std::vector<Bytes>& all, size_t 
   }
 }
 
+// Adds experts of p.form that lie at these addresses; refuses what does not fit before it adds any.
+void add_places(ExpertProjection& p, const std::string& name, const std::vector<Bytes>& codes,
+                const std::vector<Bytes>& scales, const std::vector<Bytes>& biases) {
+  const Projection& form = p.form;
+  size_t experts = codes.size();
+  int64_t float_size = bytes_of(form.plain_type), scale_bytes = form.w.scale_stride * form.n;
+  bool with_biases = form.quantized && !form.w.fp4;
+  check_bytes(name + "'s codes", codes, experts,
+              form.quantized ? form.w.row_bytes * form.n : int64_t{form.n} * form.k * float_size,
+              form.quantized ? 4 : float_size);
+  check_bytes(name + "'s scales", scales, form.quantized ? experts : 0, scale_bytes, bytes_of(form.w.type));
+  check_bytes(name + "'s biases", biases, with_biases ? experts : 0, scale_bytes, bytes_of(form.w.type));
+  for (size_t e = 0; e < experts; e++) {
+    p.at.push_back({codes[e].data, form.quantized ? scales[e].data : nullptr, with_biases ? biases[e].data : nullptr});
+  }
+}
+
+bool has_no_gaps(const mx::array& a) {
+  mx::array evaluated = a;
+  evaluated.eval();
+  return evaluated.flags().row_contiguous;
+}
+
 } // namespace
 
 Experts::Experts(const ExpertsSettings& settings) : held_(std::make_shared<Held>()) {
@@ -87,6 +110,16 @@ const float* Experts::keep_floats(const mx::array& a, const mx::Shape& shape, co
   return held_->arrays.keep_floats("experts: " + what, a, shape);
 }
 
+// The bias [experts, n] of a projection, in its own type: what is overwritten in place must not be converted.
+const char* Experts::keep_bias(ExpertProjection& p, const mx::array& bias, int experts, const std::string& name) {
+  if (!is_float(bias.dtype()) || bias.shape() != mx::Shape{experts, p.form.n}) {
+    refuse(name, "'s bias has shape ", text(bias.shape()), " and dtype ", bias.dtype(), "; expected floats of shape ",
+           text({experts, p.form.n}));
+  }
+  p.bias_type = float_of(bias.dtype());
+  return held_->arrays.keep(bias).data<char>();
+}
+
 ExpertProjection& Experts::projection(const std::string& name) {
   auto& plan = held_->plan;
   return *named("projection", name,
@@ -96,21 +129,29 @@ ExpertProjection& Experts::projection(const std::string& name) {
 
 void Experts::project(const std::string& name, const mx::array& w, const std::optional<mx::array>& scales,
                       const std::optional<mx::array>& biases, const std::optional<mx::array>& bias,
-                      const Quantization& q) {
+                      const Quantization& q, bool in_place) {
   ExpertProjection& p = projection(name);
   if (w.ndim() != 3 || w.size() == 0) {
     refuse(name, " has shape ", text(w.shape()), "; expected experts, rows and columns");
+  }
+  for (const mx::array* a : {&w, scales ? &*scales : nullptr, biases ? &*biases : nullptr, bias ? &*bias : nullptr}) {
+    if (in_place && a && !has_no_gaps(*a)) {
+      refuse(name, " has an array of shape ", text(a->shape()), " with gaps; expected one that can be read where it is");
+    }
   }
   p.form = held_->arrays.keep_matrix("experts: " + name, w.shape(1), w, scales, biases, q);
   const auto* codes = static_cast<const char*>(p.form.quantized ? p.form.w.codes : p.form.plain);
   const auto* first_scales = static_cast<const char*>(p.form.w.scales);
   const auto* first_biases = static_cast<const char*>(p.form.w.biases);
-  const float* bias_rows = bias ? keep_floats(*bias, {w.shape(0), p.form.n}, name + "'s bias") : nullptr;
+  p.appended = 0;
+  const char* bias_rows = bias ? keep_bias(p, *bias, w.shape(0), name) : nullptr;
+  int64_t bias_bytes = p.form.n * bytes_of(p.bias_type);
   int64_t w_bytes = static_cast<int64_t>(w.nbytes()) / w.shape(0), scale_bytes = p.form.w.scale_stride * p.form.n;
   p.at.clear();
   for (int64_t e = 0; e < w.shape(0); e++) {
     p.at.push_back({codes + e * w_bytes, first_scales ? first_scales + e * scale_bytes : nullptr,
-                    first_biases ? first_biases + e * scale_bytes : nullptr, bias_rows ? bias_rows + e * p.form.n : nullptr});
+                    first_biases ? first_biases + e * scale_bytes : nullptr,
+                    bias_rows ? bias_rows + e * bias_bytes : nullptr});
   }
 }
 
@@ -124,19 +165,36 @@ void Experts::project_mapped(const std::string& name, int n, int k, mx::Dtype ty
            " experts; expected at least one of each, and floats");
   }
   p.form = q ? quantized_form("experts: " + name, n, k, scale_type(type), *q) : plain_form(n, k, type);
-  size_t experts = codes.size();
-  int64_t float_size = bytes_of(float_of(type)), scale_bytes = p.form.w.scale_stride * n;
-  bool with_biases = q && !p.form.w.fp4;
-  check_bytes(name + "'s codes", codes, experts, q ? p.form.w.row_bytes * n : int64_t{n} * k * float_size, q ? 4 : float_size);
-  check_bytes(name + "'s scales", scales, q ? experts : 0, scale_bytes, bytes_of(p.form.w.type));
-  check_bytes(name + "'s biases", biases, with_biases ? experts : 0, scale_bytes, bytes_of(p.form.w.type));
-  const float* bias_rows = bias ? keep_floats(*bias, {static_cast<int>(experts), n}, name + "'s bias") : nullptr;
-  held_->owners.push_back(std::move(owner));
   p.at.clear();
-  for (size_t e = 0; e < experts; e++) {
-    p.at.push_back({codes[e].data, q ? scales[e].data : nullptr, with_biases ? biases[e].data : nullptr,
-                    bias_rows ? bias_rows + static_cast<int64_t>(e) * n : nullptr});
+  p.appended = 0;
+  add_places(p, name, codes, scales, biases);
+  if (bias) {
+    const char* rows = keep_bias(p, *bias, static_cast<int>(codes.size()), name);
+    for (size_t e = 0; e < codes.size(); e++) {
+      p.at[e].bias = rows + static_cast<int64_t>(e) * n * bytes_of(p.bias_type);
+    }
   }
+  held_->owners.push_back(std::move(owner));
+}
+
+void Experts::append_mapped(const std::string& name, const std::vector<Bytes>& codes, const std::vector<Bytes>& scales,
+                            const std::vector<Bytes>& biases, const std::vector<Bytes>& bias,
+                            std::shared_ptr<const void> owner) {
+  ExpertProjection& p = projection(name);
+  if (finished_ || !p.present() || codes.empty()) {
+    refuse(name, " has ", p.at.size(), " experts, to which ", codes.size(),
+           " are appended; expected some of each, before the experts are finished");
+  }
+  bool with_bias = p.at[0].bias != nullptr;
+  int64_t size = bytes_of(p.bias_type);
+  check_bytes(name + "'s bias", bias, with_bias ? codes.size() : 0, p.form.n * size, size);
+  size_t first = p.at.size();
+  add_places(p, name, codes, scales, biases);
+  for (size_t e = 0; with_bias && e < codes.size(); e++) {
+    p.at[first + e].bias = bias[e].data;
+  }
+  p.appended += static_cast<int64_t>(codes.size());
+  held_->owners.push_back(std::move(owner));
 }
 
 void Experts::project_dense(const std::string& name, const mx::array& w, const std::optional<mx::array>& scales,
@@ -198,8 +256,9 @@ void Experts::finish() {
            plan.gate.present() ? "a gate" : "no gate", " and ", plan.experts, " ups");
   }
   for (auto* p : {&plan.gate, &plan.down}) {
-    if (p->present() && p->at.size() != plan.up.at.size()) {
-      refuse("there are ", p->at.size(), " gates or downs and ", plan.experts, " ups; expected the same");
+    if (p->present() && (p->at.size() != plan.up.at.size() || p->appended != plan.up.appended)) {
+      refuse("there are ", p->at.size(), " gates or downs, ", p->appended, " of them appended, and ", plan.experts, " ups, ",
+             plan.up.appended, " of them appended; expected the same");
     }
   }
   if (plan.gate.present()) {
@@ -207,7 +266,8 @@ void Experts::finish() {
   }
   fit("down", plan.down.form, plan.hidden, plan.inner);
   if (plan.router.ranks > 0) {
-    fit("router", plan.router.gate, plan.experts, plan.hidden);
+    // Of any number of experts: those here may be a bank's.
+    fit("router", plan.router.gate, plan.router.gate.n, plan.hidden);
   }
   if (plan.shared.present()) {
     fit("shared_down", plan.shared.down, plan.hidden, plan.shared.up.n);

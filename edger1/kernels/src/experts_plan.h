@@ -3,13 +3,16 @@
 //   out[t] = sum over ranks r, in rank order, of weight[t][r] * down_e(act(gate_e(x[t])) * up_e(x[t])),  e = expert[t][r]
 //
 // or, without a gate, down_e(act(up_e(x[t]))). Everything is float32 but the experts' matrices. Each expert's matrices may
-// lie anywhere: one after the other in a stacked tensor, in the slots of a bank, or in a mapped file.
+// lie anywhere: one after the other in a stacked tensor, in the slots of a bank, or in a mapped file; an index may thus be a
+// slot's, and say nothing of which of the router's experts lies there.
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
+#include "arrivals.h"
 #include "decoder_plan.h"
 
 namespace edger1 {
@@ -20,16 +23,21 @@ struct ExpertProjection {
     const void* codes = nullptr;     // quantized codes or plain floats
     const void* scales = nullptr;
     const void* biases = nullptr;
-    const float* bias = nullptr;     // [n] or null
+    const void* bias = nullptr;      // [n] of bias_type, or null
   };
 
   Projection form;
+  Float bias_type = Float::f32;
   std::vector<At> at;
+  int64_t appended = 0;              // how many of the last were added to those of the stacked tensor or bank
 
   bool present() const {
     return form.n > 0;
   }
+  // Without its bias.
   Projection operator[](int64_t expert) const;
+  // Adds elements n0..n1 of the expert's bias, if it has one, to each of m rows.
+  void add_bias(int64_t expert, float* const* rows, int m, int n0, int n1) const;
 };
 
 enum class ExpertActivation {
@@ -52,7 +60,7 @@ struct RouterPlan {
   enum class Score { softmax, sigmoid, logits };
   enum class GroupScore { none, best, best_two };
 
-  Projection gate;                   // [experts, hidden]
+  Projection gate;                   // [experts, hidden]; as many experts as it has rows
   Score score = Score::softmax;
   const float* correction = nullptr; // [experts], added to scores for choosing alone
   GroupScore group_score = GroupScore::none;
@@ -77,7 +85,7 @@ struct SharedPlan {
 
 struct ExpertsPlan {
   bool fast = false;
-  int experts = 0, hidden = 0, inner = 0;
+  int experts = 0, hidden = 0, inner = 0; // experts: how many places of experts, which are what indices name
   ExpertProjection gate, up, down;   // gate.present() only with gated activations
   ExpertActivation activation = ExpertActivation::swiglu;
   float alpha = 1.702f, limit = 7.0f;
@@ -87,6 +95,11 @@ struct ExpertsPlan {
   // Representatives of the different forms in which rows are prepared: of x (for gates, ups and router), of what the
   // experts' down and the shared expert's down read.
   std::vector<Projection> x_forms, inner_forms, shared_forms;
+
+  // Whether the router's indices are those of the experts here: a bank of fewer slots needs a table in between.
+  bool routes_here() const {
+    return router.ranks > 0 && router.gate.n == experts - up.appended;
+  }
 };
 
 bool is_gated(ExpertActivation activation);
@@ -102,10 +115,14 @@ struct ExpertsCall {
   const uint32_t* experts = nullptr; // [rows, ranks]
   const float* weights = nullptr;    // [rows, ranks]; null: out is [rows, ranks, hidden], what each expert gives
   bool with_shared = false;          // at most kMaxRows rows
+  Arrivals* arrivals = nullptr;      // which of `experts`, that are slots then, have been read; null: all
   float* out = nullptr;              // [rows, hidden]
 };
 
 // Throws std::invalid_argument where an index names no expert; nothing has been computed by then. Uses both scratch slots.
+//
+// Experts that have not arrived are waited for while others are computed, and summed in rank order when all are there: the
+// same bits in whatever order they come. Where one fails, or the waiting is aborted, `out` is NaN throughout.
 void run_experts(const ExpertsPlan& plan, const ExpertsCall& call);
 
 // The experts [rows, ranks] and weights of each row of x, as `call` describes it. Of equal scores the first wins; ranks are
@@ -125,8 +142,33 @@ struct ExpertGroups {
 
 ExpertGroups group_by_expert(const ExpertsPlan& plan, const ExpertsCall& call);
 
+// Some of the groups, from first to last.
+struct GroupRange {
+  size_t first = 0, last = 0;
+};
+
+// Takes the groups as their experts arrive: each call of next() moves those that have come to the place behind the ones it
+// gave before, and returns where they are. It gives nothing when all were given; it gives an empty range, at the first call
+// only and if `at_once`, where none has come yet and there is something else to compute. Throws NeverArrives where one of
+// those that are left has failed, or the waiting was aborted. The order of pairs does not change.
+class ArrivingGroups {
+ public:
+  struct NeverArrives {};
+
+  ArrivingGroups(ExpertGroups& groups, Arrivals* arrivals, bool at_once)
+      : groups_(groups), arrivals_(arrivals), at_once_(at_once) {}
+
+  std::optional<GroupRange> next();
+
+ private:
+  ExpertGroups& groups_;
+  Arrivals* arrivals_;               // null: all have arrived
+  bool at_once_;
+  size_t given_ = 0;
+};
+
 // The experts' part where an expert has more than kMaxRows rows.
-void run_many_rows(const ExpertsPlan& plan, const ExpertsCall& call, const ExpertGroups& groups);
+void run_many_rows(const ExpertsPlan& plan, const ExpertsCall& call, ExpertGroups& groups);
 
 // h = act(gate) * up, or act(up) without a gate; h may be either.
 void activate(const ExpertsPlan& plan, ExpertActivation activation, float* h, const float* gate, const float* up,

@@ -128,7 +128,7 @@ void score(const ExpertsPlan& plan, const ExpertsCall& call, float* logits) {
 
 void run_router(const ExpertsPlan& plan, const ExpertsCall& call, uint32_t* experts, float* weights) {
   const RouterPlan& router = plan.router;
-  int n = plan.experts;
+  int n = router.gate.n;
   std::vector<float> logits(static_cast<size_t>(call.rows * n));
   score(plan, call, logits.data());
   parallel_ranges(call.rows, grain_for(call.rows, n * 4.0, 8192), [&](int64_t t, int64_t end) {

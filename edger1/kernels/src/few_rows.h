@@ -56,11 +56,10 @@ class PreparedRows {
   }
   // Prepares all rows, at x + row * stride, on one thread where that is less work than waking others.
   void prepare_all(const float* x, int64_t stride) const {
-    constexpr int64_t serial = 1 << 13;
     if (forms_.empty()) {
       return;
     }
-    if (rows_ * forms_[0].k < serial) {
+    if (rows_ * forms_[0].k < kSerial) {
       for (int64_t i = 0; i < rows_; i++) {
         prepare(i, x + i * stride);
       }
@@ -68,11 +67,24 @@ class PreparedRows {
       parallel_for(rows_, [&](int64_t i) { prepare(i, x + i * stride); });
     }
   }
+  // The same for some rows.
+  void prepare_some(const std::vector<int64_t>& rows, const float* x, int64_t stride) const {
+    auto count = static_cast<int64_t>(rows.size());
+    auto one = [&](int64_t i) { prepare(rows[static_cast<size_t>(i)], x + rows[static_cast<size_t>(i)] * stride); };
+    if (!forms_.empty() && count * forms_[0].k >= kSerial) {
+      return parallel_for(count, one);
+    }
+    for (int64_t i = 0; i < count; i++) {
+      one(i);
+    }
+  }
   const char* row(int form, int64_t row) const {
     return at_ + begin_[form] + row * row_bytes(forms_[form]);
   }
 
  private:
+  static constexpr int64_t kSerial = 1 << 13; // elements that are not worth waking threads for
+
   int64_t row_bytes(const Projection& form) const {
     return form.quantized ? prepared_layout(form.k, fast_).bytes : int64_t{form.k} * 4;
   }
