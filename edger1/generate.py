@@ -394,6 +394,7 @@ class Generation:
             decode_tokens_per_s=decoded / (clock.last - clock.first) if decoded > 0 else None,
             time_to_first_token_s=clock.first - clock.asked if clock.first else None,
             peak_memory_bytes=peak_memory_bytes(),
+            accounted_memory_bytes=self._model.accounted_bytes,
             context_used=len(self._prompt) + len(self._output.tokens),
             context_size=self._model.context,
             experts=None if self._experts is None else self._experts.summary(usage.prefilled_tokens, max(0, decoded)),

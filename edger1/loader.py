@@ -11,18 +11,19 @@ import contextlib
 import gc
 import json
 from collections.abc import Collection, Generator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edger1 import installed, kernels, registry, runs, sampling
+from edger1.accounting import Account
 from edger1.cache import KVStore
 from edger1.errors import FormatError
 from edger1.folder import ModelFolder, inspect
 from edger1.kv_layout import kv_layout
 from edger1.memory import KVLayout, Plan, choose_context, make_plan
 from edger1.messages import Sampling
-from edger1.mlx_runtime import on_gpu, prepare
+from edger1.mlx_runtime import give_back, on_gpu, prepare
 from edger1.quant.formats import safetensors
 from edger1.thinking import Markers
 
@@ -36,9 +37,9 @@ GPU_PREFILL_STEP = 2048
 PLAIN_PREFILL_STEP = 16
 # About half a second a step at the rate of our kernels; a step is also how long a cancel may wait.
 _STEP_WORK = 7e10
-STREAMED_PREFILL_STEP = 512
-"""Tokens a step where experts are streamed: each is read once a step, whatever the number of tokens. Cancelling does not
-wait for a step's end there."""
+STREAMED_PREFILL_STEPS = (512, 256, 128, 64, 32)
+"""Tokens a step where experts are streamed, the first that memory allows: each expert is read once a step, whatever the
+number of tokens. Cancelling does not wait for a step's end there."""
 
 
 @dataclass
@@ -56,6 +57,7 @@ class LiveModel:
     prefill_step: int
     vocabulary: int
     kv: KVStore
+    account: Account
     installed: Installed
     streaming: Streaming | None = None
 
@@ -68,6 +70,11 @@ class LiveModel:
     def has_chat_template(self) -> bool:
         """Whether messages can be rendered."""
         return bool(self.tokenizer.has_chat_template)
+
+    @property
+    def accounted_bytes(self) -> int:
+        """Bytes that the process holds by its own account, those of other models included."""
+        return self.account.nbytes()
 
     def describe(self) -> dict[str, Any]:
         """Return what a client shows of the model: plain JSON values."""
@@ -125,7 +132,7 @@ def _plan(
     folder: ModelFolder, model: Any, ceiling_bytes: int, context: int | None, expert_slots: str | int | None = None
 ) -> tuple[Plan, KVLayout, tuple[LayerExperts, ...]]:
     from edger1.experts import planning
-    from edger1.experts.budget import with_experts
+    from edger1.experts.budget import choose_step, with_experts
     from edger1.experts.popularity import Popularity
 
     gpu = on_gpu()
@@ -142,21 +149,27 @@ def _plan(
     fused = gpu or kernels.state().available
     chosen = choose_context(folder.config, context)
 
-    def planned(step: int) -> tuple[Plan, KVLayout]:
-        try:
-            kv = kv_layout(model, 2 if gpu else 4, step)
-        except Exception as error:
-            raise _misfit(folder, folder.path.name, error) from error
-        plan = make_plan(folder.config, weights, kv, context=chosen, ceiling_bytes=ceiling_bytes, fused_attention=fused)
-        return with_experts(
-            plan, layers, others, prefill_tokens=step, popularity=popularity, expert_slots=expert_slots
-        ), kv
-
     parameters = folder.parameters or folder.total_bytes
-    plan, kv = planned(prefill_step(round(parameters * planning.active_share(folder, layers))))
-    if plan.stream is not None:
-        plan, kv = planned(STREAMED_PREFILL_STEP)
-    return plan, kv, layers
+    try:
+        kv = kv_layout(model, 2 if gpu else 4, prefill_step(round(parameters * planning.active_share(folder, layers))))
+    except Exception as error:
+        raise _misfit(folder, folder.path.name, error) from error
+
+    def planned(step: int) -> Plan:
+        own = replace(kv, step_tokens=step)
+        plan = make_plan(
+            folder.config, weights, own, context=chosen, ceiling_bytes=ceiling_bytes, fused_attention=fused
+        )
+        return with_experts(plan, layers, others, prefill_tokens=step, popularity=popularity, expert_slots=expert_slots)
+
+    plan, step = planned(kv.step_tokens), kv.step_tokens
+    if layers:
+        streamed = [(planned(each), each) for each in STREAMED_PREFILL_STEPS]
+        if plan.stream is not None or plan.total_bytes > ceiling_bytes:
+            plan, step = streamed[choose_step([each for each, _ in streamed])]
+        # The smallest ceiling is that of the shortest step, whichever this ceiling allows.
+        plan = replace(plan, streamed_least_bytes=streamed[-1][0].streamed_least_bytes)
+    return plan, replace(kv, step_tokens=step), layers
 
 
 def build(folder: ModelFolder, name: str) -> tuple[Any, dict[str, Any]]:
@@ -253,6 +266,7 @@ def load(
             f"{name}: the tokenizer in {path} cannot be read ({type(error).__name__}: {error}). A model folder needs "
             f"tokenizer.json and tokenizer_config.json of its model; fetch it again with: edger1 pull {name} --force"
         ) from error
+    give_back()
     # Either may be the smaller one: padded logits, or tokens that were added after training.
     vocabulary = min(len(tokenizer), model(mx.zeros((1, 1), dtype=mx.int32)).shape[-1])
     streaming = None
@@ -283,6 +297,7 @@ def load(
         streaming=streaming,
         kv=KVStore(plan.kv_bytes, kv.nbytes),
         installed=replaced,
+        account=Account(),
     )
     runs.note(path, live.installed.report())
     return live

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from edger1 import cgroup
 from edger1.errors import MemoryCeilingError
 from edger1.units import format_bytes
 
@@ -22,8 +23,10 @@ DEFAULT_SHARE = 0.75
 
 # Python with MLX, mlx-lm and transformers: 80 MB resident was measured on Linux.
 PROCESS_BYTES = 112 * 2**20
-# A tokenizer while it is read: 1.8 kB an entry of its vocabulary was measured, with 49,000 and with 151,000 of them.
-_TOKENIZER_ENTRY_BYTES = 2048
+# A tokenizer keeps 0.5 to 0.6 kB an entry of its vocabulary, and takes 1.6 to 1.8 while it is read: measured with
+# 49,000 and with 151,000 of them.
+_TOKENIZER_ENTRY_BYTES = 768
+_READING_ENTRY_BYTES = 2048
 # MLX keeps freed buffers for reuse up to this much; mlx_runtime.py sets it.
 ALLOCATOR_BYTES = 128 * 2**20
 SCORE_ROWS = 32
@@ -37,8 +40,9 @@ class Plan:
     """Bytes that a model needs, and the ceiling they must fit under.
 
     `resident_bytes` are the weights that stay in memory: all of them, or all but the routed experts where `stream` says
-    how those are streamed. `process_bytes` is Python, its libraries and the tokenizer. `streamed_least_bytes` is the
-    smallest ceiling with experts streamed, None where they cannot be.
+    how those are streamed. `process_bytes` is Python, its libraries and the tokenizer. `loading_bytes` are needed
+    beside weights and process when the model is loaded, before there are caches, banks and activations.
+    `streamed_least_bytes` is the smallest ceiling with experts streamed, None where they cannot be.
     """
 
     resident_bytes: int
@@ -47,6 +51,7 @@ class Plan:
     process_bytes: int
     context: int
     ceiling_bytes: int
+    loading_bytes: int = 0
     stream: StreamPlan | None = None
     streamed_least_bytes: int | None = None
     prediction: Prediction | None = None
@@ -71,10 +76,19 @@ class Plan:
         return None if self.stream is None else self.stream.slots
 
     @property
+    def beside_banks_bytes(self) -> int:
+        """Bytes that the running model takes but for streamed experts, at most."""
+        return self.resident_bytes + self.kv_bytes + self.activation_bytes + self.process_bytes
+
+    @property
     def total_bytes(self) -> int:
-        """Bytes that the model takes under this plan, at most."""
-        banks = 0 if self.stream is None else self.stream.bank_bytes + self.stream.staging_bytes
-        return self.resident_bytes + banks + self.kv_bytes + self.activation_bytes + self.process_bytes
+        """Bytes that the model takes under this plan, at most, be it running or being loaded."""
+        return self.total_with(0 if self.stream is None else self.stream.bank_bytes + self.stream.staging_bytes)
+
+    def total_with(self, banks_bytes: int) -> int:
+        """Bytes in all where banks and the buffers of streaming take `banks_bytes`."""
+        loading = self.resident_bytes + self.process_bytes + self.loading_bytes
+        return max(self.beside_banks_bytes + banks_bytes, loading)
 
     @property
     def smallest_ceiling_bytes(self) -> int:
@@ -101,10 +115,12 @@ class Plan:
 
 
 def machine_bytes() -> int:
-    """Memory of this machine in bytes."""
+    """Memory of this machine in bytes, or what its control group leaves a process where that is less."""
     import psutil
 
-    return int(psutil.virtual_memory().total)
+    total = int(psutil.virtual_memory().total)
+    limit = cgroup.limit_bytes()
+    return total if limit is None else min(total, limit)
 
 
 def default_ceiling() -> int:
@@ -197,4 +213,5 @@ def make_plan(
         process_bytes=PROCESS_BYTES + _TOKENIZER_ENTRY_BYTES * _vocabulary(config),
         context=context,
         ceiling_bytes=ceiling_bytes,
+        loading_bytes=ALLOCATOR_BYTES + (_READING_ENTRY_BYTES - _TOKENIZER_ENTRY_BYTES) * _vocabulary(config),
     )

@@ -103,6 +103,8 @@ class Figures:
     decode_tokens_per_s: float | None = None
     time_to_first_token_s: float | None = None
     peak_memory_bytes: int = 0
+    accounted_memory_bytes: int = 0
+    """What the process held at the end by its own account, see `edger1.accounting`."""
     context_used: int = 0
     context_size: int = 0
     experts: dict[str, Any] | None = None

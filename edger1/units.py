@@ -74,6 +74,6 @@ def format_bytes(size: int, *, up: bool = False) -> str:
 
 
 def _machine_memory() -> int:
-    import psutil
+    from edger1.memory import machine_bytes
 
-    return int(psutil.virtual_memory().total)
+    return machine_bytes()

@@ -2,13 +2,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from edger1.config import Config, load_config
 from edger1.errors import UsageError
+from edger1.memory import machine_bytes
 from edger1.units import format_bytes, parse_size
 
 
@@ -32,7 +32,7 @@ def test_sizes(text: str | int, size: int) -> None:
 
 def test_a_share_is_of_the_whole_or_of_the_machine() -> None:
     assert parse_size("25%", whole=1000) == 250
-    assert parse_size("50%") == int(psutil.virtual_memory().total / 2)
+    assert parse_size("50%") == int(machine_bytes() / 2)
 
 
 @pytest.mark.parametrize("text", ["", "GB", "6 XB", "-1GB", "6GB!", "0", "0%", "101%", "1e9", "nan", "٣GB", True])
@@ -98,3 +98,11 @@ def test_a_file_that_is_no_text(tmp_path: Path) -> None:
     (tmp_path / "config.toml").write_bytes(b"\xff\xfe")
     with pytest.raises(UsageError, match="cannot be read"):
         load_config(tmp_path / "config.toml")
+
+
+@given(st.integers(1, 10**15))
+def test_a_size_rounded_up_holds_the_size(size: int) -> None:
+    shown = parse_size(format_bytes(size, up=True))
+    assert size <= shown <= size * 1.011
+    assert format_bytes(4_070_000_000, up=True) == "4.07 GB"
+    assert format_bytes(4_070_000_001, up=True) == "4.08 GB"

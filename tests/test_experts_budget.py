@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edger1.errors import MemoryCeilingError, UsageError
@@ -17,6 +17,7 @@ from edger1.experts.budget import (
     Prediction,
     StreamPlan,
     allocate,
+    choose_step,
     least_slots,
     parse_slots,
     plan_stream,
@@ -28,6 +29,7 @@ from edger1.experts.budget import (
     with_experts,
 )
 from edger1.memory import Plan
+from edger1.units import format_bytes
 
 MB = 1_000_000
 
@@ -75,6 +77,7 @@ def test_slots_go_where_they_save_most() -> None:
 counts = st.lists(st.integers(0, 50), min_size=4, max_size=4)
 
 
+@settings(max_examples=50)
 @given(st.lists(counts, min_size=1, max_size=3), st.integers(0, 12))
 def test_no_other_division_saves_more(popularity: list[list[int]], extra: int) -> None:
     layers = [layer(i, experts=4, top_k=1) for i in range(len(popularity))]
@@ -154,7 +157,7 @@ def test_what_fits_stays_resident_and_tells_the_smaller_ceiling() -> None:
     assert (smallest.slots, smallest.total_bytes) == ((2,), least)
     smallest.check("m")
     short = with_experts(resident(least - 1, weights=5 * MB + experts), [x], 5 * MB, prefill_tokens=16)
-    with pytest.raises(MemoryCeilingError, match="needs 71"):
+    with pytest.raises(MemoryCeilingError, match=f"needs {format_bytes(least, up=True)} of memory"):
         short.check("m")
 
 
@@ -187,6 +190,22 @@ def test_experts_smaller_than_the_buffers_of_streaming_are_not_streamed() -> Non
     plan = with_experts(resident(1, 5 * MB), [x], 5 * MB - 2 * x.expert_bytes, prefill_tokens=512)
     assert plan.stream is None
     assert plan.smallest_ceiling_bytes == plan.total_bytes
+
+
+def test_prefill_steps_are_as_long_as_the_banks_can_afford() -> None:
+    x = layer(experts=100, hidden=640, inner=32)
+    all_of_it = 5 * MB + x.experts * x.expert_bytes
+    steps = (512, 256, 128, 64, 32)
+
+    def chosen(ceiling: int) -> int:
+        plans = [with_experts(resident(ceiling, all_of_it), [x], 5 * MB, prefill_tokens=step) for step in steps]
+        return steps[choose_step(plans)]
+
+    # A step of 512 tokens takes 5.6 MB, and an expert 0.25.
+    assert chosen(65 * MB + 20 * MB) == 512
+    assert chosen(65 * MB + 10 * MB) == 256
+    assert chosen(65 * MB + 3 * MB) == 32
+    assert chosen(1) == 32
 
 
 def test_a_dense_model_has_no_slots() -> None:

@@ -24,9 +24,9 @@ def plan_command(
 ) -> None:
     """Tell what a model would take of memory, without loading it.
 
-    Shown are what stays resident, how many experts of each layer have a slot, how often a token is expected to find
-    its experts there, the speed that the weights to be read allow, and the smallest ceiling that works. The rates of
-    the disk and of the kernels are measured for the first plan of a day, in a second or two.
+    Of a mixture of experts it shows how many experts of each layer have a slot in memory, and how
+    often a token is expected to find its experts there. The speed is what reading the weights allows,
+    at rates of disk and kernels that are measured for the first plan of a day, in a second or two.
 
     A model that does not fit is an error (exit code 1), after the plan.
 

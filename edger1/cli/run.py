@@ -143,6 +143,7 @@ def run_command(
             "decode_tokens_per_s": cost.decode_tokens_per_s,
             "time_to_first_token_s": cost.time_to_first_token_s,
             "peak_memory_bytes": cost.peak_memory_bytes,
+            "accounted_memory_bytes": cost.accounted_memory_bytes,
             "precision": loaded.info["precision"],
             "kernels": loaded.info["kernels"],
             "experts": cost.experts,

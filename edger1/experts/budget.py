@@ -21,10 +21,9 @@ from typing import Any
 
 from edger1.errors import UsageError
 from edger1.experts.anatomy import LayerExperts
+from edger1.experts.store import THREADS
 from edger1.memory import Plan
 
-READ_THREADS = 4
-"""Threads that read experts at once; each has a buffer for the largest part of an expert."""
 LEAST_SLOTS = 2
 _PAGE = 4096
 # Unaligned spans are read whole pages at a time: up to one page more at either end.
@@ -61,7 +60,10 @@ class StreamPlan:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> StreamPlan:
         """Read what `dataclasses.asdict` wrote, whose tuples may have become lists."""
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+        read: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
+        }
+        return cls(**read)
 
 
 @dataclass(frozen=True)
@@ -165,7 +167,7 @@ def allocate(
     return tuple(slots)
 
 
-def staging_bytes(layers: Sequence[LayerExperts], prefill_tokens: int, read_threads: int = READ_THREADS) -> int:
+def staging_bytes(layers: Sequence[LayerExperts], prefill_tokens: int, read_threads: int = THREADS) -> int:
     """Return what streaming holds beside the banks: buffers to read into, and what prefill keeps, a layer at a time.
 
     Prefill goes group by group of experts through a chunk of `prefill_tokens` tokens. It keeps the outputs of all pairs
@@ -192,7 +194,7 @@ def plan_stream(
     popularity: Popularity | None = None,
     miss_cost_s: Sequence[float] | None = None,
     expert_slots: str | int | None = None,
-    read_threads: int = READ_THREADS,
+    read_threads: int = THREADS,
 ) -> StreamPlan:
     """Divide `room_bytes`, what the ceiling leaves beside everything else, among the banks of `layers`.
 
@@ -232,7 +234,7 @@ def with_experts(
     popularity: Popularity | None = None,
     miss_cost_s: Sequence[float] | None = None,
     expert_slots: str | int | None = None,
-    read_threads: int = READ_THREADS,
+    read_threads: int = THREADS,
 ) -> Plan:
     """Turn the plan of a model that is wholly resident into the one to load it by.
 
@@ -247,18 +249,31 @@ def with_experts(
     beside = replace(plan, resident_bytes=other_bytes)
     stream = plan_stream(
         layers,
-        plan.ceiling_bytes - beside.total_bytes,
+        plan.ceiling_bytes - beside.beside_banks_bytes,
         prefill_tokens=prefill_tokens,
         popularity=popularity,
         miss_cost_s=miss_cost_s,
         expert_slots=expert_slots,
         read_threads=read_threads,
     )
-    least = beside.total_bytes + stream.least_bank_bytes + stream.staging_bytes
+    least = beside.total_with(stream.least_bank_bytes + stream.staging_bytes)
     # The buffers of streaming may take more than the experts of a tiny model.
     if expert_slots is None and plan.total_bytes <= max(plan.ceiling_bytes, least):
         return replace(plan, streamed_least_bytes=least)
     return replace(beside, stream=stream, streamed_least_bytes=least)
+
+
+def choose_step(plans: Sequence[Plan]) -> int:
+    """Return which of several plans to load by: they differ in the tokens of a prefill step, from long to short.
+
+    The first one that fits and whose buffers leave the banks twice what they take themselves; else the shortest step.
+    """
+    for i, plan in enumerate(plans):
+        stream = plan.stream
+        modest = stream is None or 2 * stream.staging_bytes <= stream.bank_bytes
+        if modest and plan.total_bytes <= plan.ceiling_bytes:
+            return i
+    return len(plans) - 1
 
 
 def predict_tokens_per_s(

@@ -1,0 +1,35 @@
+"""What an engine holds by its own account, to be compared with what the system says of the process.
+
+Weights, banks, caches and activations are MLX's memory, which counts itself, with the freed buffers that it keeps.
+Everything else (Python, libraries, the tokenizer, threads and their buffers) is measured once, when a model has been
+loaded and before it answers.
+"""
+
+from __future__ import annotations
+
+
+class Account:
+    """The account of one process; `process_bytes` is what was not MLX's when this was made."""
+
+    def __init__(self) -> None:
+        from edger1.mlx_runtime import on_gpu
+
+        # Memory of a GPU is no part of the resident size.
+        self.process_bytes = resident_bytes() if on_gpu() else max(0, resident_bytes() - _mlx_bytes())
+
+    def nbytes(self) -> int:
+        """Return the bytes that are held now."""
+        return self.process_bytes + _mlx_bytes()
+
+
+def resident_bytes() -> int:
+    """Return what the system has in memory for this process."""
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
+
+
+def _mlx_bytes() -> int:
+    import mlx.core as mx
+
+    return int(mx.get_active_memory() + mx.get_cache_memory())
