@@ -22,6 +22,7 @@ from edger1 import installed
 from edger1.cli import app
 from edger1.errors import MemoryCeilingError, StreamError, UnstreamableError, UsageError
 from edger1.experts import store as store_module
+from edger1.experts.pressure import Pressure
 
 QUESTION = "What is 17 + 25?"
 
@@ -187,3 +188,26 @@ def test_the_command_line_tells_what_streaming_took(nano: Path, tmp_path: Path) 
     done = CliRunner().invoke(app, ["run", str(nano), QUESTION, "--plot", str(tmp_path / "plot.png")])
     assert isinstance(done.exception, UsageError)
     assert "ends in .svg" in str(done.exception)
+
+
+def test_banks_make_room_for_other_programs_and_grow_again(
+    nano: Path, answer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine that is short of memory, and later is not, as the engine is told: answers stay what they are."""
+    said: list[tuple[int, int]] = []
+    wanted = [-(1 << 30), 0, 1 << 30]
+
+    def change(_: Any, held_bytes: int) -> int:
+        said.append((held_bytes, wanted[0]))
+        return wanted[0]
+
+    monkeypatch.setattr(Pressure, "change_bytes", change)
+    with edger1.load(nano, precision="exact", expert_slots="100%") as model:
+        for _ in range(3):
+            got = model.generate(QUESTION, temperature=0, max_tokens=120)
+            assert (got.text, got.thinking) == (answer.text, answer.thinking)
+            slots = got.figures.experts["slots"]
+            assert slots == ([4] * 5 if wanted[0] <= 0 else [32] * 5)
+            wanted.pop(0)
+    held = [nbytes for nbytes, _ in said]
+    assert min(held) < max(held) / 4

@@ -141,7 +141,9 @@ def doctor_command(
     selftest: Annotated[
         bool,
         typer.Option(
-            "--selftest", help="Compare every kernel with MLX's own result, time both (a minute), print JSON."
+            "--selftest",
+            help="Compare every kernel with MLX's own result and streamed with resident output, time them (two minutes), "
+            "print JSON.",
         ),
     ] = False,
 ) -> None:
@@ -156,9 +158,13 @@ def doctor_command(
       edger1 doctor --selftest > selftest.json
     """
     if selftest:
+        from edger1 import worker
+        from edger1.experts.selftest import selftest as streaming
         from edger1.kernels.selftest import selftest as run
 
         report = run()
+        report["streaming"] = worker.call(streaming)
+        report["ok"] = report["ok"] and report["streaming"]["ok"]
         typer.echo(json.dumps(report, indent=2))
         raise typer.Exit(0 if report["ok"] else 1)
     found = examine()
