@@ -74,7 +74,7 @@ class LiveModel:
     @property
     def accounted_bytes(self) -> int:
         """Bytes that the process holds by its own account, those of other models included."""
-        return self.account.nbytes()
+        return self.account.nbytes() - (0 if self.streaming is None else self.streaming.given_back_bytes)
 
     def describe(self) -> dict[str, Any]:
         """Return what a client shows of the model: plain JSON values."""
@@ -155,10 +155,21 @@ def _plan(
     except Exception as error:
         raise _misfit(folder, folder.path.name, error) from error
 
+    try:
+        tokenizer_bytes = (folder.path / "tokenizer.json").stat().st_size
+    except OSError:
+        tokenizer_bytes = None
+
     def planned(step: int) -> Plan:
         own = replace(kv, step_tokens=step)
         plan = make_plan(
-            folder.config, weights, own, context=chosen, ceiling_bytes=ceiling_bytes, fused_attention=fused
+            folder.config,
+            weights,
+            own,
+            context=chosen,
+            ceiling_bytes=ceiling_bytes,
+            fused_attention=fused,
+            tokenizer_file_bytes=tokenizer_bytes,
         )
         return with_experts(plan, layers, others, prefill_tokens=step, popularity=popularity, expert_slots=expert_slots)
 

@@ -27,6 +27,8 @@ PROCESS_BYTES = 112 * 2**20
 # 49,000 and with 151,000 of them.
 _TOKENIZER_ENTRY_BYTES = 768
 _READING_ENTRY_BYTES = 2048
+# Of tokenizer.json no entry takes less, its merge included: 32 to 61 bytes were seen.
+_FILE_ENTRY_BYTES = 24
 # MLX keeps freed buffers for reuse up to this much; mlx_runtime.py sets it.
 ALLOCATOR_BYTES = 128 * 2**20
 SCORE_ROWS = 32
@@ -204,14 +206,21 @@ def make_plan(
     context: int,
     ceiling_bytes: int,
     fused_attention: bool,
+    tokenizer_file_bytes: int | None = None,
 ) -> Plan:
-    """Add up what a resident model needs."""
+    """Add up what a resident model needs.
+
+    The size of tokenizer.json, where it is known, bounds the tokenizer's entries: a model's vocabulary may be padded.
+    """
+    entries = _vocabulary(config)
+    if tokenizer_file_bytes is not None:
+        entries = min(entries, tokenizer_file_bytes // _FILE_ENTRY_BYTES)
     return Plan(
         resident_bytes=weight_bytes,
         kv_bytes=kv.nbytes(context),
         activation_bytes=activation_bytes(config, kv.step_tokens, 0 if fused_attention else context),
-        process_bytes=PROCESS_BYTES + _TOKENIZER_ENTRY_BYTES * _vocabulary(config),
+        process_bytes=PROCESS_BYTES + _TOKENIZER_ENTRY_BYTES * entries,
         context=context,
         ceiling_bytes=ceiling_bytes,
-        loading_bytes=ALLOCATOR_BYTES + (_READING_ENTRY_BYTES - _TOKENIZER_ENTRY_BYTES) * _vocabulary(config),
+        loading_bytes=ALLOCATOR_BYTES + (_READING_ENTRY_BYTES - _TOKENIZER_ENTRY_BYTES) * entries,
     )

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from test_cli import edger1 as command
 from test_cli import refused
+from tiny import write_mixture
 
 import edger1
 from edger1 import paths
@@ -18,28 +19,8 @@ from edger1.experts.anatomy import LayerExperts, Part
 from edger1.units import format_bytes
 
 WEIGHTS, DISK = 2e9, 1e8
-EXPERT = 3 * 128 * 384 * 2
-EMBEDDING = 300 * 128 * 2
-MIXTURE = {
-    "model_type": "qwen3_moe",
-    "hidden_size": 128,
-    "num_hidden_layers": 2,
-    "intermediate_size": 256,
-    "moe_intermediate_size": 384,
-    "num_experts": 64,
-    "num_experts_per_tok": 2,
-    "decoder_sparse_step": 1,
-    "mlp_only_layers": [],
-    "norm_topk_prob": True,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 10000.0,
-    "max_position_embeddings": 256,
-    "tie_word_embeddings": False,
-    "vocab_size": 300,
-}
+EXPERT = 3 * 128 * 192 * 4
+EMBEDDING = 300 * 128 * 4
 
 
 @pytest.fixture
@@ -50,17 +31,7 @@ def known_rates(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two layers of 64 experts, two a token, 38 MB of them in all."""
-    import mlx.core as mx
-    from mlx.utils import tree_flatten
-    from mlx_lm.models import qwen3_moe
-
-    folder = tmp_path_factory.mktemp("mixture")
-    model = qwen3_moe.Model(qwen3_moe.ModelArgs.from_dict(MIXTURE))
-    weights = {name: value.astype(mx.bfloat16) for name, value in tree_flatten(model.parameters())}
-    mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
-    (folder / "config.json").write_text(json.dumps(MIXTURE), encoding="utf-8")
-    return folder
+    return write_mixture(tmp_path_factory.mktemp("mixture"))
 
 
 @pytest.mark.usefixtures("known_rates")
@@ -70,16 +41,19 @@ def test_a_plan_of_a_mixture_of_experts(mixture: Path) -> None:
     least = plan.smallest_ceiling_bytes
     assert least < plan.total_bytes < plan.ceiling_bytes
     streamed = edger1.plan(mixture, memory=least + 2 * 3 * EXPERT + 1000)
-    # Two a layer at least, and the three that the rest of the ceiling holds.
-    assert streamed.slots == (5, 5)
+    assert streamed.slots is not None
+    slots = streamed.slots[0]
+    assert streamed.slots == (slots, slots)
+    assert slots > 2
+    assert 0 <= streamed.ceiling_bytes - streamed.total_bytes < 2 * EXPERT
     assert streamed.smallest_ceiling_bytes == least
     edger1.plan(mixture, memory=least).check("mixture")
     assert streamed.stream is not None
-    assert streamed.stream.hit_rate == pytest.approx(5 / 64)
+    assert streamed.stream.hit_rate == pytest.approx(slots / 64)
     assert plan.resident_bytes - streamed.resident_bytes == 2 * 64 * EXPERT
-    # Two experts a layer, of which 5/64 are there, and the rest of the weights but for the embedding.
+    # Two experts a layer, some of which are there, and the rest of the weights but for the embedding.
     read = streamed.resident_bytes - EMBEDDING
-    missed = 2 * 2 * EXPERT * 59 / 64
+    missed = 2 * 2 * EXPERT * (64 - slots) / 64
     assert streamed.prediction is not None
     assert 1 / streamed.prediction.tokens_per_s == pytest.approx((read + missed) / WEIGHTS + missed / DISK)
     assert plan.prediction is not None

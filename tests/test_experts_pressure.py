@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from tiny import write_mixture
 
 from edger1 import cgroup, memory
+from edger1.experts.anatomy import LayerExperts, Part
 from edger1.experts.pressure import (
     CALM_S,
     Banks,
     Pressure,
     Reading,
     Space,
+    adjust,
     decide,
     group_space,
     machine_space,
@@ -116,6 +121,79 @@ def test_it_looks_once_a_second_only() -> None:
         changes.append(pressure.change_bytes(PLANNED))
     assert looks == [0.0, 1.0, 2.0]
     assert sum(1 for each in changes if each) == 3
+
+
+@dataclass
+class FakeBank:
+    layer: LayerExperts
+    slots: int
+    usable_slots: int
+
+    def shrink(self, slots: int) -> int:
+        self.usable_slots -= slots
+        return slots * self.layer.expert_bytes
+
+    def grow(self, slots: int) -> int:
+        self.usable_slots += slots
+        return slots * self.layer.expert_bytes
+
+
+def fake(slots: int, held: int | None = None, expert_mb: int = 1, top_k: int = 2) -> FakeBank:
+    part = Part("up_proj", "weight", Path("x"), 0, expert_mb * MB, (1, 1), "F32")
+    return FakeBank(LayerExperts(0, "mlp", 100, top_k, (part,)), slots, slots if held is None else held)
+
+
+def test_slots_leave_the_banks_that_have_most_and_return_to_those_that_lack_most() -> None:
+    banks = [fake(50), fake(20), fake(4, top_k=4)]
+    assert adjust(banks, -30 * MB - 1) == -31 * MB
+    assert [bank.usable_slots for bank in banks] == [27, 12, 4]
+    assert adjust(banks, 10 * MB + 5) == 10 * MB
+    assert [bank.usable_slots for bank in banks] == [35, 14, 4]
+    assert adjust(banks, -500 * MB) == -45 * MB
+    assert [bank.usable_slots for bank in banks] == [2, 2, 4]
+    assert adjust(banks, 500 * MB) == 66 * MB
+    assert [bank.usable_slots for bank in banks] == [50, 20, 4]
+
+
+def test_growing_never_takes_more_than_there_is() -> None:
+    banks = [fake(10, held=2, expert_mb=10), fake(10, held=5)]
+    assert adjust(banks, 9 * MB) == 5 * MB
+    assert adjust(banks, 9 * MB) == 0
+
+
+def test_a_model_computes_the_same_while_its_banks_shrink_and_grow(tmp_path: Path) -> None:
+    """With memory that is really given back: what was in those slots is read again."""
+    import numpy as np
+    from streamed_models import open_streamed, outputs
+
+    model, streaming = open_streamed(write_mixture(tmp_path), lambda layer: layer.experts)
+    try:
+        prompt, decoded = list(range(3, 43)), [7, 99, 250]
+
+        def logits() -> Any:
+            return outputs(model, prompt, decoded)
+
+        before = logits()
+        planned = streaming.nbytes
+        free = [0]
+        spaces = (Space(0, 8000 * MB, 10 * MB),)
+        streaming.pressure._read = lambda: Reading((replace(spaces[0], free_bytes=free[0]),))
+        streaming.pressure._clock = lambda: free[0] / MB
+        # 20 MB short, of 38.
+        change = streaming.breathe()
+        assert -21 * MB < change <= -0.9 * 20 * MB
+        assert streaming.nbytes < planned
+        assert streaming.given_back_bytes == planned - streaming.nbytes
+        for got, expected in zip(logits()[1:], before[1:], strict=True):
+            np.testing.assert_array_equal(got, expected)
+        smaller = streaming.nbytes
+        free[0] = 1000 * MB
+        assert streaming.breathe() == planned - smaller
+        assert streaming.nbytes == planned
+        for got, expected in zip(logits()[1:], before[1:], strict=True):
+            np.testing.assert_array_equal(got, expected)
+    finally:
+        streaming.close()
 
 
 def test_marks_are_shares_with_a_floor() -> None:

@@ -31,6 +31,22 @@ def test_context_is_the_models_limit_or_8192() -> None:
     assert choose_context({"max_position_embeddings": 2048}, 100) == 100
 
 
+def test_a_tokenizer_is_as_large_as_its_file_allows_and_takes_more_while_it_is_read() -> None:
+    config, kv = {"vocab_size": 100_000, "hidden_size": 8}, KVLayout((LayerCache(0, 1),), step_tokens=1)
+
+    def plan(file_bytes: int | None) -> Plan:
+        return make_plan(
+            config, 0, kv, context=1, ceiling_bytes=0, fused_attention=True, tokenizer_file_bytes=file_bytes
+        )
+
+    assert plan(None) == plan(10**7)
+    assert plan(None).process_bytes - plan(240_000).process_bytes == 90_000 * 768
+    # Reading it is over before there is anything in the caches: the larger of both counts.
+    huge = plan(None)
+    assert huge.total_bytes == huge.process_bytes + huge.loading_bytes > huge.beside_banks_bytes
+    assert huge.total_with(10**9) == huge.beside_banks_bytes + 10**9
+
+
 def test_a_plan_that_does_not_fit_names_the_ceiling_that_would_do() -> None:
     plan = make_plan(
         {"num_hidden_layers": 2, "hidden_size": 8, "num_attention_heads": 2, "vocab_size": 10},

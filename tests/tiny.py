@@ -26,6 +26,27 @@ TINY_CONFIG = {
     "eos_token_id": 257,
 }
 
+MIXTURE = {
+    "model_type": "qwen3_moe",
+    "hidden_size": 128,
+    "num_hidden_layers": 2,
+    "intermediate_size": 256,
+    "moe_intermediate_size": 192,
+    "num_experts": 64,
+    "num_experts_per_tok": 2,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "norm_topk_prob": True,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": False,
+    "vocab_size": 300,
+}
+
 
 def _alphabet() -> list[str]:
     from tokenizers import pre_tokenizers
@@ -71,4 +92,18 @@ def write_tiny_model(folder: Path, *, seed: int = 0, template: str | None = CHAT
     config["quantization"] = {"group_size": 32, "bits": 4}
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     write_tokenizer(folder, template)
+    return folder
+
+
+def write_mixture(folder: Path) -> Path:
+    """A Qwen3 of two layers with 64 experts each, two a token: random f32 weights, 38 MB of them experts."""
+    import mlx.core as mx
+    from mlx.utils import tree_flatten
+    from mlx_lm.models import qwen3_moe
+
+    mx.random.seed(0)
+    model = qwen3_moe.Model(qwen3_moe.ModelArgs.from_dict(MIXTURE))
+    weights = dict(tree_flatten(model.parameters()))
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
+    (folder / "config.json").write_text(json.dumps(MIXTURE), encoding="utf-8")
     return folder

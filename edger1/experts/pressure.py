@@ -11,10 +11,13 @@ Where Linux tells that processes are waiting for memory, all marks are twice as 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from edger1 import cgroup
+from edger1.experts.anatomy import LayerExperts
+from edger1.experts.budget import least_slots
 
 LOOK_S = 1.0
 """How often to look at most."""
@@ -65,6 +68,58 @@ def decide(reading: Reading, banks: Banks, calm_s: float) -> int:
     spare = min((free - 3 * low for free, low in marks), default=0)
     growth = min(spare, banks.planned_bytes - banks.held_bytes)
     return growth if calm_s >= CALM_S and growth >= banks.expert_bytes else 0
+
+
+class Slots(Protocol):
+    """A bank, as far as its size matters: `edger1.experts.bank.Bank`."""
+
+    layer: LayerExperts
+    slots: int
+
+    @property
+    def usable_slots(self) -> int:
+        """Slots whose memory it holds."""
+
+    def shrink(self, slots: int) -> int:
+        """Give the memory of slots back; returns the bytes."""
+
+    def grow(self, slots: int) -> int:
+        """Take memory for slots again; returns the bytes."""
+
+
+def adjust(banks: Sequence[Slots], change_bytes: int) -> int:
+    """Shrink banks by at least as many bytes as `change_bytes` is below 0, or grow them by at most as many above.
+
+    Slot by slot: from the bank that has most beyond its fewest, or to the one that lacks most, as shares of what was
+    planned. Returns the bytes that came of it, below 0 where they were given back.
+    """
+    sizes = [bank.usable_slots for bank in banks]
+
+    def ahead(i: int) -> float:
+        return (sizes[i] - least_slots(banks[i].layer)) / banks[i].slots
+
+    if change_bytes < 0:
+        while change_bytes < 0:
+            i = max(range(len(banks)), key=ahead)
+            if ahead(i) <= 0:
+                break
+            sizes[i] -= 1
+            change_bytes += banks[i].layer.expert_bytes
+    else:
+        while True:
+            fitting = [i for i, b in enumerate(banks) if sizes[i] < b.slots and b.layer.expert_bytes <= change_bytes]
+            if not fitting:
+                break
+            i = min(fitting, key=lambda i: sizes[i] / banks[i].slots)
+            sizes[i] += 1
+            change_bytes -= banks[i].layer.expert_bytes
+    changed = 0
+    for bank, size in zip(banks, sizes, strict=True):
+        if size < bank.usable_slots:
+            changed -= bank.shrink(bank.usable_slots - size)
+        elif size > bank.usable_slots:
+            changed += bank.grow(size - bank.usable_slots)
+    return changed
 
 
 def read() -> Reading:

@@ -12,12 +12,14 @@ import numpy as np
 from edger1.experts import anatomy
 from edger1.experts.anatomy import LayerExperts
 from edger1.experts.bank import Bank
+from edger1.experts.budget import least_slots
 from edger1.experts.device import Device
 from edger1.experts.figures import COMPUTE_S, STALL_S, empty
 from edger1.experts.layer import StreamedExperts, streamed_module, streamed_switch
 from edger1.experts.policy import DEFAULT_POLICY, POLICIES, Policy
 from edger1.experts.popularity import Popularity
 from edger1.experts.prefetch import Trial
+from edger1.experts.pressure import Pressure, adjust
 from edger1.experts.store import Store
 
 if TYPE_CHECKING:
@@ -57,6 +59,11 @@ class Streaming:
         self.interrupted: Callable[[], None] | None = None
         """Called while it waits; raises where nobody wants the answer any more."""
         self.prefetch = Trial()
+        self.pressure = Pressure(
+            self.nbytes,
+            sum(least_slots(layer) * layer.expert_bytes for layer in layers),
+            max((layer.expert_bytes for layer in layers), default=0),
+        )
         self._at = time.perf_counter()
         self._stalled = 0.0
         self._attached: list[tuple[Any, type]] = []
@@ -65,6 +72,11 @@ class Streaming:
     def nbytes(self) -> int:
         """Bytes that the slots hold."""
         return sum(bank.nbytes for bank in self.banks)
+
+    @property
+    def given_back_bytes(self) -> int:
+        """Bytes of the banks' arrays whose memory the system has."""
+        return sum(bank.slots * bank.layer.expert_bytes for bank in self.banks) - self.nbytes
 
     @property
     def complete(self) -> bool:
@@ -170,8 +182,20 @@ class Streaming:
         """Return the layer after one, if its experts are to be read ahead."""
         return self.layers[layer + 1] if self.prefetch.on and layer + 1 < len(self.layers) else None
 
+    def breathe(self) -> int:
+        """Let banks give memory back where other programs need it, or take it again; returns the change in bytes.
+
+        For between the steps of a model. It looks once a second at most.
+        """
+        change = self.pressure.change_bytes(self.nbytes)
+        if change == 0:
+            return 0
+        self.device.finish()
+        return adjust(self.banks, change)
+
     def begin(self) -> float:
-        """Count time from here on: what was before is nobody's."""
+        """Begin a step: what its banks hold is decided, and time counted from here on; what was before is nobody's."""
+        self.breathe()
         self._at, self._stalled = time.perf_counter(), float(self.figures[:, STALL_S].sum())
         return self._at
 
