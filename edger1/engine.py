@@ -121,7 +121,7 @@ class Scheduler:
         self._models: dict[str, LiveModel] = {}
         self._jobs: collections.deque[Entry] = collections.deque()
         self._turn: Any = None
-        self._batches: dict[str, Batch] = {}
+        self._batches: dict[str, Batch[Generation]] = {}
         self.loads: list[LoadJob] = []
 
     def run(self, inbox: queue.SimpleQueue[Request | None]) -> None:
@@ -248,7 +248,7 @@ class Scheduler:
         for job in [job for job in entries if job not in together]:
             self._step(entries[job], partial(job.step, ahead=False))
 
-    def _batch_of(self, model: str) -> Batch:
+    def _batch_of(self, model: str) -> Batch[Generation]:
         from edger1.batch import Batch
         from edger1.generate import runs_ahead
 
@@ -285,7 +285,7 @@ class Scheduler:
         )
 
 
-def _say(said: Said, complete: list[Generation]) -> bool:
+def _say(said: Said[Generation], complete: list[Generation]) -> bool:
     """Give a job its token, and note in `complete` if that was the last of its answer."""
     done = said.row.say(said.token, fed=said.fed)
     if done:
