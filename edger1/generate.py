@@ -325,6 +325,9 @@ class Generation:
             self._next = self._forward(current[None])
             mx.async_eval(self._next)
         token = int(current.item())
+        if self._model.streaming is not None:
+            # Nothing is said that was computed on a file which is gone.
+            self._model.streaming.let_go()
         if ahead:
             self._fed.append(token)
         self._add(token)

@@ -64,6 +64,11 @@ class Bank:
         """Slots that can hold an expert at the moment."""
         return self.slots - len(self._released)
 
+    @property
+    def has_free_slots(self) -> bool:
+        """Whether an expert can come in without another leaving."""
+        return bool(self._free)
+
     def lookup(self, experts: Any) -> npt.NDArray[np.int32]:
         """Return the slots of experts, ABSENT where they are not there; any shape."""
         found: npt.NDArray[np.int32] = self.table[experts]

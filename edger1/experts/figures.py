@@ -14,11 +14,12 @@ if TYPE_CHECKING:
     from edger1.experts.streaming import Streaming
 
 Table = npt.NDArray[np.float64]
-COLUMNS = ("calls", "hits", "misses", "bytes_read", "stall_s", "compute_s", "guesses")
+COLUMNS = ("calls", "hits", "misses", "bytes_read", "stall_s", "compute_s", "guesses", "on_map")
 """Columns of a table of figures [layers, columns]. `hits` and `misses` count the distinct experts of each call, `stall_s`
 is how long a layer stood still because an expert was not there, `compute_s` all else since the layer before it,
-`guesses` how many experts were read before the layer asked for them."""
-CALLS, HITS, MISSES, BYTES_READ, STALL_S, COMPUTE_S, GUESSES = range(len(COLUMNS))
+`guesses` how many experts were read before the layer asked for them, `on_map` how many of the misses were computed
+where they lie, since the page cache had them."""
+CALLS, HITS, MISSES, BYTES_READ, STALL_S, COMPUTE_S, GUESSES, ON_MAP = range(len(COLUMNS))
 
 
 def empty(layers: int) -> Table:
@@ -28,7 +29,7 @@ def empty(layers: int) -> Table:
 
 def added_up(table: Table, tokens: int) -> dict[str, Any]:
     """Add a table up over its layers, as plain JSON values; `tokens` went through them."""
-    _, hits, misses, nbytes, stall, compute, guesses = (float(value) for value in table.sum(axis=0))
+    _, hits, misses, nbytes, stall, compute, guesses, on_map = (float(value) for value in table.sum(axis=0))
     return {
         "tokens": tokens,
         "hit_rate": hits / (hits + misses) if hits + misses else None,
@@ -38,6 +39,7 @@ def added_up(table: Table, tokens: int) -> dict[str, Any]:
         "compute_s": compute,
         "stall_share": stall / (stall + compute) if stall + compute else None,
         "guesses": int(guesses),
+        "on_map": int(on_map),
     }
 
 

@@ -14,7 +14,7 @@ what is being read. Without, mlx-lm's own code runs over the bank.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edger1.experts.bank import Bank
-from edger1.experts.figures import BYTES_READ, CALLS, GUESSES, HITS, MISSES, STALL_S
+from edger1.experts.figures import BYTES_READ, CALLS, GUESSES, HITS, MISSES, ON_MAP, STALL_S
 
 if TYPE_CHECKING:
     from edger1.experts.store import Read
@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 
 FEW_ROWS = 16
 """Rows that the kernels compute to the bits that each has alone."""
+
+_COPY_EVERY = 4
+"""Of so many uses of experts on the map, one brings its expert into a slot."""
 
 Compute = Callable[[Any, Any, Any], Any]
 """(switch layer, x [..., hidden], slots [..., ranks]) -> what each expert gives, [..., ranks, hidden]."""
@@ -48,6 +51,9 @@ class StreamedExperts:
         self.operation: StreamedOperation | None = None
         self.held_by: Any = None
         """The switch layer whose arrays the operation reads."""
+        self.mapped = False
+        """Whether slots behind the bank's are the experts on the map of their files."""
+        self._on_map = 0
         self._streaming = streaming
 
     def switch(self, switch: Any, x: Any, indices: Any, compute: Compute) -> Any:
@@ -104,12 +110,15 @@ class StreamedExperts:
         missing = self._use(distinct)
         if not missing:
             return operation.given(x, _array(bank.table[chosen]), weights)
-        reads = self._request(missing, distinct)
+        on_map = self._find_on_map(missing, distinct)
+        reads = self._request([expert for expert in missing if expert not in on_map], distinct)
+        slots = bank.places[chosen]
+        for expert in on_map:
+            slots[chosen == expert] = bank.slots + expert
         with self._waiting():
-            done = operation.given(x, _array(bank.places[chosen]), weights, bank.arrivals)
+            done = operation.given(x, _array(slots), weights, bank.arrivals)
             if done is None:
-                self._wait(reads)
-                return operation.given(x, _array(bank.places[chosen]), weights)
+                return None
             self._streaming.device.begin(done)
             self._wait(reads)
         return done
@@ -122,11 +131,11 @@ class StreamedExperts:
         routed = operation.route(x)
         return None if routed is None else routed[0]
 
-    def guess(self, experts: Sequence[int]) -> None:
+    def guess(self, experts: Sequence[int], keep: Collection[int] = ()) -> None:
         """Begin to read those of `experts` that are not there, behind all that somebody waits for."""
         bank = self.bank
         bank.settle()
-        keep = set(experts)
+        keep = {*experts, *keep}
         for expert in experts:
             if bank.places[expert] >= 0:
                 continue
@@ -149,6 +158,7 @@ class StreamedExperts:
     def _read_back(self, *indices: Any) -> Any:
         """Wait for the router's choice, and for all that was asked of MLX before it."""
         chosen = [found.astype(np.int64) for found in self._streaming.device.read_back(*indices)]
+        self._streaming.let_go()
         self._streaming.check()
         self.bank.settle()
         return chosen if len(chosen) > 1 else chosen[0]
@@ -182,6 +192,24 @@ class StreamedExperts:
                 self._streaming.check()
             reads.append(read)
         return reads
+
+    def _find_on_map(self, missing: Sequence[int], distinct: Sequence[int]) -> set[int]:
+        """Return those of `missing` that are computed where they lie, since the page cache has them.
+
+        That is cheaper than a copy for one use, and dearer for many: now and then one is copied into a slot as well.
+        """
+        if not self.mapped:
+            return set()
+        bank, store = self.bank, self._streaming.store
+        found = {e for e in missing if bank.places[e] < 0 and store.holds(bank.layer, e)}
+        keep = {*distinct}
+        for expert in found:
+            self._on_map += 1
+            if self._on_map % _COPY_EVERY == 0 or bank.has_free_slots:
+                self.guess([expert], keep)
+        self.figures[ON_MAP] += len(found)
+        self._streaming.let_go_later(bank.layer, found)
+        return found
 
     def _wait(self, reads: Sequence[Read]) -> None:
         """Wait until all are there; raises what the first failed of, or what `Streaming.check` raises meanwhile."""

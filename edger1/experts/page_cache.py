@@ -1,4 +1,4 @@
-"""Whether the system's page cache holds a range of a mapped file (Linux's mincore)."""
+"""What the system keeps of files in memory, seen through a memory map, and pages given back to it (Linux)."""
 
 from __future__ import annotations
 
@@ -21,17 +21,27 @@ def _libc() -> Any:
     return library
 
 
-def holds(mapped: mmap.mmap, offset: int, nbytes: int) -> bool:
-    """Say whether all of a range of a mapped file is in memory; False where the system does not tell."""
+def address_of(mapped: mmap.mmap) -> int:
+    """Return where a map begins in memory."""
+    return int(np.frombuffer(mapped, np.uint8).ctypes.data)
+
+
+def holds(address: int, nbytes: int) -> bool:
+    """Say whether all of a range of a map is in memory already; False where the system does not tell."""
     if sys.platform != "linux" or nbytes <= 0:
         return False
-    first = offset // PAGE * PAGE
-    pages = -(-(offset + nbytes - first) // PAGE)
+    first = address // PAGE * PAGE
+    pages = -(-(address + nbytes - first) // PAGE)
     told = np.zeros(pages, np.uint8)
-    start = np.frombuffer(mapped, np.uint8).ctypes.data
-    if _libc().mincore(start + first, pages * PAGE, told.ctypes.data) != 0:
+    if _libc().mincore(first, pages * PAGE, told.ctypes.data) != 0:
         return False
     return bool((told & 1).all())
+
+
+def let_go(address: int, nbytes: int) -> None:
+    """Stop counting a range of a file's map as this process's memory; the page cache keeps it."""
+    first = address // PAGE * PAGE
+    _libc().madvise(first, -(-(address + nbytes - first) // PAGE) * PAGE, mmap.MADV_DONTNEED)
 
 
 def release(address: int, nbytes: int) -> int:

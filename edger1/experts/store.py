@@ -25,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edger1.errors import StreamError
+from edger1.experts import page_cache
 from edger1.experts.anatomy import LayerExperts, Part
 
 Bytes = npt.NDArray[np.uint8]
@@ -110,6 +111,10 @@ class _File:
     direct: int | None
     identity: _Identity
     map: mmap.mmap | None = field(default=None, repr=False)
+    address: int = 0
+    """Where the map begins."""
+    guard: Any = field(default=None, repr=False)
+    """The kernels' `MapGuard`, without which nothing is computed on the map."""
 
     def check(self) -> None:
         found = _Identity.of(self.buffered)
@@ -181,6 +186,44 @@ class Store:
             if mine:
                 self._guessed = collections.deque(piece for piece in self._guessed if piece[0] is not read)
                 self._wanted.extend(mine)
+
+    def maps(self, layer: LayerExperts, extension: Any) -> dict[tuple[str, str], list[memoryview]] | None:
+        """Return for each part of a layer a buffer for each expert, on a map of its file; None where there are no maps.
+
+        `extension` is the kernels'. It sees to it that a file which is cut short does not end the process.
+        """
+        files = [self._files[part.file] for part in layer.parts]
+        if any(file.map is None for file in files):
+            return None
+        found = {}
+        for part, file in zip(layer.parts, files, strict=True):
+            file.guard = file.guard or extension.MapGuard(file.map)
+            whole = memoryview(file.map)[part.offset : part.offset + layer.experts * part.nbytes]  # type: ignore[arg-type]
+            experts = [whole[e * part.nbytes : (e + 1) * part.nbytes] for e in range(layer.experts)]
+            found[part.projection, part.name] = experts
+        return found
+
+    def holds(self, layer: LayerExperts, expert: int) -> bool:
+        """Whether the page cache has all of an expert. Raises StreamError where its file has changed."""
+        for part in layer.parts:
+            file = self._files[part.file]
+            file.check()
+            if not _cached(file, part.offset + expert * part.nbytes, part.nbytes):
+                return False
+        return True
+
+    def let_go(self, layer: LayerExperts, expert: int) -> None:
+        """Stop counting what was read of an expert on its map as this process's memory."""
+        for part in layer.parts:
+            page_cache.let_go(self._files[part.file].address + part.offset + expert * part.nbytes, part.nbytes)
+
+    def check_maps(self) -> None:
+        """Raise StreamError where a file was cut short while something was computed on its map."""
+        for file in self._files.values():
+            if file.guard is not None and file.guard.broken:
+                raise StreamError(
+                    f"{file.path} was cut short while the model computed on it. Fetch the model again, then load it."
+                )
 
     def close(self) -> None:
         """End the threads and close the files; a thread that hangs in a read keeps its files open."""
@@ -320,6 +363,7 @@ def _open(path: Path, mode: str) -> _File:
     file = _File(path, buffered, _open_direct(path) if mode != "buffered" else None, _Identity.of(buffered))
     if file.direct is not None and mode == "auto" and file.identity.size:
         file.map = mmap.mmap(buffered, 0, prot=mmap.PROT_READ)
+        file.address = page_cache.address_of(file.map)
     return file
 
 
@@ -338,6 +382,4 @@ def _open_direct(path: Path) -> int | None:
 
 
 def _cached(file: _File, offset: int, nbytes: int) -> bool:
-    from edger1.experts.page_cache import holds
-
-    return file.map is not None and holds(file.map, offset, nbytes)
+    return file.map is not None and page_cache.holds(file.address + offset, nbytes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,6 +23,8 @@ from edger1.experts.pressure import Pressure, adjust
 from edger1.experts.store import Store
 
 if TYPE_CHECKING:
+    from edger1.kernels.experts_fit import Fit
+    from edger1.kernels.experts_streamed import Mapped, StreamedOperation
     from edger1.kernels.install import Installed
 
 
@@ -67,6 +69,8 @@ class Streaming:
         self._at = time.perf_counter()
         self._stalled = 0.0
         self._attached: list[tuple[Any, type]] = []
+        # Experts that were computed, or are about to be, on the map of their files.
+        self._touched: list[tuple[LayerExperts, int]] = []
 
     @property
     def nbytes(self) -> int:
@@ -100,7 +104,6 @@ class Streaming:
         """
         from edger1.kernels import extension
         from edger1.kernels.experts_fit import Fit, UnfitError
-        from edger1.kernels.experts_streamed import streamed
 
         kernels = extension()
         if kernels is None or not installed.active:
@@ -112,13 +115,15 @@ class Streaming:
                 held: StreamedExperts | None = held_by.get(id(switch))
                 if held is None:
                     continue
+                maps = self.store.maps(held.bank.layer, kernels)
                 try:
-                    operation = streamed(owner, switch, fit, experts=held.bank.layer.experts)
+                    operation = _operation(owner, switch, fit, held.bank.layer.experts, maps)
                 except UnfitError as error:
                     reason = f"{type(owner).__name__}: {error}"
                     experts.others[reason] = experts.others.get(reason, 0) + 1
                     continue
                 held.operation, held.held_by = operation, switch
+                held.mapped = operation.mapped
                 held.bank.arrivals = kernels.Arrivals(held.bank.slots)
                 kind, counts = type(owner).__name__, experts.layers if operation.has_router else experts.experts
                 counts[kind] = counts.get(kind, 0) + 1
@@ -164,6 +169,22 @@ class Streaming:
                 if counts[expert] > 0:
                     bank.request(expert, (), guessed=True)
 
+    def let_go_later(self, layer: LayerExperts, experts: Collection[int]) -> None:
+        """Note experts that are about to be computed on the map of their files."""
+        self._touched += [(layer, expert) for expert in experts]
+
+    def let_go(self) -> None:
+        """Stop counting what was computed on maps as this process's memory; MLX has finished with it.
+
+        Raises StreamError where a file was cut short meanwhile.
+        """
+        if not self._touched:
+            return
+        touched, self._touched = self._touched, []
+        self.store.check_maps()
+        for layer, expert in touched:
+            self.store.let_go(layer, expert)
+
     def check(self) -> None:
         """Raise where the request under way is not wanted any more."""
         if self.interrupted is not None:
@@ -208,3 +229,14 @@ class Streaming:
             vars(switch).pop("_streamed", None)
         self._attached = []
         self.store.close()
+
+
+def _operation(owner: Any, switch: Any, fit: Fit, experts: int, maps: Mapped | None) -> StreamedOperation:
+    """Return the operation of a module with streamed experts, on the maps of their files as well where those serve."""
+    from edger1.kernels.experts_streamed import streamed
+
+    if maps is not None:
+        # What lies in a file need not be aligned as the processor wants it.
+        with contextlib.suppress(ValueError):
+            return streamed(owner, switch, fit, experts=experts, mapped=maps)
+    return streamed(owner, switch, fit, experts=experts)

@@ -42,6 +42,8 @@ class StreamedOperation:
 
     slots: int
     """How many slots the bank has."""
+    mapped: bool
+    """Whether experts on a map lie behind them."""
     has_router: bool
     """Whether `route` and `given` stand for the whole module; otherwise it routes in its own code."""
     takes_ranks: bool
@@ -125,6 +127,7 @@ def streamed(
         parts = replace(parts, router=_of(parts.router, twin, owner))
     return StreamedOperation(
         slots=first["weight"].shape[0],
+        mapped=bool(mapped),
         has_router=parts is not None,
         takes_ranks=takes_ranks,
         takes_routing=probe.expected is None and probe.takes_routing(stand_in.held.call),

@@ -7,6 +7,7 @@
 #include <stdexcept>
 
 #include "bindings.h"
+#include "map_guard.h"
 #include "mlx/allocator.h"
 #include "mlx/array.h"
 
@@ -86,9 +87,43 @@ int64_t collapse_pages(mlx::core::array& a) {
   return static_cast<int64_t>(end - begin);
 }
 
+// A guard over the memory of a Python buffer, a memory map that is.
+class GuardedBuffer {
+ public:
+  explicit GuardedBuffer(nb::handle buffer) {
+    if (PyObject_GetBuffer(buffer.ptr(), &view_, PyBUF_SIMPLE) != 0) {
+      throw nb::python_error();
+    }
+    try {
+      guard_.emplace(view_.buf, static_cast<size_t>(view_.len));
+    } catch (...) {
+      PyBuffer_Release(&view_);
+      throw;
+    }
+  }
+  ~GuardedBuffer() {
+    guard_.reset();
+    PyBuffer_Release(&view_);
+  }
+  GuardedBuffer(const GuardedBuffer&) = delete;
+  GuardedBuffer& operator=(const GuardedBuffer&) = delete;
+
+  bool broken() const {
+    return guard_->broken();
+  }
+
+ private:
+  Py_buffer view_{};
+  std::optional<MapGuard> guard_;
+};
+
 } // namespace
 
 void bind_pages(nb::module_& m) {
+  nb::class_<GuardedBuffer>(m, "MapGuard",
+                            "While this lives, reading a map whose file was cut short gives zeros, and not SIGBUS.")
+      .def("__init__", [](GuardedBuffer* self, nb::object map) { new (self) GuardedBuffer(map); }, "map"_a)
+      .def_prop_ro("broken", &GuardedBuffer::broken, "Whether that has happened: what was computed since is wrong.");
   nb::class_<Arena>(m, "Arena", "Memory on huge pages that small arrays share.")
       .def(nb::init<int64_t>(), "bytes"_a)
       .def("place", &Arena::place, "array"_a, nb::call_guard<nb::gil_scoped_release>(),
