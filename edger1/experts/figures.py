@@ -86,5 +86,8 @@ class Account:
     def _take(self) -> None:
         if self._phase is not None:
             now = self._streaming.figures.copy()
-            self._tables[self._phase] += now - self._before
+            new = now - self._before
+            self._tables[self._phase] += new
             self._before = now
+            if self._phase == "decode":
+                self._streaming.miss_costs.add(new[:, MISSES].tolist(), new[:, STALL_S].tolist())
