@@ -4,10 +4,9 @@ A token passes through gate, up, activation and down of each of its experts, and
 that is a dozen a layer, with each expert's result in memory between them. `install` gives the switch layers of a model
 classes of their own that compute all of it in one (`src/experts_plan.h`).
 
-In mlx-lm the weighted sum is not the switch layer's: each family's module writes `(y * scores[..., None]).sum(-2)`. So
-the switch layer answers with `Ranks`, which is the array [..., ranks, hidden] to whoever takes it for one, but turns
-that expression into the operation with the sum inside. Where even the router is of a known kind, the whole module is
-one operation (`experts_layer.py`).
+In mlx-lm the weighted sum is not the switch layer's, which therefore answers with `Ranks` (`experts_ranks.py`). Where
+even the router is of a known kind, the whole module is one operation (`experts_layer.py`). Experts that are read from
+disk as they are needed have an operation of their own (`experts_streamed.py`).
 
 A module that was since given an adapter, new weights or a gradient to compute runs as it was.
 """
@@ -25,6 +24,7 @@ import mlx.nn as nn
 
 from edger1.kernels import experts_layer
 from edger1.kernels.experts_fit import PROJECTIONS, Fit, Held, UnfitError, numbers
+from edger1.kernels.experts_ranks import Ranks
 
 
 @dataclass
@@ -68,71 +68,6 @@ class FusedExperts:
         module.__class__ = replacement
 
 
-class Ranks:
-    """What each expert gives, [..., ranks, hidden], before it is weighted and summed; everywhere else that array."""
-
-    def __init__(self, array: mx.array, held: Held, x: mx.array, indices: mx.array) -> None:
-        self._array, self._held, self._x, self._indices = array, held, x, indices
-
-    def __mlx_array__(self) -> mx.array:
-        return self._array
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._array, name)
-
-    def astype(self, dtype: mx.Dtype, *args: Any, **kwargs: Any) -> Any:
-        """As of an array."""
-        return self if dtype == self._array.dtype else self._array.astype(dtype, *args, **kwargs)
-
-    def __mul__(self, other: Any) -> Any:
-        if isinstance(other, mx.array) and other.shape == (*self._indices.shape, 1):
-            return _Weighted(self, other)
-        return self._array * other
-
-    def __rmul__(self, other: Any) -> Any:
-        return self * other
-
-
-class _Weighted:
-    """Ranks times their weights, before the sum; everywhere else that product."""
-
-    def __init__(self, ranks: Ranks, weights: mx.array) -> None:
-        self._ranks, self._weights = ranks, weights
-
-    @property
-    def _array(self) -> mx.array:
-        return self._ranks._array * self._weights
-
-    def __mlx_array__(self) -> mx.array:
-        return self._array
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._array, name)
-
-    def sum(self, axis: Any = None, *args: Any, **kwargs: Any) -> mx.array:
-        """As of an array; over the axis of ranks it is the operation."""
-        ranks = self._ranks
-        if axis in (-2, ranks._indices.ndim - 1) and not args and not kwargs:
-            done: mx.array | None = ranks._held.call(ranks._x, ranks._indices, self._weights)
-            if done is not None:
-                if ranks._held.seen is not None:
-                    ranks._held.seen.append((ranks._x, ranks._indices, self._weights))
-                return done
-        return self._array.sum(axis, *args, **kwargs)
-
-
-def _of_array(name: str) -> Any:
-    return lambda self, *args: getattr(self._array, name)(*args)
-
-
-# Operators are looked up in the class and would miss __getattr__.
-for _name in ("add", "radd", "sub", "rsub", "truediv", "rtruediv", "matmul", "neg", "pow", "eq", "getitem", "len"):
-    for _class in (Ranks, _Weighted):
-        setattr(_class, f"__{_name}__", _of_array(f"__{_name}__"))
-for _name in ("mul", "rmul"):
-    setattr(_Weighted, f"__{_name}__", _of_array(f"__{_name}__"))
-
-
 def install(model: nn.Module, precision: str, extension: ModuleType) -> FusedExperts:
     """Let the experts of each layer of `model` that the operation can stand for run as one; others are left alone.
 
@@ -151,7 +86,7 @@ def install(model: nn.Module, precision: str, extension: ModuleType) -> FusedExp
             except UnfitError as error:
                 others[f"{kind.__name__}: {error}"] += 1
                 continue
-            probe = experts_layer.Probe(owner, switch)
+            probe = experts_layer.Probe.of(owner, switch, fit)
             switch_kind: Any = type(switch)
             fused._swap(switch, _fused(switch_kind), "_experts", held)
             held.ranked = probe.sums_ranks(held)

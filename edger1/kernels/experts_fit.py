@@ -93,16 +93,19 @@ class Fit:
         activations.sort(key=lambda name: name != activation)
         return call
 
-    def start(self, switch: nn.Module, activation: str, *, called: bool = False) -> Any:
+    def start(self, switch: nn.Module, activation: str, *, called: bool = False, bank: bool = False) -> Any:
         """Return an unfinished operation with the experts of a switch layer in it, which watches them.
 
-        `called` says that the layer itself will be what calls the operation, which must then not hold it.
+        `called` says that the layer itself will be what calls the operation, which must then not hold it. `bank` says
+        that the arrays are overwritten in place, and that somebody else watches the layer.
         """
         limits = _limits(switch.activation)
         call = self.extension.Experts(activation=activation, precision=self.precision, **limits)
-        for name, key in PROJECTIONS[_kind(switch)].items():
-            add_projection(call, name, _switch_linear(switch, key))
-            call.watch(None if called else switch, key, switch[key])
+        for name, key in projections(switch).items():
+            linear = _switch_linear(switch, key)
+            add_projection(call, name, linear, **({"in_place": True} if bank else {}))
+            if not bank:
+                call.watch(None if called else switch, key, linear)
         return call
 
     def activation(self, switch: nn.Module) -> str:
@@ -117,12 +120,18 @@ class Fit:
     def _candidates(self, switch: nn.Module) -> list[str]:
         # What has a limit shows it at large values only, where those of a probe need not reach.
         gated = _LIMITED if _limits(switch.activation) else _GATED
-        names = _PLAIN if _kind(switch) is SwitchMLP else gated
+        names = _PLAIN if kind(switch) is SwitchMLP else gated
         return self._activations.setdefault(names, list(names))
 
 
-def _kind(switch: nn.Module) -> type:
+def kind(switch: nn.Module) -> type:
+    """Return which of mlx-lm's switch layers this is or stands for."""
     return SwitchGLU if isinstance(switch, SwitchGLU) else SwitchMLP
+
+
+def projections(switch: nn.Module) -> dict[str, str]:
+    """Return the operation's name -> the layer's for each projection of a switch layer."""
+    return PROJECTIONS[kind(switch)]
 
 
 def _limits(activation: Any) -> dict[str, float]:
@@ -151,16 +160,16 @@ def numbers(module: nn.Module) -> tuple[tuple[str, Any], ...]:
     return tuple((name, value) for name, value in vars(module).items() if isinstance(value, int | float))
 
 
-def add_projection(call: Any, name: str, linear: Any) -> None:
+def add_projection(call: Any, name: str, linear: Any, **options: Any) -> None:
     """Give the operation a linear or switch layer, and watch it. Raises UnfitError for what it does not know."""
     if isinstance(linear, nn.Linear | SwitchLinear) and type(linear) in (nn.Linear, SwitchLinear):
-        call.project(name, linear["weight"], bias=linear.get("bias"))
+        call.project(name, linear["weight"], bias=linear.get("bias"), **options)
     elif isinstance(linear, nn.QuantizedLinear | QuantizedSwitchLinear) and type(linear).__name__ in _OUR_NAMES:
         if getattr(linear, "global_scale", None) is not None:
             raise UnfitError(f"its {name} has a scale for each expert")
         call.project(
             name, linear["weight"], linear["scales"], linear.get("biases"), linear.get("bias"), linear.group_size,
-            linear.bits, linear.mode,
+            linear.bits, linear.mode, **options,
         )  # fmt: skip
     else:
         raise UnfitError(f"its {name} is a {type(linear).__name__}")

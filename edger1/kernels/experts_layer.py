@@ -9,7 +9,7 @@ holds; then it looks whether the module adds a shared expert. Whatever it takes 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -33,23 +33,35 @@ _SCORES: tuple[dict[str, Any], ...] = (
 
 
 class Probe:
-    """What a module with experts answers to random input: few rows, since each of them reads experts of its own."""
+    """What a module with experts answers to random input: few rows, since each of them reads experts of its own.
 
-    def __init__(self, owner: nn.Module, switch: nn.Module) -> None:
-        self.owner, self.switch = owner, switch
-        first: Any = next(m for m in switch.children().values() if hasattr(m, "input_dims"))
-        self.experts: int = first.num_experts
-        rows = mx.random.normal((1, 4 * len(SCALES), first.input_dims), key=mx.random.key(2))
+    `start` makes an unfinished operation with experts in it.
+    """
+
+    def __init__(
+        self, owner: nn.Module, switch: nn.Module, start: Callable[[], Any], experts: int, hidden: int
+    ) -> None:
+        self.owner, self.switch, self.start, self.experts = owner, switch, start, experts
+        rows = mx.random.normal((1, 4 * len(SCALES), hidden), key=mx.random.key(2))
         self.many = rows * mx.array(SCALES * 4)[:, None]
         self.x = self.many[:, : len(SCALES)]
         self.indices = self.weights = mx.array(0)
-        self.expected = self._evaluated(self.x)
+        self.expected = self.evaluated(self.x)
+
+    @classmethod
+    def of(cls, owner: nn.Module, switch: nn.Module, fit: Fit) -> Probe:
+        """Return the probe of a module whose experts are all there, and have been fitted."""
+        first: Any = next(m for m in switch.children().values() if hasattr(m, "input_dims"))
+        return cls(
+            owner, switch, lambda: fit.start(switch, fit.activation(switch)), first.num_experts, first.input_dims
+        )
 
     def _answer(self, *arguments: mx.array) -> mx.array | None:
         answer: Any = self.owner(*arguments)
         return answer if isinstance(answer, mx.array) else None
 
-    def _evaluated(self, *arguments: mx.array) -> mx.array | None:
+    def evaluated(self, *arguments: mx.array) -> mx.array | None:
+        """Return what the module answers; None if that is no array, or it cannot be called so."""
         try:
             answer = self._answer(*arguments)
             mx.eval(answer)
@@ -62,7 +74,7 @@ class Probe:
         if self.expected is None:
             return False
         held.ranked, held.seen = True, []
-        answer = self._evaluated(self.x)
+        answer = self.evaluated(self.x)
         if len(held.seen) == 1 and answer is not None and difference(answer, self.expected) <= SAME:
             # Where tokens go is worth seeing for more rows. What the experts make of those is never computed.
             self.owner(self.many)
@@ -79,26 +91,32 @@ class Probe:
         x = self.x[0]
         indices = mx.random.randint(0, self.experts, (x.shape[0], 2), key=mx.random.key(3)).astype(mx.uint32)
         weights = mx.random.uniform(shape=indices.shape, key=mx.random.key(4))
-        answer, sums = self._evaluated(x, indices, weights), call(x, indices, weights)
+        answer, sums = self.evaluated(x, indices, weights), call(x, indices, weights)
         return answer is not None and sums is not None and difference(sums, answer) <= SAME
 
 
 def operation(probe: Probe, fit: Fit) -> Any:
     """Return the operation of the whole module that `probe` has tried out, or None where there is none."""
-    if getattr(probe.owner, "sharding_group", None) is not None:
-        return None
-    router = _router(probe, fit)
-    if router is None:
-        return None
-    for shared in (None, *_shared(probe.owner, probe.switch)):
+    for parts in possible_parts(probe, fit):
         try:
-            call = _build(probe, fit, router, shared)
+            call = build(probe.owner, probe.start, parts)
         except (UnfitError, ValueError):
             continue
         got = call.layer(probe.x)
         if got is not None and probe.expected is not None and difference(got, probe.expected) <= SAME:
             return call
     return None
+
+
+def possible_parts(probe: Probe, fit: Fit) -> Iterator[Parts]:
+    """Yield what a module may consist of beside its experts, without a shared expert first; nothing for no router."""
+    if getattr(probe.owner, "sharding_group", None) is not None:
+        return
+    router = _router(probe, fit)
+    if router is not None:
+        yield Parts(router)
+        for expert, weight in _shared(probe.owner, probe.switch):
+            yield Parts(router, expert, weight)
 
 
 @cache
@@ -136,7 +154,7 @@ def fused_sum(original: Any) -> type:
 
 def sum_operation(probe: Probe, fit: Fit) -> Any:
     """Return the operation of a module that is called with x, indices and weights, or None where it is another."""
-    call = fit.start(probe.switch, fit.activation(probe.switch))
+    call = probe.start()
     for key, child in probe.owner.items():
         if child is probe.switch:
             call.watch(None, key, child)
@@ -145,7 +163,7 @@ def sum_operation(probe: Probe, fit: Fit) -> Any:
 
 
 @dataclass(frozen=True)
-class _Router:
+class Router:
     """What may be a module's router: its matrix, the module that is called for routing, and how it chooses."""
 
     owner: nn.Module
@@ -154,14 +172,25 @@ class _Router:
     settings: dict[str, Any]
 
 
-def _router(probe: Probe, fit: Fit) -> _Router | None:
+@dataclass(frozen=True)
+class Parts:
+    """What a module with experts consists of beside them."""
+
+    router: Router
+    shared: Any = None
+    """The expert that every token passes, if there is one."""
+    weight: Any = None
+    """The layer whose sigmoid the shared expert's answer is multiplied with, if there is one."""
+
+
+def _router(probe: Probe, fit: Fit) -> Router | None:
     """Return the router whose weights are closest to the module's, None where none gives the same."""
     candidates = [router for owner, gate in _gates(probe.owner) for router in _routers(probe, owner, gate)]
     kind = type(probe.owner)
     # The next module of a kind probably routes as the last did.
     last = candidates[fit.routers[kind] :][:1] if kind in fit.routers else []
     for some in (last, candidates):
-        tried = [(*found, n) for n, router in enumerate(some) if (found := _tried(probe, fit, router)) is not None]
+        tried = [(*found, n) for n, router in enumerate(some) if (found := _tried(probe, router)) is not None]
         if tried:
             _, best, number = min(tried, key=lambda t: t[0])
             if some is candidates:
@@ -170,10 +199,10 @@ def _router(probe: Probe, fit: Fit) -> _Router | None:
     return None
 
 
-def _tried(probe: Probe, fit: Fit, router: _Router) -> tuple[float, _Router] | None:
+def _tried(probe: Probe, router: Router) -> tuple[float, Router] | None:
     """Return how far a router is from the module's, with the scale that it needs; None if that is too far."""
     try:
-        indices, weights = _build(probe, fit, router, None).route(probe.many[0])
+        indices, weights = build(probe.owner, probe.start, Parts(router)).route(probe.many[0])
     except (UnfitError, ValueError):
         return None
     got = _table(indices, weights, probe.experts)
@@ -212,7 +241,7 @@ def _number(name: str, *owners: Any) -> Any:
     return None
 
 
-def _routers(probe: Probe, gate_owner: nn.Module, gate: Any) -> Iterator[_Router]:
+def _routers(probe: Probe, gate_owner: nn.Module, gate: Any) -> Iterator[Router]:
     """Yield what may be the module's router, the likeliest first."""
     corrections = [
         (holder, key)
@@ -227,12 +256,16 @@ def _routers(probe: Probe, gate_owner: nn.Module, gate: Any) -> Iterator[_Router
             settings = {"groups": int(n), "groups_kept": int(kept)}
             groups = [{**settings, "group_score": kind} for kind in ("best_two", "best")] + groups
     for correction, grouped, score in itertools.product([*corrections, None], groups, _SCORES):
-        yield _Router(gate_owner, gate, correction, {"ranks": probe.indices.shape[1], **score, **grouped})
+        yield Router(gate_owner, gate, correction, {"ranks": probe.indices.shape[1], **score, **grouped})
 
 
-def _build(probe: Probe, fit: Fit, router: _Router, shared: Any) -> Any:
-    owner, gate = probe.owner, router.gate
-    call = fit.start(probe.switch, fit.activation(probe.switch))
+def build(owner: nn.Module, start: Callable[[], Any], parts: Parts, unwatched: Any = None) -> Any:
+    """Return the operation of a module: the experts that `start` gives, its router, its shared expert.
+
+    It watches the module's children, but for the one that somebody else does. Raises UnfitError or ValueError.
+    """
+    router, gate = parts.router, parts.router.gate
+    call = start()
     if isinstance(gate, nn.Linear | nn.QuantizedLinear):
         add_projection(call, "router", gate)
     else:
@@ -244,16 +277,16 @@ def _build(probe: Probe, fit: Fit, router: _Router, shared: Any) -> Any:
         correction = holder[key]
         call.watch(None if holder is owner else holder, key, correction)
     call.router(**router.settings, correction=correction)
-    if shared is not None:
-        expert, weight = shared
+    if parts.shared is not None:
         for name in ("gate", "up", "down"):
-            add_projection(call, f"shared_{name}", expert[f"{name}_proj"])
-            call.watch(expert, f"{name}_proj", expert[f"{name}_proj"])
-        if weight is not None:
-            add_projection(call, "shared_weight", weight)
+            linear = parts.shared[f"{name}_proj"]
+            add_projection(call, f"shared_{name}", linear)
+            call.watch(parts.shared, f"{name}_proj", linear)
+        if parts.weight is not None:
+            add_projection(call, "shared_weight", parts.weight)
     for holder in {id(m): m for m in (owner, router.owner)}.values():
         for key, child in holder.items():
-            if isinstance(child, nn.Module):
+            if isinstance(child, nn.Module) and child is not unwatched:
                 call.watch(None if holder is owner else holder, key, child)
     # How many experts are chosen may be changed, too. The module's own numbers are left to `Held`: holding what they
     # stand in would be a cycle that is never collected.
