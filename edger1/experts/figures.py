@@ -89,5 +89,6 @@ class Account:
             new = now - self._before
             self._tables[self._phase] += new
             self._before = now
-            if self._phase == "decode":
-                self._streaming.miss_costs.add(new[:, MISSES].tolist(), new[:, STALL_S].tolist())
+            costs = self._streaming.miss_costs
+            if costs is not None and self._phase == "decode":
+                costs.add(new[:, MISSES].tolist(), new[:, STALL_S].tolist())
