@@ -12,12 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
-from edger1.sampling import kernels
+from edger1.cache import Holder
+from edger1.sampling import Draw, kernels
 
 if TYPE_CHECKING:
-    from edger1.generate import Generation
     from edger1.loader import LiveModel
 
 MOST_ROWS = 16
@@ -31,29 +31,62 @@ def batchable(model: LiveModel, caches: Sequence[Any]) -> bool:
     return model.installed.stacked and all(type(cache) is KVCache for cache in caches)
 
 
+class Row(Holder, Protocol):
+    """A request as the batch sees it; `edger1.generate.Generation` is one."""
+
+    batch: Batch[Any] | None
+
+    @property
+    def tokens_fed(self) -> int:
+        """How many tokens are in its caches."""
+
+    @property
+    def last_token(self) -> int:
+        """The token that is fed next."""
+
+    @property
+    def ends_next(self) -> bool:
+        """Whether its next token is the last that it may say."""
+
+    def lend(self, batch: Batch[Any]) -> tuple[list[Any], Any]:
+        """Hand over the caches, and the token drawn ahead, shape (1,), or None."""
+
+    def receive(self, caches: list[Any] | None, drawn: Any) -> None:
+        """Take back what was lent."""
+
+    def draw(self, *, unread: bool) -> Draw:
+        """Return how its next token is drawn."""
+
+    def feed(self) -> None:
+        """Note that `last_token` is in its cache."""
+
+
+R = TypeVar("R", bound=Row)
+
+
 @dataclass(frozen=True)
-class Said:
+class Said(Generic[R]):
     """A token that a row has drawn; `fed` where it is in the row's cache already."""
 
-    row: Generation
+    row: R
     token: int
     fed: bool
 
 
-class Batch:
+class Batch(Generic[R]):
     """The requests of one model that are decoded together."""
 
     def __init__(self, model: LiveModel, *, ahead: bool) -> None:
         self._model = model
         self._ahead = ahead
-        self._rows: list[Generation] = []
+        self._rows: list[R] = []
         # A BatchKVCache a layer; nothing where there are no rows.
         self._caches: list[Any] = []
         # What each row is fed next (uint32, [rows]), and the rows that have not been told yet what that is.
         self._next: Any = None
-        self._unread: set[Generation] = set()
+        self._unread: set[R] = set()
 
-    def choose(self, candidates: Sequence[Generation]) -> list[Generation]:
+    def choose(self, candidates: Sequence[R]) -> list[R]:
         """Return who of `candidates` is to be decoded together, within the memory for caches; they have their room.
 
         All of them must join; nobody where fewer than two fit. Those that were in the batch stay before others.
@@ -62,7 +95,7 @@ class Batch:
         first = sorted(candidates, key=lambda row: row not in inside)[:MOST_ROWS]
         return self._model.kv.hold_together({row: row.tokens_fed + 1 for row in first}) if len(first) > 1 else []
 
-    def step(self, rows: Sequence[Generation]) -> list[Said]:
+    def step(self, rows: Sequence[R]) -> list[Said[R]]:
         """Go on with `rows` by a token; returns what is to be said now: nothing yet by some that just came in.
 
         Whoever else was in the batch gets its caches back; without rows nothing more happens.
@@ -92,7 +125,7 @@ class Batch:
         tokens = current.tolist() if any(unread) else []
         return [Said(self._rows[i], token, True) for i, token in enumerate(tokens) if unread[i]]
 
-    def give_back(self, rows: Sequence[Generation]) -> None:
+    def give_back(self, rows: Sequence[R]) -> None:
         """Return to `rows` the caches that are theirs; the others stay together."""
         import mlx.core as mx
 
@@ -109,7 +142,7 @@ class Batch:
         for row, own, drawn in zip(rows, given, self._forget(leaving), strict=True):
             row.receive(own, drawn)
 
-    def remove(self, row: Generation) -> None:
+    def remove(self, row: R) -> None:
         """Drop the caches of `row`, if it is in the batch."""
         if row not in self._rows:
             return
@@ -152,7 +185,7 @@ class Batch:
             self._caches = []
         return drawn
 
-    def _join(self, rows: list[Generation]) -> None:
+    def _join(self, rows: list[R]) -> None:
         import mlx.core as mx
 
         if not rows:

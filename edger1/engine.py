@@ -133,7 +133,7 @@ class Scheduler:
         self._models: dict[str, LiveModel] = {}
         self._jobs: collections.deque[Entry] = collections.deque()
         self._turn: Any = None
-        self._batches: dict[str, Batch] = {}
+        self._batches: dict[str, Batch[Generation]] = {}
         self.loads: list[LoadJob] = []
         self._inbox: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
         # What came while a step was under way.
@@ -283,7 +283,7 @@ class Scheduler:
         for job in [job for job in entries if job not in together]:
             self._step(entries[job], partial(job.step, ahead=False))
 
-    def _batch_of(self, model: str) -> Batch:
+    def _batch_of(self, model: str) -> Batch[Generation]:
         from edger1.batch import Batch
         from edger1.generate import runs_ahead
 
@@ -326,7 +326,7 @@ def _ends(request: Request | None, id_: str, model: str) -> bool:
     return request is None or (isinstance(request, Unload) and request.model == model)
 
 
-def _say(said: Said, complete: list[Generation]) -> bool:
+def _say(said: Said[Generation], complete: list[Generation]) -> bool:
     """Give a job its token, and note in `complete` if that was the last of its answer."""
     done = said.row.say(said.token, fed=said.fed)
     if done:

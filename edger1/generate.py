@@ -146,7 +146,7 @@ class Generation:
         self._fed: list[int] = []
         self._next: Any = None
         # Where the caches, and the token drawn ahead, are while this request is decoded with others.
-        self.batch: Batch | None = None
+        self.batch: Batch[Any] | None = None
 
     def _encode(self, text: str) -> list[int]:
         def encode(part: str) -> list[int]:
@@ -221,7 +221,7 @@ class Generation:
         """Whether its next token is the last that it may say."""
         return len(self._output.tokens) + 1 >= self._max_tokens
 
-    def lend(self, batch: Batch) -> tuple[list[Any], Any]:
+    def lend(self, batch: Batch[Any]) -> tuple[list[Any], Any]:
         """Hand `batch` the caches, and the token drawn ahead, shape (1,), or None; `receive` gives them back."""
         caches, self._caches, self.batch = self._caches, None, batch
         drawn, self._next = self._next, None

@@ -27,12 +27,12 @@ OPTIONS = {
 }
 ALL = [*sorted(path.stem.removeprefix("test_") for path in (ROOT / "tests").glob("test_kernels_*.py")), "train_ops"]
 EACH = (
-    *("kernels_blocks", "kernels_draw", "kernels_experts", "kernels_latent", "kernels_ops", "kernels_prefill"),
-    *("kernels_qmm", "kernels_quantized_rows", "train_ops"),
+    *("kernels_blocks", "kernels_blocks_caches", "kernels_draw", "kernels_experts", "kernels_latent", "kernels_ops"),
+    *("kernels_prefill", "kernels_qmm", "kernels_quantized_rows", "train_ops"),
 )
 """Modules over what is compiled for each instruction set. The others' code is the same on all, and they run on one."""
-ONLY = {"avx512bf16": ("train_ops",)}
-"""Sets that have few sources of their own (src/gemm_engine_avx512bf16.cpp) -> the modules over those."""
+ONLY = {"avx512bf16": ("kernels_latent", "train_ops")}
+"""Sets that have few sources of their own (src/*_avx512bf16.cpp) -> the modules over those."""
 
 
 def build(kind: str) -> Path:

@@ -78,11 +78,12 @@ class Bank:
         return reads
 
     def request(self, expert: int, keep: Collection[int], *, guessed: bool = False) -> Read | None:
-        """Begin to bring an expert in; None where no slot can be freed without one of `keep`.
+        """Begin to bring in an expert that is not there; None where no slot can be freed without one of `keep`.
 
         A read that is under way already is returned, and goes before others now unless this one is a guess as well.
         """
         self.settle()
+        assert self.table[expert] < 0, "an expert has one slot"
         under_way = self.loading.get(expert)
         if under_way is not None:
             if not guessed:

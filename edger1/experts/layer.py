@@ -46,6 +46,8 @@ class StreamedExperts:
         self.bank = bank
         self.figures = streaming.figures[bank.layer.index]
         self.operation: StreamedOperation | None = None
+        self.held_by: Any = None
+        """The switch layer whose arrays the operation reads."""
         self._streaming = streaming
 
     def switch(self, switch: Any, x: Any, indices: Any, compute: Compute) -> Any:
@@ -78,7 +80,7 @@ class StreamedExperts:
         operation, bank = self.operation, self.bank
         if operation is None or not operation.has_router or self._streaming.asleep:
             return None
-        if not operation.stands(owner):
+        if not operation.stands(owner, self.held_by):
             self.operation = None
             return None
         routed = operation.route(x)
@@ -166,8 +168,12 @@ class StreamedExperts:
     def _request(self, missing: Sequence[int], distinct: Sequence[int]) -> list[Read]:
         """Begin to read what is missing, into slots that nothing reads any more."""
         self._streaming.device.finish()
-        reads, keep = [], set(distinct)
+        reads, keep = [], {*distinct, *missing}
         for expert in missing:
+            self.bank.settle()
+            if self.bank.table[expert] >= 0:
+                # A guess that has come since the layer looked.
+                continue
             if self.bank.places[expert] < 0:
                 self.figures[BYTES_READ] += self.bank.layer.expert_bytes
             while (read := self.bank.request(expert, keep)) is None:

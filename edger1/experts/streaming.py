@@ -121,7 +121,7 @@ class Streaming:
                     reason = f"{type(owner).__name__}: {error}"
                     experts.others[reason] = experts.others.get(reason, 0) + 1
                     continue
-                held.operation = operation
+                held.operation, held.held_by = operation, switch
                 held.bank.arrivals = kernels.Arrivals(held.bank.slots)
                 kind, counts = type(owner).__name__, experts.layers if operation.has_router else experts.experts
                 counts[kind] = counts.get(kind, 0) + 1

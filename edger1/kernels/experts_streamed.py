@@ -187,8 +187,11 @@ def _parts(probe: Probe, stand_in: _StandIn, fit: Fit) -> Parts | None:
         except (UnfitError, ValueError):
             continue
         indices, weights = call.route(probe.x)
-        # Apart from the experts' sum, in which a small one would not be seen.
-        shared = call.given(probe.x, mx.zeros_like(indices), mx.zeros_like(weights))
+        # Apart from the experts' sum, in which a small one would not be seen; row by row, since all ranks have the one
+        # expert there is, and more than 16 of them would go another way.
+        nothing = mx.zeros_like(weights[:, :1])
+        rows = mx.split(probe.x, probe.x.shape[1], axis=1)
+        shared = mx.concatenate([call.given(row, nothing.astype(mx.uint32), nothing) for row in rows], axis=1)
         whole = stand_in.weighted(probe.x, indices, weights) + shared
         if difference(shared, shared_only) <= SAME and difference(whole, probe.expected) <= SAME:
             return parts

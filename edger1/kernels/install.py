@@ -168,25 +168,28 @@ _FEW_ROWS = 16
 
 def _matmul(layer: Any, x: mx.array, precision: Precision) -> mx.array:
     """Return x @ w.T for a quantized layer."""
-    w, scales, biases = layer["weight"], layer["scales"], layer.get("biases")
     ratio = 0.0
     if layer.mode == "affine" and x.size <= _FEW_ROWS * x.shape[-1]:
         held = vars(layer).get("_bias_ratio")
         if held is None:
             held = quantized.BiasRatio()
             object.__setattr__(layer, "_bias_ratio", held)
-        ratio = held.of(w, scales, biases, layer.group_size, layer.bits)
+        ratio = held.of(layer["weight"], layer["scales"], layer.get("biases"), layer.group_size, layer.bits)
+    return _product(layer, x, precision, True, ratio)
+
+
+def _product(layer: Any, x: mx.array, precision: Precision, transpose: bool, bias_ratio: float = 0.0) -> mx.array:
     return quantized.quantized_matmul(
         x,
-        w,
-        scales,
-        biases,
-        transpose=True,
+        layer["weight"],
+        layer["scales"],
+        layer.get("biases"),
+        transpose=transpose,
         group_size=layer.group_size,
         bits=layer.bits,
         mode=layer.mode,
         precision=precision,
-        bias_ratio=ratio,
+        bias_ratio=bias_ratio,
     )
 
 
@@ -229,17 +232,7 @@ def _quantized_embedding(precision: Precision, float32: bool) -> type:
 def _quantized_multi_linear(precision: Precision) -> type:
     class KernelQuantizedMultiLinear(QuantizedMultiLinear):
         def __call__(self, x: mx.array, transpose: bool = True) -> mx.array:
-            return quantized.quantized_matmul(
-                x,
-                self["weight"],
-                self["scales"],
-                self.get("biases"),
-                transpose=transpose,
-                group_size=self.group_size,
-                bits=self.bits,
-                mode=self.mode,
-                precision=precision,
-            )
+            return _product(self, x, precision, transpose)
 
     return KernelQuantizedMultiLinear
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -15,6 +15,7 @@ from mlx_lm.models.base import create_causal_mask
 from mlx_lm.models.cache import KVCache, RotatingKVCache
 
 from edger1.kernels.blocks import wire
+from edger1.kernels.blocks.plan import Plan
 from edger1.kernels.blocks.recognise import ACTIVATIONS, Anatomy, Form, UnfitError, build, examine, forms
 
 _SAME = 1e-4
@@ -26,17 +27,6 @@ _ROUNDING = 1e-6
 _FAR = 1_000_003
 """A position at which layers that treat late tokens in another way do so."""
 _SLOTS = 8
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What of a layer the operation `call` stands for."""
-
-    anatomy: Anatomy
-    runs: str
-    call: Any
-    reason: str = ""
-    """Why it is not the whole layer."""
 
 
 class Planner:

@@ -5,16 +5,14 @@ from __future__ import annotations
 import inspect
 from dataclasses import dataclass
 from functools import cache as memoize
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import BatchKVCache, KVCache, RotatingKVCache
 
+from edger1.kernels.blocks.plan import Plan
 from edger1.kernels.prefill import FEW_ROWS, prefill
-
-if TYPE_CHECKING:
-    from edger1.kernels.blocks.probe import Plan
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,10 @@ struct Projection {
   int form = 0;                      // which of its input's prepared forms it reads; set by finish_plan
 
   int64_t row_bytes() const;
+  // What a row takes in the form that multiply reads.
+  int64_t prepared_bytes(bool fast) const;
+  // Columns [n0, n1) of the results of m rows in one prepared form, `stride` bytes apart.
+  void multiply(bool fast, const char* prepared, int64_t stride, int m, int n0, int n1, float* const* out) const;
 };
 
 struct NormPlan {

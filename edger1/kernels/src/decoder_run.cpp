@@ -18,38 +18,6 @@ constexpr int64_t kSerialRows = 1 << 13;     // elements below which rows are no
 constexpr double kLeastAttention = 1 << 16;  // operations below which splitting attention further gains nothing
 constexpr int64_t kAheadBytes = 32 << 10;    // what a waiting thread reads of each matrix
 
-int64_t scale_bytes(ScaleType type) {
-  return type == ScaleType::f32 ? 4 : type == ScaleType::e8m0 ? 1 : 2;
-}
-
-bool same_form(const Projection& a, const Projection& b) {
-  return a.quantized == b.quantized && a.k == b.k &&
-      (!a.quantized || (a.w.bits == b.w.bits && a.w.group == b.w.group && a.w.fp4 == b.w.fp4));
-}
-
-int64_t form_bytes(const Projection& form, bool fast) {
-  return form.quantized ? prepared_layout(form.k, fast).bytes : int64_t{form.k} * 4;
-}
-
-// Columns [n0, n1) of the results of rows in one prepared form.
-void product(const Projection& p, bool fast, const char* prepared, int64_t stride, int m, int n0, int n1,
-             float* const* out) {
-  if (p.quantized) {
-    const void* x[kMaxRows];
-    for (int i = 0; i < m; i++) {
-      x[i] = prepared + i * stride;
-    }
-    (fast ? qmm_kernels().rows_fast : qmm_kernels().rows_exact)(p.w, x, m, n0, n1, out);
-  } else {
-    int64_t out_stride = m > 1 ? out[1] - out[0] : 0;
-    ops().dot_rows(out[0] - n0, out_stride, reinterpret_cast<const float*>(prepared), stride / 4, m, p.plain,
-                   p.plain_type, p.plain_stride, p.k, n0, n1);
-  }
-  for (int i = 0; i < m && p.bias; i++) {
-    ops().blend_row(out[i], 1, p.bias + n0, 1, n1 - n0);
-  }
-}
-
 // Layers one after the other, each in phases; see Stage.
 class Run : public Course {
  public:
@@ -61,7 +29,7 @@ class Run : public Course {
       for (const auto& forms : plan.forms) {
         int64_t bytes = 0;
         for (const auto& form : forms) {
-          bytes += padded(rows_ * form_bytes(form, plan.fast), 64);
+          bytes += padded(rows_ * form.prepared_bytes(plan.fast), 64);
         }
         prepared = std::max(prepared, bytes);
       }
@@ -348,7 +316,7 @@ class Run : public Course {
   void prepare(int stage, int i, const float* x) const {
     char* to = prepared_;
     for (const Projection& form : plan().forms[stage]) {
-      int64_t bytes = form_bytes(form, plan().fast);
+      int64_t bytes = form.prepared_bytes(plan().fast);
       if (form.quantized) {
         (plan().fast ? qmm_kernels().prepare_fast : qmm_kernels().prepare_exact)(form.w, x, to + i * bytes);
       } else {
@@ -361,9 +329,9 @@ class Run : public Course {
   void multiply(const Projection& p, int stage, int n0, int n1, float* const* out) const {
     const char* at = prepared_;
     for (int i = 0; i < p.form; i++) {
-      at += padded(rows_ * form_bytes(plan().forms[stage][i], plan().fast), 64);
+      at += padded(rows_ * plan().forms[stage][i].prepared_bytes(plan().fast), 64);
     }
-    product(p, plan().fast, at, form_bytes(plan().forms[stage][p.form], plan().fast), rows_, n0, n1, out);
+    p.multiply(plan().fast, at, plan().forms[stage][p.form].prepared_bytes(plan().fast), rows_, n0, n1, out);
   }
 
   // What of the range [n0, n1) over several matrices side by side falls to the one that begins at `first`.
@@ -489,30 +457,6 @@ class Run : public Course {
 };
 
 } // namespace
-
-int64_t Projection::row_bytes() const {
-  if (!quantized) {
-    return int64_t{k} * bytes_of(plain_type);
-  }
-  return int64_t{k} * w.bits / 8 + (w.fp4 ? 1 : 2) * int64_t{k / w.group} * scale_bytes(w.type);
-}
-
-void finish_plan(DecoderPlan& plan) {
-  Projection* stages[4][3] = {{&plan.q, &plan.k, &plan.v}, {&plan.o}, {&plan.gate, &plan.up}, {&plan.down}};
-  for (int stage = 0; stage < 4; stage++) {
-    auto& forms = plan.forms[stage];
-    for (Projection* p : stages[stage]) {
-      if (!p || p->n == 0) {
-        continue;
-      }
-      auto found = std::find_if(forms.begin(), forms.end(), [&](const Projection& f) { return same_form(f, *p); });
-      p->form = static_cast<int>(found - forms.begin());
-      if (found == forms.end()) {
-        forms.push_back(*p);
-      }
-    }
-  }
-}
 
 void run_decoder_layers(const DecoderPlan* const* plans, const DecoderCall* calls, int count) {
   Run run(plans, calls, count);

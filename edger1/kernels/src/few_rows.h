@@ -33,7 +33,7 @@ class PreparedRows {
   PreparedRows(const std::vector<Projection>& forms, int64_t rows, bool fast) : forms_(forms), rows_(rows), fast_(fast) {
     for (const Projection& form : forms) {
       begin_.push_back(bytes_);
-      bytes_ += padded(rows * row_bytes(form), 64);
+      bytes_ += padded(rows * form.prepared_bytes(fast_), 64);
     }
   }
 
@@ -46,7 +46,7 @@ class PreparedRows {
   void prepare(int64_t row, const float* x) const {
     for (size_t f = 0; f < forms_.size(); f++) {
       const Projection& form = forms_[f];
-      char* to = at_ + begin_[f] + row * row_bytes(form);
+      char* to = at_ + begin_[f] + row * form.prepared_bytes(fast_);
       if (form.quantized) {
         (fast_ ? qmm_kernels().prepare_fast : qmm_kernels().prepare_exact)(form.w, x, to);
       } else {
@@ -79,15 +79,11 @@ class PreparedRows {
     }
   }
   const char* row(int form, int64_t row) const {
-    return at_ + begin_[form] + row * row_bytes(forms_[form]);
+    return at_ + begin_[form] + row * forms_[form].prepared_bytes(fast_);
   }
 
  private:
   static constexpr int64_t kSerial = 1 << 13; // elements that are not worth waking threads for
-
-  int64_t row_bytes(const Projection& form) const {
-    return form.quantized ? prepared_layout(form.k, fast_).bytes : int64_t{form.k} * 4;
-  }
 
   const std::vector<Projection>& forms_;
   int64_t rows_;
