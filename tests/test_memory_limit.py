@@ -56,7 +56,7 @@ def limited() -> Iterator[Path | None]:
 
 
 def run(folder: Path, ceiling: int, times: int, limited: Path | None) -> tuple[int, int, int]:
-    """Run the program under a ceiling that the system enforces; returns tokens of the prompt, peak, bytes of experts."""
+    """Run the program under a ceiling that the system enforces; return tokens of the prompt, peak, bytes read."""
     enter = ""
     if limited is not None:
         with contextlib.suppress(OSError):
