@@ -133,11 +133,13 @@ def _plan(
 ) -> tuple[Plan, KVLayout, tuple[LayerExperts, ...]]:
     from edger1.experts import planning
     from edger1.experts.budget import choose_step, with_experts
+    from edger1.experts.miss_cost import MissCosts
     from edger1.experts.popularity import Popularity
 
     gpu = on_gpu()
     layers = planning.find_layers(model, folder, expert_slots)
     counts = Popularity(folder.path, [layer.experts for layer in layers])
+    miss_cost_s = MissCosts(folder.path, layers).seconds()
     popularity = [counts.counts(layer.index).tolist() for layer in layers] if counts.known else None
     weights = folder.total_bytes
     # Experts that are streamed stay as they are on disk.
@@ -171,7 +173,15 @@ def _plan(
             fused_attention=fused,
             tokenizer_file_bytes=tokenizer_bytes,
         )
-        return with_experts(plan, layers, others, prefill_tokens=step, popularity=popularity, expert_slots=expert_slots)
+        return with_experts(
+            plan,
+            layers,
+            others,
+            prefill_tokens=step,
+            popularity=popularity,
+            miss_cost_s=miss_cost_s,
+            expert_slots=expert_slots,
+        )
 
     plan, step = planned(kv.step_tokens), kv.step_tokens
     if layers:
@@ -243,6 +253,7 @@ def load(
     from mlx.utils import tree_flatten, tree_unflatten
     from mlx_lm.utils import load_tokenizer
 
+    from edger1.experts.miss_cost import MissCosts
     from edger1.experts.popularity import Popularity
     from edger1.experts.streaming import Streaming
     from edger1.kernels.install import install
@@ -283,7 +294,7 @@ def load(
     streaming = None
     if plan.stream is not None:
         popularity = Popularity(path, [layer.experts for layer in streamed])
-        streaming = Streaming(streamed, plan.stream.slots, popularity=popularity)
+        streaming = Streaming(streamed, plan.stream.slots, popularity=popularity, miss_costs=MissCosts(path, streamed))
         streaming.attach(model)
         for nbytes in streaming.fill():
             done += nbytes

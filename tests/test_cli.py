@@ -39,7 +39,7 @@ def refused(done: subprocess.CompletedProcess[str], code: int, *words: str) -> N
 
 def test_version_and_help() -> None:
     assert edger1("--version").stdout.startswith("edger1 0.")
-    for command in ("chat", "run", "pull", "models", "doctor"):
+    for command in ("chat", "run", "pull", "models", "plan", "doctor"):
         done = edger1(command, "--help")
         assert done.returncode == 0
         assert "Examples" in done.stdout

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tiny import write_mixture
 
 import edger1
 from edger1 import kernels
@@ -22,15 +23,17 @@ PROGRAM = f"""
 import sys, edger1
 with edger1.load(sys.argv[1], memory=int(sys.argv[2]), context={CONTEXT}) as m:
     text = "The quick brown fox jumps over the lazy dog and runs far away. "
-    first = m.generate(text * 140, raw=True, max_tokens=8)
-    handles = [m.submit(f"{{i}} " + text * 40, raw=True, max_tokens=8) for i in range(3)]
+    times = int(sys.argv[3])
+    first = m.generate(text * times, raw=True, max_tokens=8)
+    handles = [m.submit(f"{{i}} " + text * (times * 2 // 7), raw=True, max_tokens=8) for i in range(3)]
     for handle in handles:
         handle.result()
     chat = m.chat()
     chat.send("Hello", max_tokens=8)
     last = chat.send("And again", max_tokens=8)
-    m.score(list(range({CONTEXT // 2})))
-    print(first.usage.prompt_tokens, last.figures.peak_memory_bytes)
+    m.score([i % 200 for i in range({CONTEXT // 2})])
+    read = last.figures.experts["decode"]["bytes_read"] if last.figures.experts else 0
+    print(first.usage.prompt_tokens, last.figures.peak_memory_bytes, read)
 """
 
 
@@ -52,27 +55,42 @@ def limited() -> Iterator[Path | None]:
     yield None
 
 
-@pytest.mark.model
-@pytest.mark.skipif(not kernels.state().available, reason="takes minutes without the kernels")
-def test_a_full_context_stays_under_the_smallest_ceiling(smollm2: Path, limited: Path | None) -> None:
-    ceiling = edger1.plan(smollm2, context=CONTEXT).smallest_ceiling_bytes
+def run(folder: Path, ceiling: int, times: int, limited: Path | None) -> tuple[int, int, int]:
+    """Run the program under a ceiling that the system enforces; return tokens of the prompt, peak, bytes read."""
     enter = ""
     if limited is not None:
         with contextlib.suppress(OSError):
             limited.write_text(str(ceiling))
             enter = f"echo $$ > {limited.parent}/cgroup.procs && "
+    given = [sys.executable, "-c", PROGRAM, str(folder), str(ceiling), str(times)]
     done = subprocess.run(
-        ["sh", "-c", f'{enter} exec "$@"', "sh", sys.executable, "-c", PROGRAM, str(smollm2), str(ceiling)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
+        ["sh", "-c", f'{enter} exec "$@"', "sh", *given], capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stderr
-    prompt_tokens, peak_bytes = map(int, done.stdout.split())
+    prompt_tokens, peak_bytes, read = map(int, done.stdout.split())
+    return prompt_tokens, peak_bytes, read
+
+
+@pytest.mark.model
+@pytest.mark.skipif(not kernels.state().available, reason="takes minutes without the kernels")
+def test_a_full_context_stays_under_the_smallest_ceiling(smollm2: Path, limited: Path | None) -> None:
+    ceiling = edger1.plan(smollm2, context=CONTEXT).smallest_ceiling_bytes
+    prompt_tokens, peak_bytes, _ = run(smollm2, ceiling, 140, limited)
     assert CONTEXT - 200 < prompt_tokens < CONTEXT
     # A bound, and not a wild one.
     assert 0.6 * ceiling < peak_bytes < ceiling
+
+
+@pytest.mark.skipif(not kernels.state().available, reason="takes minutes without the kernels")
+def test_streamed_experts_stay_under_the_smallest_ceiling(tmp_path: Path, limited: Path | None) -> None:
+    folder = write_mixture(tmp_path)
+    ceiling = edger1.plan(folder, context=CONTEXT).smallest_ceiling_bytes
+    assert edger1.plan(folder, context=CONTEXT, memory=ceiling).slots is not None
+    # A token a letter.
+    prompt_tokens, peak_bytes, read = run(folder, ceiling, 30, limited)
+    assert CONTEXT - 200 < prompt_tokens < CONTEXT
+    assert read > 0
+    assert peak_bytes < ceiling
 
 
 def test_large_blocks_go_back_to_the_system_whatever_was_freed_before() -> None:

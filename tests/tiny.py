@@ -106,4 +106,5 @@ def write_mixture(folder: Path) -> Path:
     weights = dict(tree_flatten(model.parameters()))
     mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
     (folder / "config.json").write_text(json.dumps(MIXTURE), encoding="utf-8")
+    write_tokenizer(folder)
     return folder

@@ -88,5 +88,9 @@ class Account:
     def _take(self) -> None:
         if self._phase is not None:
             now = self._streaming.figures.copy()
-            self._tables[self._phase] += now - self._before
+            new = now - self._before
+            self._tables[self._phase] += new
             self._before = now
+            costs = self._streaming.miss_costs
+            if costs is not None and self._phase == "decode":
+                costs.add(new[:, MISSES].tolist(), new[:, STALL_S].tolist())

@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from edger1.experts import anatomy, budget, rates
 from edger1.errors import UnstreamableError
+from edger1.experts import anatomy, budget, rates
 from edger1.experts.anatomy import LayerExperts
 from edger1.folder import ModelFolder
 from edger1.memory import Plan

@@ -16,6 +16,7 @@ from edger1.experts.budget import least_slots
 from edger1.experts.device import Device
 from edger1.experts.figures import COMPUTE_S, STALL_S, empty
 from edger1.experts.layer import StreamedExperts, streamed_module, streamed_switch
+from edger1.experts.miss_cost import MissCosts
 from edger1.experts.policy import DEFAULT_POLICY, POLICIES, Policy
 from edger1.experts.popularity import Popularity
 from edger1.experts.prefetch import Trial
@@ -44,6 +45,7 @@ class Streaming:
         *,
         policy: Callable[[int], Policy] = POLICIES[DEFAULT_POLICY],
         popularity: Popularity | None = None,
+        miss_costs: MissCosts | None = None,
         mode: str = "auto",
         device: Device | None = None,
     ) -> None:
@@ -56,6 +58,7 @@ class Streaming:
         """See `edger1.experts.figures.COLUMNS`; since loading."""
         self.layers = [StreamedExperts(bank, self) for bank in self.banks]
         self._popularity = popularity
+        self.miss_costs = miss_costs
         self.asleep = False
         """Whether switch layers answer zeros and read nothing, while others try the model out."""
         self.interrupted: Callable[[], None] | None = None
@@ -221,9 +224,11 @@ class Streaming:
         return self._at
 
     def close(self) -> None:
-        """Save what was learnt of popularity, end the reads and give the model's layers their classes back."""
+        """Save what was learnt of the experts, end the reads and give the model's layers their classes back."""
         if self._popularity is not None:
             self._popularity.save()
+        if self.miss_costs is not None:
+            self.miss_costs.save()
         for switch, original in reversed(self._attached):
             switch.__class__ = original
             vars(switch).pop("_streamed", None)
