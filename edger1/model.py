@@ -435,7 +435,8 @@ def load(name: str | Path, **options: Any) -> Model:
     memory: the ceiling, as bytes, "6GB" or "50%" (default: three quarters of the machine). context: tokens of prompt
     and answer together; more than the model was trained for is a warning. precision: "fast" (int8 activations on CPUs)
     or "exact". expert_slots: slots a layer for routed experts, a number or a share such as "25%", also where all would
-    fit (default: experts stay resident where the ceiling allows it, else it decides the slots). on_progress(done, total) in bytes.
+    fit (default: experts stay resident where the ceiling allows it, else it decides the slots).
+    on_progress(done, total) in bytes.
 
     Raises UnknownModelError, SourceError, FormatError, MemoryCeilingError, UsageError.
     """

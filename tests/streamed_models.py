@@ -49,7 +49,9 @@ def write(folder: Path, family: str, *, quantize: bool = True, dtype: Any = None
     return folder
 
 
-def outputs(model: Any, prompt: Sequence[int] = families.PROMPT, decoded: Sequence[int] = families.DECODED) -> list[Any]:
+def outputs(
+    model: Any, prompt: Sequence[int] = families.PROMPT, decoded: Sequence[int] = families.DECODED
+) -> list[Any]:
     """Return the logits of a prompt and of each token after it."""
     cache = make_prompt_cache(model)
     found = [np.array(model(mx.array([list(prompt)]), cache=cache))]

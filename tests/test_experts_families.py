@@ -11,8 +11,8 @@ import pytest
 import streamed_models
 from streamed_models import UNSTREAMABLE, half, moe_families
 
-from edger1.experts import anatomy
 from edger1.errors import UnstreamableError
+from edger1.experts import anatomy
 from edger1.experts.figures import HITS, MISSES
 
 
@@ -22,9 +22,7 @@ def test_the_list_of_families_is_whole() -> None:
     assert len(known) > 45
     others = set(families.families()) - known - families.UNBUILDABLE.keys()
     with_experts = {
-        name
-        for name in others
-        if any("experts" in path.split(".") for path, _ in families.build(name).named_modules())
+        name for name in others if any("experts" in path.split(".") for path, _ in families.build(name).named_modules())
     }
     assert with_experts == UNSTREAMABLE.keys() - families.UNBUILDABLE.keys()
 
@@ -59,7 +57,6 @@ def test_a_long_prompt_is_the_same_within_rounding(family: str, precision: str, 
             # int8 activations are rounded otherwise in other groups of rows; where two experts are nearly level for a
             # token, and random ones often are, another is chosen.
             assert np.median(off) <= 2e-2
-
 
 
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16, mx.float32])
@@ -99,9 +96,7 @@ def test_the_anatomy_is_that_of_the_file(tmp_path: Path) -> None:
         for part in layer.parts:
             array = linears[part.projection][part.name]
             for expert in (0, layer.experts - 1):
-                raw = np.fromfile(
-                    part.file, np.uint8, count=part.nbytes, offset=part.offset + expert * part.nbytes
-                )
+                raw = np.fromfile(part.file, np.uint8, count=part.nbytes, offset=part.offset + expert * part.nbytes)
                 assert raw.tobytes() == bytes(memoryview(np.array(array[expert].view(mx.uint8))))
 
 

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from edger1.errors import StreamError
 from edger1.experts import store as store_module
 from edger1.experts.anatomy import LayerExperts, Part
-from edger1.errors import StreamError
 from edger1.experts.store import Store
 
 EXPERTS = 5

@@ -13,9 +13,8 @@ from typer.testing import CliRunner
 
 from edger1 import worker
 from edger1.cli import app
-from edger1.errors import FormatError
+from edger1.errors import FormatError, StreamError
 from edger1.experts import verify as verify_module
-from edger1.errors import StreamError
 from edger1.experts.store import Store
 from edger1.experts.verify import ROWS, verify
 

@@ -142,8 +142,8 @@ def doctor_command(
         bool,
         typer.Option(
             "--selftest",
-            help="Compare every kernel with MLX's own result and streamed with resident output, time them (two minutes), "
-            "print JSON.",
+            help="Compare every kernel with MLX's own result, and streamed with resident output; time them (two "
+            "minutes); print JSON.",
         ),
     ] = False,
 ) -> None:

@@ -18,14 +18,6 @@ Memory = Annotated[
 Context = Annotated[
     int | None, typer.Option(metavar="TOKENS", help="Context: prompt and answer together. Default: up to 8192.")
 ]
-ExpertSlots = Annotated[
-    str | None,
-    typer.Option(
-        "--expert-slots",
-        metavar="N|P%",
-        help="Slots a layer for streamed experts, as a number or a share of them. Default: what the ceiling allows.",
-    ),
-]
 Precision = Annotated[
     str,
     typer.Option(metavar="fast|exact", help='"fast" computes with int8 activations on CPUs, "exact" with f32.'),

@@ -24,8 +24,8 @@ def verify_command(
 ) -> None:
     """Show that a model's streamed output is its resident output, one layer at a time.
 
-    Also for models that are larger than memory: a layer is loaded whole, computed with its experts resident and with them
-    streamed on the same input, and given back. The certificate holds checksums of weights and outputs.
+    Also for models that are larger than memory: a layer is loaded whole, computed with its experts resident and with
+    them streamed on the same input, and given back. The certificate holds checksums of weights and outputs.
 
     Examples:
 
@@ -48,9 +48,7 @@ def verify_command(
             end = "\r\x1b[K" if done == total else ""
             print(f"\rLayer {done} of {total}{end}", end="", file=sys.stderr, flush=True)
 
-    certificate = worker.call(
-        lambda: verify(folder, precision=precision, expert_slots=expert_slots, on_layer=show)
-    )
+    certificate = worker.call(lambda: verify(folder, precision=precision, expert_slots=expert_slots, on_layer=show))
     text = json.dumps(certificate.as_json(), indent=1)
     if output is not None:
         try:
@@ -61,7 +59,9 @@ def verify_command(
         typer.echo(text)
     else:
         misses = sum(c.misses for layer in certificate.layers for c in layer.outputs)
-        typer.echo(f"{certificate.model}, {precision}: {len(certificate.layers)} layers, {misses:,} experts read from disk")
+        typer.echo(
+            f"{certificate.model}, {precision}: {len(certificate.layers)} layers, {misses:,} experts read from disk"
+        )
         for layer in certificate.layers:
             if not layer.holds(precision):
                 weights = layer.resident_weights_sha256 == layer.streamed_weights_sha256

@@ -1,7 +1,7 @@
-"""Where the routed experts of a model lie in its files: read off the modules of the unloaded model and the headers once.
+"""Where the routed experts of a model lie in its files: read off the unloaded model's modules and the headers, once.
 
-A folder as mlx-lm writes it has the experts of a layer stacked: a tensor [experts, n, k] for each matrix, its scales and
-its biases. Expert e of such a tensor is one range of bytes, so any such folder streams as it stands.
+A folder as mlx-lm writes it has the experts of a layer stacked: a tensor [experts, n, k] for each matrix, its scales
+and its biases. Expert e of such a tensor is one range of bytes, so any such folder streams as it stands.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 class Part:
     """One tensor of a layer's experts.
 
-    `offset` is where expert 0 lies, in bytes from the start of `file`; expert e lies at offset + e * nbytes. `shape` and
-    `nbytes` are of one expert; `dtype` is safetensors' name of it.
+    `offset` is where expert 0 lies, in bytes from the start of `file`; expert e lies at offset + e * nbytes. `shape`
+    and `nbytes` are of one expert; `dtype` is safetensors' name of it.
     """
 
     projection: str
@@ -63,7 +63,14 @@ _DTYPES = {
 }
 _TOP_K = (
     *("num_experts_per_tok", "num_experts_per_token", "top_k", "moe_topk", "moe_top_k", "num_selected_experts"),
-    *("experts_per_token", "n_experts_per_tok", "moe_k", "num_activated_experts", "top_k_experts", "n_activated_experts"),
+    *(
+        "experts_per_token",
+        "n_experts_per_tok",
+        "moe_k",
+        "num_activated_experts",
+        "top_k_experts",
+        "n_activated_experts",
+    ),
     *("num_experts_to_select", "moe_num_active_experts", "experts_top_k", "expert_top_k"),
 )
 
@@ -83,7 +90,8 @@ def switches(model: Any) -> list[tuple[str, Any]]:
 def find(model: Any, folder: ModelFolder) -> tuple[LayerExperts, ...]:
     """Return where the experts of each layer lie; nothing for a model without routed experts.
 
-    `model` may be lazy: no weight is read. Raises UnstreamableError where a tensor is not in the files as the model has it.
+    `model` may be lazy: no weight is read. Raises UnstreamableError where a tensor is not in the files as the model has
+    it.
     """
     found = switches(model)
     if not found:

@@ -1,8 +1,8 @@
 """The slots of one layer: memory for some of its experts, filled from the store and overwritten in place.
 
-A slot is a row in each of the layer's bank arrays, MLX arrays [slots, ...] that the layer computes with, written through
-NumPy views of the same memory. So nothing that MLX has still to compute may read a slot that is being filled: whoever
-asks for experts has MLX finish first (`layer.py`).
+A slot is a row in each of the layer's bank arrays, MLX arrays [slots, ...] that the layer computes with, written
+through NumPy views of the same memory. So nothing that MLX has still to compute may read a slot that is being filled:
+whoever asks for experts has MLX finish first (`layer.py`).
 
 An expert's bytes are there when its read has ended well. A read that failed, or was given up, leaves its slot free.
 """
@@ -26,7 +26,8 @@ ABSENT = -1
 class Bank:
     """Slots for the experts of one layer.
 
-    `arrays` maps (projection, name) to the MLX array [slots, ...] of that part. Used by one thread; reads end on others.
+    `arrays` maps (projection, name) to the MLX array [slots, ...] of that part. Used by one thread; reads end on
+    others.
     """
 
     def __init__(self, layer: LayerExperts, slots: int, store: Store, policy: Policy) -> None:

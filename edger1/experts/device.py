@@ -1,6 +1,9 @@
 """The device that MLX computes on, as far as streaming has to wait for it."""
+
 from __future__ import annotations
+
 from typing import Any
+
 import numpy as np
 
 
@@ -19,6 +22,7 @@ class Device:
         return [np.array(array) for array in arrays]
 
     def finish(self) -> None:
+        """Wait for everything that was begun."""
         import mlx.core as mx
 
         mx.synchronize()
@@ -30,6 +34,7 @@ class Device:
         mx.async_eval(array)
 
     def wait_for(self, array: Any) -> None:
+        """Wait until an array is computed."""
         import mlx.core as mx
 
         mx.eval(array)

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 Table = npt.NDArray[np.float64]
 COLUMNS = ("calls", "hits", "misses", "bytes_read", "stall_s", "compute_s", "guesses", "on_map")
-"""Columns of a table of figures [layers, columns]. `hits` and `misses` count the distinct experts of each call, `stall_s`
-is how long a layer stood still because an expert was not there, `compute_s` all else since the layer before it,
-`guesses` how many experts were read before the layer asked for them, `on_map` how many of the misses were computed
+"""Columns of a table of figures [layers, columns]. `hits` and `misses` count the distinct experts of each call,
+`stall_s` is how long a layer stood still because an expert was not there, `compute_s` all else since the layer before
+it, `guesses` how many experts were read before the layer asked for them, `on_map` how many of the misses were computed
 where they lie, since the page cache had them."""
 CALLS, HITS, MISSES, BYTES_READ, STALL_S, COMPUTE_S, GUESSES, ON_MAP = range(len(COLUMNS))
 

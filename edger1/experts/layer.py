@@ -4,8 +4,8 @@ Up to 16 rows (decoding, batches, drafts): the experts that are there are comput
 More rows (prefill): expert by expert, each read at most once, a group computed while the next is read; a chunk of 512
 tokens asks for nearly all experts, whatever the number of slots.
 
-Either way each row's result is computed by itself and the results are put in the order of ranks before anyone sums them:
-what comes out does not depend on what was where. For up to 16 rows it has the bits of the resident layer.
+Either way each row's result is computed by itself and the results are put in the order of ranks before anyone sums
+them: what comes out does not depend on what was where. For up to 16 rows it has the bits of the resident layer.
 
 On CPUs with kernels the module that routes is one operation (`edger1.kernels.experts_streamed`), and waits itself for
 what is being read. Without, mlx-lm's own code runs over the bank.
@@ -99,7 +99,7 @@ class StreamedExperts:
             return None
         following = self._streaming.following(bank.layer.index)
         early = following.route_early(x) if following is not None else None
-        if early is None:
+        if following is None or early is None:
             chosen = self._read_back(indices)
         else:
             chosen, guesses = self._read_back(indices, early)
@@ -178,7 +178,8 @@ class StreamedExperts:
     def _request(self, missing: Sequence[int], distinct: Sequence[int]) -> list[Read]:
         """Begin to read what is missing, into slots that nothing reads any more."""
         self._streaming.device.finish()
-        reads, keep = [], {*distinct, *missing}
+        reads: list[Read] = []
+        keep = {*distinct, *missing}
         for expert in missing:
             self.bank.settle()
             if self.bank.table[expert] >= 0:
@@ -330,7 +331,7 @@ def _in_order(parts: list[Any], places: Sequence[Any], shape: tuple[int, ...]) -
 
 
 @cache
-def streamed_switch(original: Any) -> type:
+def streamed_switch(original: Any) -> Any:
     """Return a subclass of a switch layer's class whose objects compute out of the bank in their `_streamed`."""
     compute = original.__call__
 
@@ -342,7 +343,7 @@ def streamed_switch(original: Any) -> type:
 
 
 @cache
-def streamed_module(original: Any) -> type:
+def streamed_module(original: Any) -> Any:
     """Return a subclass of a module's class whose objects run as the operation of their `_streamed` where they can."""
     call_original = original.__call__
 

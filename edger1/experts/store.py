@@ -156,7 +156,9 @@ class Store:
         self._counting = threading.Lock()
         self._closed = False
         # Daemons: one that hangs in a dead disk must not keep the program from ending.
-        self._threads = [threading.Thread(target=self._serve, name="edger1-reader", daemon=True) for _ in range(threads)]
+        self._threads = [
+            threading.Thread(target=self._serve, name="edger1-reader", daemon=True) for _ in range(threads)
+        ]
         for thread in self._threads:
             thread.start()
 
@@ -316,13 +318,13 @@ class Store:
 
 def _ended(file: _File, at: int) -> StreamError:
     return StreamError(
-        f"{file.path} ended at byte {at:,} while an expert was being read; it had {file.identity.size:,} bytes when the "
-        f"model was loaded. Fetch the model again."
+        f"{file.path} ended at byte {at:,} while an expert was being read; it had {file.identity.size:,} bytes when "
+        f"the model was loaded. Fetch the model again."
     )
 
 
 def _read_buffered(file: _File, offset: int, into: Bytes) -> None:
-    view, done = memoryview(into), 0
+    view, done = memoryview(into.data), 0
     while done < len(view):
         got = os.preadv(file.buffered, [view[done:]], offset + done)
         if got == 0:

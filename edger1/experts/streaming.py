@@ -98,7 +98,8 @@ class Streaming:
             linears = dict(anatomy.projections(switch))
             for (projection, name), array in held.bank.arrays.items():
                 linears[projection][name] = array
-            self._take_over(switch, streamed_switch(type(switch)), held)
+            kind: Any = type(switch)
+            self._take_over(switch, streamed_switch(kind), held)
 
     def fuse(self, model: Any, installed: Installed) -> None:
         """Let modules with experts run as operations of the kernels, where those are in place and cover them.
@@ -128,10 +129,11 @@ class Streaming:
                 held.operation, held.held_by = operation, switch
                 held.mapped = operation.mapped
                 held.bank.arrivals = kernels.Arrivals(held.bank.slots)
-                kind, counts = type(owner).__name__, experts.layers if operation.has_router else experts.experts
-                counts[kind] = counts.get(kind, 0) + 1
+                owner_kind: Any = type(owner)
+                counts = experts.layers if operation.has_router else experts.experts
+                counts[owner_kind.__name__] = counts.get(owner_kind.__name__, 0) + 1
                 if operation.has_router:
-                    self._take_over(owner, streamed_module(type(owner)), held)
+                    self._take_over(owner, streamed_module(owner_kind), held)
 
     def _take_over(self, module: Any, replacement: type, held: StreamedExperts) -> None:
         self._attached.append((module, type(module)))
@@ -167,7 +169,7 @@ class Streaming:
             if bank.slots >= bank.layer.experts:
                 continue
             counts = self._popularity.counts(bank.layer.index)
-            bank.policy.warm(counts)
+            bank.policy.warm(counts.tolist())
             for expert in np.argsort(-counts, kind="stable")[: bank.slots].tolist():
                 if counts[expert] > 0:
                     bank.request(expert, (), guessed=True)

@@ -1,7 +1,7 @@
 """A certificate that a model's streamed output is its resident output, one layer at a time.
 
-A model larger than memory cannot be run resident to compare. So each decoder layer is loaded whole and computed twice on
-the same input, with its experts resident and with them streamed out of fewer slots than there are experts; what the
+A model larger than memory cannot be run resident to compare. So each decoder layer is loaded whole and computed twice
+on the same input, with its experts resident and with them streamed out of fewer slots than there are experts; what the
 resident layer gave goes on to the next, and the layer's memory is given back. The experts' bytes are compared as well,
 as the loader and as the store read them.
 """
@@ -115,9 +115,9 @@ def verify(
     """Compare each layer with experts of the model in `path`, on random tokens.
 
     Needs memory for the largest layer twice and for what is no layer. `expert_slots` as in `edger1.load`; by default a
-    quarter of the experts. `on_layer(done, total)` is called after each layer with experts. Runs on the thread that owns
-    MLX. Raises FormatError for a model without routed experts, or whose layers are not called as mlx-lm's usually are,
-    StreamError where reading fails, UnstreamableError where the files are not laid out for streaming.
+    quarter of the experts. `on_layer(done, total)` is called after each layer with experts. Runs on the thread that
+    owns MLX. Raises FormatError for a model without routed experts, or whose layers are not called as mlx-lm's usually
+    are, StreamError where reading fails, UnstreamableError where the files are not laid out for streaming.
     """
     import mlx.core as mx
 
@@ -260,7 +260,7 @@ class _Walk:
 
 
 @cache
-def _visited(original: Any) -> type:
+def _visited(original: Any) -> Any:
     def call(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
         return vars(self)["_walk"].visit(self, x, args, kwargs)
 
@@ -314,7 +314,7 @@ def _copied(argument: Any) -> Any:
 
 
 def _with_rows(argument: Any, had: int, rows: int) -> Any:
-    """Return an argument of a layer for `rows` rows instead of the `had` that it has: the first, or all again and again.
+    """Return an argument of a layer for `rows` rows instead of the `had` that it has: the first, or all repeatedly.
 
     Masks are left out: any attention will do where both sides have the same.
     """
