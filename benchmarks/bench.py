@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from benchmarks import common, kept
@@ -28,6 +29,7 @@ class Bench:
         self.threads: int = options.threads
         self.rounds: int = options.rounds
         self.quick: bool = options.quick
+        self.results: Path = options.results
         self.notes: list[str] = []
         self._up = ExitStack()
         self._conditions: Conditions | None = None

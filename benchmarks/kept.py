@@ -79,6 +79,11 @@ def comparisons(part: Mapping[str, Any]) -> list[Comparison]:
     ]
 
 
+def names() -> list[str]:
+    """Return the benchmarks that have kept results; other programs keep files of other forms in the same folder."""
+    return sorted(path.stem for path in RESULTS.glob("*.json") if "parts" in json.loads(path.read_text()))
+
+
 def parts(benchmark: str) -> dict[str, Any]:
     """Return the kept parts of a benchmark by name. Raises FileNotFoundError where there are none."""
     found: dict[str, Any] = json.loads((RESULTS / f"{benchmark}.json").read_text())["parts"]

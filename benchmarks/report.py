@@ -39,8 +39,8 @@ def report(name: str) -> None:
 def best_bandwidth() -> dict[str, float]:
     """Return the highest read bandwidth in GB/s among all kept parts, for each kind of processor."""
     best: dict[str, float] = {}
-    for path in RESULTS.glob("*.json"):
-        for part in kept.parts(path.stem).values():
+    for name in kept.names():
+        for part in kept.parts(name).values():
             cpu = part["machine"]["cpu"]
             best[cpu] = max([best.get(cpu, 0.0), *(part["conditions"].get("read_bandwidth_gb_s") or [])])
     return best
@@ -62,7 +62,7 @@ def quietness(part: dict[str, Any], best: float = 0.0) -> str:
 def main() -> int:
     """Print the results named on the command line, or all there are."""
     bars = "--bars" in sys.argv[1:]
-    there = sorted(path.stem for path in RESULTS.glob("*.json"))
+    there = kept.names()
     names = [word for word in sys.argv[1:] if word != "--bars"] or there
     if not names:
         print(f"there are no results in {RESULTS.name}/ yet; run make bench", file=sys.stderr)

@@ -78,6 +78,14 @@ def test_a_machine_that_is_slow_all_through_a_part_is_recognised(tmp_path: Path)
     assert "DISTURBED" in report.quietness(part, best=30.0)
 
 
+def test_other_files_among_the_results_are_no_benchmarks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kept, "RESULTS", tmp_path)
+    kept.save("speed", "one", [Comparison("x", side(1.0), side(2.0))], notes=[], conditions={}, folder=tmp_path)
+    (tmp_path / "recipe.json").write_text('{"loss": 1.0}')
+    assert kept.names() == ["speed"]
+    assert report.best_bandwidth().popitem()[1] == 0.0
+
+
 @pytest.mark.skipif(not common.RESULTS.exists(), reason="a source package has no results")
 def test_the_readme_says_what_the_results_say() -> None:
     text = readme.README.read_text("utf-8")
