@@ -12,6 +12,7 @@ import gc
 import json
 from collections.abc import Collection, Generator
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from edger1 import installed, kernels, registry, runs, sampling
 from edger1.accounting import Account
 from edger1.cache import KVStore
 from edger1.errors import FormatError
+from edger1.experts.wired import Wired
 from edger1.folder import ModelFolder, inspect
 from edger1.kv_layout import kv_layout
 from edger1.memory import KVLayout, Plan, choose_context, make_plan
@@ -98,6 +100,8 @@ class LiveModel:
         if self.streaming is not None:
             self.streaming.close()
             self.streaming = None
+        if on_gpu():
+            _wired().hold(str(self.folder.path), 0)
         self.model = self.tokenizer = None
         gc.collect()
         mx.clear_cache()
@@ -304,7 +308,11 @@ def load(
         replaced = install(model, "exact" if precision == "exact" else "fast")
     if streaming is not None:
         streaming.fuse(model, replaced)
+        if on_gpu():
+            streaming.open_windows(model)
         streaming.warm()
+    if on_gpu():
+        _wired().hold(str(path), plan.resident_bytes + (0 if streaming is None else streaming.nbytes))
     live = LiveModel(
         name=name,
         folder=folder,
@@ -323,6 +331,12 @@ def load(
     )
     runs.note(path, live.installed.report())
     return live
+
+
+@cache
+def _wired() -> Wired:
+    """Return the process's wired limit, which all models of a GPU share."""
+    return Wired()
 
 
 def _is_widened(value: Any) -> bool:

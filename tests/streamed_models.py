@@ -16,6 +16,7 @@ from mlx_lm.utils import load_model
 
 from edger1.experts import anatomy
 from edger1.experts.anatomy import LayerExperts
+from edger1.experts.device import Device
 from edger1.experts.policy import DEFAULT_POLICY, POLICIES, Policy
 from edger1.experts.streaming import Streaming
 from edger1.folder import inspect
@@ -74,11 +75,12 @@ def open_streamed(
     *,
     mode: str = "auto",
     policy: Callable[[int], Policy] = POLICIES[DEFAULT_POLICY],
+    device: Device | None = None,
 ) -> tuple[Any, Streaming]:
     """Return a model with `slots(layer)` slots in each layer with experts, and its streaming; close the latter."""
     model, _ = load_model(folder, lazy=True)
     layers = anatomy.find(model, inspect(folder))
-    streaming = Streaming(layers, [slots(layer) for layer in layers], policy=policy, mode=mode)
+    streaming = Streaming(layers, [slots(layer) for layer in layers], policy=policy, mode=mode, device=device)
     streaming.attach(model)
     return model, streaming
 

@@ -13,6 +13,7 @@ from streamed_models import UNSTREAMABLE, half, moe_families
 
 from edger1.errors import UnstreamableError
 from edger1.experts import anatomy
+from edger1.experts.device import SimulatedDevice
 from edger1.experts.figures import HITS, MISSES
 
 
@@ -110,3 +111,22 @@ def test_experts_that_do_not_lie_stacked_are_named(tmp_path: Path) -> None:
     mx.save_safetensors(str(folder / "model.safetensors"), weights)  # without metadata, which MLX writes as null
     with pytest.raises(UnstreamableError, match=r"up_proj.weight is not in the model's files.*Convert"):
         anatomy.find(model, streamed_models.inspect(folder))
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "gpt_oss", "mixtral", "olmoe", "qwen3_moe"])
+def test_in_windows_too(family: str, tmp_path: Path) -> None:
+    """As on a GPU, whose read-backs cost: MLX's own operations, and routers' choices read back for several layers."""
+    folder = streamed_models.write(tmp_path / family, family)
+    tokens = [int(i) for i in np.random.default_rng(2).integers(0, 190, 24)]
+    model, _ = streamed_models.load_model(folder)
+    expected = streamed_models.outputs(model, decoded=tokens)
+    device = SimulatedDevice(sync_s=2e-3, compute_s=4e-4)
+    model, streaming = streamed_models.open_streamed(folder, half, device=device)
+    streaming.open_windows(model)
+    got = streamed_models.outputs(model, decoded=tokens)
+    figures = streaming.figures.sum(axis=0)
+    streaming.close()
+    assert figures[MISSES] > 0
+    assert figures[HITS] > figures[MISSES] / 4
+    for a, b in zip(expected, got, strict=True):
+        np.testing.assert_array_equal(a, b)

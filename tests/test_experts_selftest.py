@@ -9,7 +9,7 @@ import pytest
 from edger1 import worker
 from edger1.experts import selftest as module
 from edger1.experts.bank import Bank
-from edger1.experts.device import Device
+from edger1.experts.device import MLXDevice
 from edger1.experts.selftest import selftest, slot_writes
 
 
@@ -31,8 +31,8 @@ def test_speeds_are_of_the_shares_asked_for() -> None:
 
 def test_slots_overwritten_too_early_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without waiting for MLX, and with results that are computed late, slots change under what reads them."""
-    monkeypatch.setattr(Device, "finish", lambda _: None)
-    monkeypatch.setattr(Device, "begin", lambda *_: None)
+    monkeypatch.setattr(MLXDevice, "finish", lambda _: None)
+    monkeypatch.setattr(MLXDevice, "begin", lambda *_: None)
     assert slot_writes(30)["wrong"] > 0
 
 

@@ -108,6 +108,10 @@ class Bank:
             if read is None:
                 raise ValueError(f"{len(wanted)} experts at once in {self.slots} slots")
             reads.append(read)
+        self.wait(reads)
+
+    def wait(self, reads: Sequence[Read]) -> None:
+        """Wait until reads have ended, and raise what the first failed of. Who can be interrupted puts its own here."""
         for read in reads:
             read.wait()
         self.settle()

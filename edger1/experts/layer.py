@@ -54,6 +54,7 @@ class StreamedExperts:
         self.mapped = False
         """Whether slots behind the bank's are the experts on the map of their files."""
         self._on_map = 0
+        bank.wait = self._wait  # type: ignore[method-assign]
         self._streaming = streaming
 
     def switch(self, switch: Any, x: Any, indices: Any, compute: Compute) -> Any:
@@ -69,6 +70,10 @@ class StreamedExperts:
         bank = self.bank
         if bank.identity:
             return compute(switch, x, indices)
+        windows = self._streaming.windows
+        slots = windows.slots(bank.layer.index, indices) if windows is not None else None
+        if slots is not None:
+            return compute(switch, x, slots)
         chosen = self._read_back(indices)
         distinct = _distinct(chosen)
         missing = self._use(distinct)
@@ -157,7 +162,8 @@ class StreamedExperts:
 
     def _read_back(self, *indices: Any) -> Any:
         """Wait for the router's choice, and for all that was asked of MLX before it."""
-        chosen = [found.astype(np.int64) for found in self._streaming.device.read_back(*indices)]
+        found = self._streaming.device.read_back(*indices)
+        chosen = [each.astype(np.int64) for each in (found if len(indices) > 1 else [found])]
         self._streaming.let_go()
         self._streaming.check()
         self.bank.settle()
@@ -165,14 +171,19 @@ class StreamedExperts:
 
     def _use(self, distinct: Sequence[int]) -> list[int]:
         """Tell the policy, and whoever counts, which experts a call uses; returns those that are not there."""
+        self.bank.policy.use(distinct)
+        missing = self.count(distinct)
+        self.bank.give_up_guesses(distinct)
+        return missing
+
+    def count(self, distinct: Sequence[int]) -> list[int]:
+        """Note that a call uses these experts; returns those that are not there."""
         bank, figures = self.bank, self.figures
         missing = [expert for expert in distinct if bank.table[expert] < 0]
-        bank.policy.use(distinct)
         self._streaming.used(bank.layer.index, distinct)
         figures[CALLS] += 1
         figures[HITS] += len(distinct) - len(missing)
         figures[MISSES] += len(missing)
-        bank.give_up_guesses(distinct)
         return missing
 
     def _request(self, missing: Sequence[int], distinct: Sequence[int]) -> list[Read]:

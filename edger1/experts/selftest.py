@@ -49,12 +49,12 @@ def slot_writes(rounds: int) -> dict[str, Any]:
 
     from edger1.experts.anatomy import LayerExperts, Part
     from edger1.experts.bank import Bank
-    from edger1.experts.device import Device
+    from edger1.experts.device import MLXDevice
     from edger1.experts.policy import LRU
     from edger1.experts.store import Store
 
     size, experts = 64 << 10, 8
-    device, chooser = Device(), np.random.default_rng(0)
+    device, chooser = MLXDevice(), np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "experts"
         np.repeat(np.arange(1, experts + 1, dtype=np.float32), size).tofile(file)
@@ -94,9 +94,9 @@ def read_back_us() -> float:
     """Return the median time of reading back a small array that an operation has just made, in microseconds."""
     import mlx.core as mx
 
-    from edger1.experts.device import Device
+    from edger1.experts.device import MLXDevice
 
-    device, array, taken = Device(), mx.zeros((1, 8), mx.int32), []
+    device, array, taken = MLXDevice(), mx.zeros((1, 8), mx.int32), []
     for _ in range(200):
         array = array + 1
         began = time.perf_counter()

@@ -13,8 +13,8 @@ from edger1.experts import anatomy
 from edger1.experts.anatomy import LayerExperts
 from edger1.experts.bank import Bank
 from edger1.experts.budget import least_slots
-from edger1.experts.device import Device
-from edger1.experts.figures import COMPUTE_S, STALL_S, empty
+from edger1.experts.device import Device, MLXDevice
+from edger1.experts.figures import BYTES_READ, COMPUTE_S, STALL_S, empty
 from edger1.experts.layer import StreamedExperts, streamed_module, streamed_switch
 from edger1.experts.miss_cost import MissCosts
 from edger1.experts.policy import DEFAULT_POLICY, POLICIES, Policy
@@ -24,6 +24,7 @@ from edger1.experts.pressure import Pressure, adjust
 from edger1.experts.store import Store
 
 if TYPE_CHECKING:
+    from edger1.experts.windows import Windows
     from edger1.kernels.experts_fit import Fit
     from edger1.kernels.experts_streamed import Mapped, StreamedOperation
     from edger1.kernels.install import Installed
@@ -50,7 +51,7 @@ class Streaming:
         device: Device | None = None,
     ) -> None:
         self.store = Store(layers, mode=mode)
-        self.device = device or Device()
+        self.device: Device = device or MLXDevice()
         self.banks = [
             Bank(layer, count, self.store, policy(layer.experts)) for layer, count in zip(layers, slots, strict=True)
         ]
@@ -59,6 +60,8 @@ class Streaming:
         self.layers = [StreamedExperts(bank, self) for bank in self.banks]
         self._popularity = popularity
         self.miss_costs = miss_costs
+        self.windows: Windows | None = None
+        """Lets layers go on without waiting for their routers, on devices where waiting costs more than a layer."""
         self.asleep = False
         """Whether switch layers answer zeros and read nothing, while others try the model out."""
         self.interrupted: Callable[[], None] | None = None
@@ -95,6 +98,7 @@ class Streaming:
         switches = dict(anatomy.switches(model))
         for held in self.layers:
             switch = switches[held.bank.layer.path]
+            held.held_by = switch
             linears = dict(anatomy.projections(switch))
             for (projection, name), array in held.bank.arrays.items():
                 linears[projection][name] = array
@@ -126,7 +130,7 @@ class Streaming:
                     reason = f"{type(owner).__name__}: {error}"
                     experts.others[reason] = experts.others.get(reason, 0) + 1
                     continue
-                held.operation, held.held_by = operation, switch
+                held.operation = operation
                 held.mapped = operation.mapped
                 held.bank.arrivals = kernels.Arrivals(held.bank.slots)
                 owner_kind: Any = type(owner)
@@ -134,6 +138,20 @@ class Streaming:
                 counts[owner_kind.__name__] = counts.get(owner_kind.__name__, 0) + 1
                 if operation.has_router:
                     self._take_over(owner, streamed_module(owner_kind), held)
+
+    def open_windows(self, model: Any) -> None:
+        """Let the layers of `model`, to which this is attached, run in optimistic windows from here on."""
+        from edger1.experts.windows import install
+
+        switches = [held.held_by for held in self.layers]
+        opened = install(model, switches, self.banks, self.device)
+        opened.on_use = self._count_use  # type: ignore[method-assign]
+        self.windows = opened
+
+    def _count_use(self, layer: int, experts: Sequence[int]) -> None:
+        held = self.layers[layer]
+        missing = held.count(experts)
+        held.figures[BYTES_READ] += len(missing) * held.bank.layer.expert_bytes
 
     def _take_over(self, module: Any, replacement: type, held: StreamedExperts) -> None:
         self._attached.append((module, type(module)))
@@ -147,7 +165,9 @@ class Streaming:
         try:
             yield
         finally:
-            self.asleep = False
+            self.windows: Windows | None = None
+        """Lets layers go on without waiting for their routers, on devices where waiting costs more than a layer."""
+        self.asleep = False
 
     def fill(self) -> Generator[int, None, None]:
         """Fill the banks that have a slot for each expert; yields the bytes that came."""
@@ -231,6 +251,9 @@ class Streaming:
             self._popularity.save()
         if self.miss_costs is not None:
             self.miss_costs.save()
+        if self.windows is not None:
+            self.windows.uninstall()
+            self.windows = None
         for switch, original in reversed(self._attached):
             switch.__class__ = original
             vars(switch).pop("_streamed", None)
