@@ -165,9 +165,7 @@ class Streaming:
         try:
             yield
         finally:
-            self.windows: Windows | None = None
-        """Lets layers go on without waiting for their routers, on devices where waiting costs more than a layer."""
-        self.asleep = False
+            self.asleep = False
 
     def fill(self) -> Generator[int, None, None]:
         """Fill the banks that have a slot for each expert; yields the bytes that came."""
