@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 
 PAGE = mmap.PAGESIZE
+_FAULT_AROUND = 64 << 10
+"""Linux maps what lies around a touched page of a file as well, if it is in memory (fault_around_bytes)."""
 
 
 @cache
@@ -38,10 +40,17 @@ def holds(address: int, nbytes: int) -> bool:
     return bool((told & 1).all())
 
 
-def let_go(address: int, nbytes: int) -> None:
-    """Stop counting a range of a file's map as this process's memory; the page cache keeps it."""
-    first = address // PAGE * PAGE
-    _libc().madvise(first, -(-(address + nbytes - first) // PAGE) * PAGE, mmap.MADV_DONTNEED)
+def let_go(mapped: mmap.mmap, address: int, offset: int, nbytes: int) -> None:
+    """Stop counting a range of a file's map, which begins at `address`, as this process's memory.
+
+    The page cache keeps it. What was touched brought its neighbours along, in blocks of `_FAULT_AROUND`: they go as well.
+    """
+    first = (address + offset) // _FAULT_AROUND * _FAULT_AROUND
+    last = -(-(address + offset + nbytes) // _FAULT_AROUND) * _FAULT_AROUND
+    # Never beyond the map: what lies there may be anybody's.
+    first, last = max(first, address), min(last, address + len(mapped) // PAGE * PAGE)
+    if last > first:
+        _libc().madvise(first, last - first, mmap.MADV_DONTNEED)
 
 
 def release(address: int, nbytes: int) -> int:

@@ -217,7 +217,9 @@ class Store:
     def let_go(self, layer: LayerExperts, expert: int) -> None:
         """Stop counting what was read of an expert on its map as this process's memory."""
         for part in layer.parts:
-            page_cache.let_go(self._files[part.file].address + part.offset + expert * part.nbytes, part.nbytes)
+            file = self._files[part.file]
+            if file.map is not None:
+                page_cache.let_go(file.map, file.address, part.offset + expert * part.nbytes, part.nbytes)
 
     def check_maps(self) -> None:
         """Raise StreamError where a file was cut short while something was computed on its map."""
