@@ -1,0 +1,204 @@
+"""The sides of `benchmarks.streaming`, each in a worker process: EdgeR1 (streamed or resident) and nunspark.
+
+A reading is one answer to a prompt of few words, greedily; what it must be is known (see `benchmarks.routing`), and
+`recited` tells whether it was: 1, or 0 where the side computed another text and so used other experts.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.cgroup import field, resident
+
+if TYPE_CHECKING:
+    # These run in nunspark's own environment.
+    from nunspark.engine import StreamingEngine  # type: ignore[import-not-found]
+
+
+class EdgeR1Streaming:
+    """EdgeR1 through its public API, under a ceiling or with slots set by hand, or wholly resident without either."""
+
+    def __init__(
+        self, folder: str, precision: str, memory: int | None = None, expert_slots: str | int | None = None
+    ) -> None:
+        import edger1
+
+        given = {"memory": memory, "expert_slots": expert_slots}
+        chosen: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+        began = time.perf_counter()
+        self._model = edger1.load(folder, precision=precision, context=2048, **chosen)
+        plan = self._model.plan
+        slots = plan.slots
+        self.info = {
+            "kernels": self._model.info["kernels"],
+            "load_s": time.perf_counter() - began,
+            "planned_bytes": plan.smallest_ceiling_bytes if slots is None else plan.total_bytes,
+            "slots": slots,
+        }
+
+    def __call__(self, prompt: str, generate: int, text: str) -> Mapping[str, float]:
+        """Continue `prompt` by `generate` tokens after the first; `text` is what should come.
+
+        Rates in tokens a second; hit_rate, bytes_per_token and stall_share are those of decoding. prefill_bytes is what
+        EdgeR1 says that the prefill read, disk_bytes what the kernel says that the whole answer read from disks, and
+        distinct_bytes the size of the distinct experts that the answer used. peak_bytes is EdgeR1's own account,
+        rss_bytes the kernel's.
+        """
+        streaming = _streaming()
+        used = [] if streaming is None else [uses.copy() for uses in streaming.uses]
+        disk_bytes = _disk_bytes()
+        done = self._model.generate(prompt, raw=True, max_tokens=generate + 1, temperature=0, seed=0)
+        if done.usage.cached_tokens:
+            raise RuntimeError(f"{done.usage.cached_tokens} tokens of the prompt came from a cache")
+        figures = done.figures
+        reading = {
+            "rate": float(figures.decode_tokens_per_s or 0.0),
+            "prefill": float(figures.prefill_tokens_per_s or 0.0),
+            "peak_bytes": float(figures.peak_memory_bytes),
+            "rss_bytes": float(resident(Path("/proc/self/status").read_text()).rss),
+            "recited": float(done.text == text),
+            "completed": float(done.usage.completion_tokens),
+        }
+        experts = getattr(figures, "experts", None)
+        if experts:
+            reading |= _streamed(experts)
+        if streaming is not None:
+            reading["disk_bytes"] = float(_disk_bytes() - disk_bytes)
+            reading["distinct_bytes"] = float(
+                sum(
+                    int((now > before).sum()) * bank.layer.expert_bytes
+                    for now, before, bank in zip(streaming.uses, used, streaming.banks, strict=True)
+                )
+            )
+        return reading
+
+
+def _streaming() -> Any:
+    """Return the model's streaming, None where it is resident: what it counts of uses is in no message."""
+    from edger1.experts.streaming import Streaming  # type: ignore[import-not-found]
+
+    return next((held for held in gc.get_objects() if isinstance(held, Streaming)), None)
+
+
+def _disk_bytes() -> int:
+    """Return what this process has read from disks, page cache not counted."""
+    return field(Path("/proc/self/io").read_text(), "read_bytes")
+
+
+def _streamed(experts: Mapping[str, Any]) -> dict[str, float]:
+    decode, prefill = experts["decode"], experts["prefill"]
+    return {
+        "hit_rate": float(decode["hit_rate"] or 0.0),
+        "bytes_per_token": float(decode["bytes_per_token"] or 0.0),
+        "stall_share": float(decode["stall_share"] or 0.0),
+        "prefill_bytes": float(prefill["bytes_read"]),
+        "prefill_hit_rate": float(prefill["hit_rate"] or 0.0),
+    }
+
+
+class ReadRate:
+    """What EdgeR1's store reads a second when nothing is computed: groups of random experts of one layer, cold."""
+
+    def __init__(self, folder: str) -> None:
+        from mlx_lm.utils import load_model
+
+        from edger1.experts import anatomy  # type: ignore[import-not-found]
+        from edger1.experts.store import Store  # type: ignore[import-not-found]
+        from edger1.folder import inspect
+        from edger1.mlx_runtime import prepare
+
+        prepare()
+        path = Path(folder)
+        self._layers = anatomy.find(load_model(path, lazy=True)[0], inspect(path))
+        self._store = Store(self._layers)
+
+    def __call__(self, bytes_per_token: float, seconds: float = 3.0, seed: int = 0) -> Mapping[str, float]:
+        """Read as many bytes for each layer of a token as decoding did, one layer after the other, for some seconds."""
+        import numpy as np
+
+        rng = np.random.default_rng(seed)
+        expert_bytes = self._layers[0].expert_bytes
+        mean = bytes_per_token / expert_bytes / len(self._layers)
+        most = int(np.ceil(mean))
+        buffers = [[np.zeros(part.nbytes, np.uint8) for part in self._layers[0].parts] for _ in range(most)]
+        count, began = 0, time.perf_counter()
+        while time.perf_counter() - began < seconds:
+            for layer in self._layers:
+                wanted = int(mean) + int(rng.random() < mean % 1)
+                chosen = rng.choice(layer.experts, wanted, replace=False)
+                reads = [self._store.read(layer, int(e), into) for e, into in zip(chosen, buffers, strict=False)]
+                for read in reads:
+                    read.wait()
+                    if read.error is not None:
+                        raise read.error
+                count += wanted
+        return {"bytes_per_s": count * expert_bytes / (time.perf_counter() - began)}
+
+
+class Nunspark:
+    """nunspark's engine through its own functions, as its command line sets it up."""
+
+    def __init__(self, packed: str, settings: Mapping[str, Any]) -> None:
+        from nunspark.engine import StreamingEngine
+        from nunspark.manifest import Manifest  # type: ignore[import-not-found]
+
+        root = Path(packed)
+        self._engine: StreamingEngine = StreamingEngine(
+            root,
+            Manifest.load(root / "manifest.json"),
+            budget_bytes=int(settings["budget_bytes"]),
+            prefetch=settings["prefetch"],
+            io_threads=settings["io_threads"],
+            warm_window=settings["warm_window"],
+            expert_cache_frac=settings["expert_share"],
+            lookahead_prefetch=settings["lookahead"],
+        )
+        self._prefetch: bool = settings["prefetch"]
+        self.info: dict[str, Any] = {}
+
+    def __call__(self, prompt: Sequence[int], generate: int, tokens: Sequence[int]) -> Mapping[str, float]:
+        """Continue the ids `prompt` by `generate` tokens after the first; `tokens` are those that should come."""
+        from nunspark.generate import stream_generate  # type: ignore[import-not-found]
+
+        cache = self._engine.cache
+        began = time.perf_counter()
+        stepping = stream_generate(
+            self._engine, list(prompt), max_tokens=generate + 1, temp=0.0, prefetch=self._prefetch
+        )
+        made = [next(stepping)]
+        first = time.perf_counter()
+        before = cache.stats()
+        for _ in range(generate):
+            made.append(next(stepping))
+        ended = time.perf_counter()
+        after = cache.stats()
+        hits, misses = (after[what]["expert"] - before[what]["expert"] for what in ("hits", "misses"))
+        stepping.close()
+        status = Path("/proc/self/status").read_text()
+        return {
+            "rate": generate / (ended - first),
+            "prefill": len(prompt) / (first - began),
+            "hit_rate": hits / max(1, hits + misses),
+            "rss_bytes": float(resident(status).rss),
+            "recited": float(made == list(tokens)),
+        }
+
+
+def edger1(**arguments: Any) -> EdgeR1Streaming:
+    """Set up EdgeR1."""
+    return EdgeR1Streaming(**arguments)
+
+
+def reads(**arguments: Any) -> ReadRate:
+    """Set up EdgeR1's reads alone."""
+    return ReadRate(**arguments)
+
+
+def nunspark(packed: str, settings: str) -> Nunspark:
+    """Set up nunspark; `settings` as JSON."""
+    return Nunspark(packed, json.loads(settings))
