@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import json
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -80,9 +81,10 @@ class EdgeR1Streaming:
 
 def _streaming() -> Any:
     """Return the model's streaming, None where it is resident: what it counts of uses is in no message."""
-    from edger1.experts.streaming import Streaming  # type: ignore[import-not-found]
-
-    return next((held for held in gc.get_objects() if isinstance(held, Streaming)), None)
+    module = sys.modules.get("edger1.experts.streaming")
+    if module is None:
+        return None
+    return next((held for held in gc.get_objects() if isinstance(held, module.Streaming)), None)
 
 
 def _disk_bytes() -> int:
