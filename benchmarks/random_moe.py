@@ -1,7 +1,7 @@
 """Mixtures of experts of real shapes with random weights: as MLX folders of 4 bits, and as GGUFs of Q4_0.
 
 What a kernel or a read costs does not depend on the numbers, but which experts are read depends on the routers: these
-are made by `benchmarks.routing`, with the embeddings and the output head that they need, and quantized as mlx-lm's
+are made by `benchmarks.skewed_routing`, with the embeddings and the output head that they need, and quantized as mlx-lm's
 converter would (4 bits in groups of 64, routers at 8 bits, bf16) or as llama.cpp's (Q4_0, routers in f32). All other
 matrices are random codes with scales that keep the forward pass sane: what a layer adds is small beside the embedding.
 The tokenizer is SmolLM2's, whose words are all that is ever recited; ids beyond it are unused.
@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from benchmarks import peers, random_llama, routing
+from benchmarks import peers, random_llama, skewed_routing
 
 if TYPE_CHECKING:
     from edger1.quant.formats.ggml import Array  # type: ignore[import-untyped]
@@ -121,22 +121,22 @@ SHAPES = {"qwen3-24": qwen3(24), "qwen3-48": qwen3(48), "olmoe": olmoe()}
 class RandomMoe:
     """A model of a shape: its text and its directions, made when first asked for, and its files."""
 
-    def __init__(self, shape: Shape, law: routing.Law | None = None, seed: int = 0) -> None:
-        self.shape, self.law, self.seed = shape, law or routing.Law(), seed
+    def __init__(self, shape: Shape, law: skewed_routing.Law | None = None, seed: int = 0) -> None:
+        self.shape, self.law, self.seed = shape, law or skewed_routing.Law(), seed
 
     @cached_property
-    def text(self) -> routing.Text:
+    def text(self) -> skewed_routing.Text:
         """The text that the model recites, over SmolLM2's ordinary tokens."""
         special = json.loads((peers.smollm2_folder() / "tokenizer.json").read_text("utf-8"))
         ids = sorted(special["model"]["vocab"].values())
         barred = {token["id"] for token in special["added_tokens"]}
         tokens = [token for token in ids if token not in barred]
-        return routing.text(self.law, self.shape.vocabulary, tokens, np.random.default_rng([self.seed, 0]))
+        return skewed_routing.text(self.law, self.shape.vocabulary, tokens, np.random.default_rng([self.seed, 0]))
 
     @cached_property
-    def directions(self) -> routing.Directions:
+    def directions(self) -> skewed_routing.Directions:
         """What embeddings, output head and routers are made of."""
-        return routing.Directions(self.law, self.text, self.shape.hidden, self.seed)
+        return skewed_routing.Directions(self.law, self.text, self.shape.hidden, self.seed)
 
     def folder(self) -> Path:
         """Return the MLX folder, written on the first call (a minute or two)."""
@@ -157,14 +157,14 @@ class RandomMoe:
                 self._write_gguf(unfinished)
         return target
 
-    def measure(self, tokens: int = 1000, layers: int = 4) -> list[routing.Skew]:
+    def measure(self, tokens: int = 1000, layers: int = 4) -> list[skewed_routing.Skew]:
         """Measure the routes of the first layers over a stretch of the text."""
         ids = np.array(self.text.recited(int(self.text.order[0]), tokens))
         routes = (
             self.directions.routes(ids, layer, self.shape.experts, self.shape.top_k)
             for layer in range(min(layers, self.shape.layers))
         )
-        return [routing.measure(chosen, self.shape.experts) for chosen in routes]
+        return [skewed_routing.measure(chosen, self.shape.experts) for chosen in routes]
 
     @property
     def _weights(self) -> int:
@@ -218,7 +218,7 @@ class RandomMoe:
             names = tuple(f"{module}.{part}" for part in ("weight", "scales", "biases"))
             return names, count * bits // 8 + 2 * count // GROUP * 2, make
 
-        def whole(rows: Callable[[routing.Integers], routing.Floats]) -> Callable[[], list[Array]]:
+        def whole(rows: Callable[[skewed_routing.Integers], skewed_routing.Floats]) -> Callable[[], list[Array]]:
             return lambda: _quantized((rows(ids) for ids in _pieces(shape.vocabulary)), 4)
 
         yield quantized("model.embed_tokens", table, 4, whole(lambda ids: self.directions.embeddings(ids)))
@@ -233,7 +233,7 @@ class RandomMoe:
         yield ("model.norm.weight",), 2 * shape.hidden, lambda: [_bf16(np.ones(shape.hidden))]
         yield quantized("lm_head", table, 4, whole(lambda ids: self.directions.heads(ids)))
 
-    def _router(self, layer: int) -> Callable[[], routing.Floats]:
+    def _router(self, layer: int) -> Callable[[], skewed_routing.Floats]:
         return lambda: self.directions.router(layer, self.shape.experts)
 
     def _codes(self, layer: int, index: int, part: str, size: tuple[int, ...]) -> Callable[[], list[Array]]:
@@ -308,7 +308,7 @@ class RandomMoe:
             "self_attn.k_norm": "attn_k_norm",
         }
 
-        def whole(rows: Callable[[routing.Integers], routing.Floats]) -> Callable[[], np.ndarray]:
+        def whole(rows: Callable[[skewed_routing.Integers], skewed_routing.Floats]) -> Callable[[], np.ndarray]:
             return lambda: np.concatenate([q4_0(rows(ids)) for ids in _pieces(shape.vocabulary)])
 
         def ones(size: int) -> Callable[[], np.ndarray]:
@@ -330,7 +330,7 @@ class RandomMoe:
         return lambda: random_llama.q4_0(rows, columns, rng, GAINS.get(part, 1.0)).reshape(*size[:-1], -1)
 
 
-def _pieces(rows: int) -> Iterator[routing.Integers]:
+def _pieces(rows: int) -> Iterator[skewed_routing.Integers]:
     for begin in range(0, rows, 8192):
         yield np.arange(begin, min(begin + 8192, rows))
 
@@ -352,7 +352,7 @@ def _bf16(values: np.ndarray) -> Array:
     return Array("BF16", ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16))
 
 
-def _quantized(pieces: Iterator[routing.Floats], bits: int) -> list[Array]:
+def _quantized(pieces: Iterator[skewed_routing.Floats], bits: int) -> list[Array]:
     """Quantize rows as mlx-lm's converter does bf16 weights: [words, scales, biases]."""
     import mlx.core as mx
 
@@ -371,7 +371,7 @@ def _quantized(pieces: Iterator[routing.Floats], bits: int) -> list[Array]:
     ]
 
 
-def q4_0(rows: routing.Floats) -> np.ndarray:
+def q4_0(rows: skewed_routing.Floats) -> np.ndarray:
     """Quantize rows to Q4_0 as ggml's reference does: uint8 [rows, bytes]."""
     blocks = rows.reshape(len(rows), -1, random_llama.BLOCK)
     largest = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=-1)[..., None], axis=-1)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import cgroup, common, kept, peers, peers_streaming, random_moe, readme, report, routing
+from benchmarks import cgroup, common, kept, peers, peers_streaming, random_moe, readme, report, skewed_routing
 from benchmarks.common import Comparison, Side
 
 
@@ -88,12 +88,12 @@ def test_the_readme_says_what_the_results_say() -> None:
 
 
 def test_a_random_models_routes_are_skewed_and_repeat() -> None:
-    law = routing.Law()
-    text = routing.text(law, 5000, range(20, 4500), np.random.default_rng(0))
-    made = routing.Directions(law, text, 256)
+    law = skewed_routing.Law()
+    text = skewed_routing.text(law, 5000, range(20, 4500), np.random.default_rng(0))
+    made = skewed_routing.Directions(law, text, 256)
     ids = np.array(text.recited(int(text.order[0]), 800))
-    skew = routing.measure(made.routes(ids, 0, 128, 8), 128)
-    even = routing.measure(np.random.default_rng(0).integers(0, 128, (800, 8)), 128)
+    skew = skewed_routing.measure(made.routes(ids, 0, 128, 8), 128)
+    even = skewed_routing.measure(np.random.default_rng(0).integers(0, 128, (800, 8)), 128)
     assert skew.share_of_top_quarter > 0.5 > even.share_of_top_quarter
     assert skew.kept_from_token_to_token > 0.2 > even.kept_from_token_to_token
     assert 0.8 < skew.lru_50 < 0.97
@@ -102,9 +102,9 @@ def test_a_random_models_routes_are_skewed_and_repeat() -> None:
 
 
 def test_a_random_models_output_head_recites_the_text() -> None:
-    law = routing.Law()
-    text = routing.text(law, 600, range(17, 500), np.random.default_rng(0))
-    made = routing.Directions(law, text, 512)
+    law = skewed_routing.Law()
+    text = skewed_routing.text(law, 600, range(17, 500), np.random.default_rng(0))
+    made = skewed_routing.Directions(law, text, 512)
     everything = np.arange(600)
     scores = made.embeddings(text.order) @ made.heads(everything).T
     assert scores.argmax(axis=1).tolist() == text.successors()[text.order].tolist()
@@ -113,8 +113,8 @@ def test_a_random_models_output_head_recites_the_text() -> None:
 
 def test_lru_is_hit_where_experts_come_back() -> None:
     routes = np.array([[0, 1], [2, 3]] * 10)
-    assert routing.lru_hit_rate(routes, 4) == 1.0
-    assert routing.lru_hit_rate(routes, 3) == 0.0
+    assert skewed_routing.lru_hit_rate(routes, 4) == 1.0
+    assert skewed_routing.lru_hit_rate(routes, 3) == 0.0
 
 
 def test_q4_0_blocks_hold_the_rows_they_were_made_of() -> None:
