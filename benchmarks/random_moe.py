@@ -1,7 +1,7 @@
 """Mixtures of experts of real shapes with random weights: as MLX folders of 4 bits, and as GGUFs of Q4_0.
 
 What a kernel or a read costs does not depend on the numbers, but which experts are read depends on the routers: these
-are made by `benchmarks.skewed_routing`, with the embeddings and the output head that they need, and quantized as mlx-lm's
+are made by `benchmarks.skewed_routing`, with the embeddings and the head that they need, and quantized as mlx-lm's
 converter would (4 bits in groups of 64, routers at 8 bits, bf16) or as llama.cpp's (Q4_0, routers in f32). All other
 matrices are random codes with scales that keep the forward pass sane: what a layer adds is small beside the embedding.
 The tokenizer is SmolLM2's, whose words are all that is ever recited; ids beyond it are unused.

@@ -1,6 +1,6 @@
 """The sides of `benchmarks.streaming`, each in a worker process: EdgeR1 (streamed or resident) and nunspark.
 
-A reading is one answer to a prompt of few words, greedily; what it must be is known (see `benchmarks.skewed_routing`), and
+A reading is one greedy answer to a prompt of few words; what it must be is known (see `benchmarks.skewed_routing`), and
 `recited` tells whether it was: 1, or 0 where the side computed another text and so used other experts.
 """
 

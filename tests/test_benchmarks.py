@@ -152,13 +152,17 @@ def test_a_limit_kills_what_exceeds_it_and_nothing_stays() -> None:
                 group.command([sys.executable, "-c", take.format(200 << 20)]), check=False
             ).returncode
             beyond = group.taken()
-            left = subprocess.Popen(group.command([sys.executable, "-c", "import time; time.sleep(60)"]))
+            waits = group.command([sys.executable, "-c", "import time; print(flush=True); time.sleep(60)"])
+            left = subprocess.Popen(waits, stdout=subprocess.PIPE)
+            assert left.stdout is not None
+            left.stdout.readline()
     except cgroup.LimitUnavailableError as error:
         pytest.skip(str(error))
     assert (code, within.oom_kills) == (0, 0)
     assert 20 << 20 < within.peak_bytes <= 64 << 20
     assert (killed, beyond.oom_kills) == (-9, 1)
-    assert left.wait(timeout=10) == -9
+    left.communicate(timeout=10)
+    assert left.returncode == -9
 
 
 def test_llama_completions_account_is_read() -> None:
