@@ -465,7 +465,9 @@ def _overlapped(ours: Worker, full: Worker, reads: Worker) -> Reading:
 def guarded(part: Any, run: Bench) -> list[Comparison]:
     """Run a part; say loudly where no memory limit can be set here."""
     try:
-        made: list[Comparison] = part(run)
+        # Before gigabytes of models are made in vain.
+        with Limited(1 << 30):
+            made: list[Comparison] = part(run)
     except LimitUnavailableError as error:
         raise SideUnavailableError(str(error)) from error
     run.notes.append(_skew())
