@@ -16,9 +16,8 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self
@@ -181,8 +180,10 @@ def drop_caches() -> None:
 
 @dataclass(frozen=True)
 class Resident:
-    """A process's resident memory in bytes, as /proc/PID/status has it: `rss` is the sum of the others."""
+    """A process's resident memory in bytes, as /proc/PID/status has it: `rss` is the sum of anonymous and mapped."""
 
+    peak: int
+    """The largest rss since it began to run its program, as the kernel counted it."""
     rss: int
     anonymous: int
     mapped: int
@@ -192,44 +193,12 @@ class Resident:
 def resident(status: str) -> Resident:
     """Read the text of /proc/PID/status."""
     anonymous, file, shared = (1024 * field(status, name) for name in ("RssAnon", "RssFile", "RssShmem"))
-    return Resident(1024 * field(status, "VmRSS"), anonymous, file + shared)
+    return Resident(1024 * field(status, "VmHWM"), 1024 * field(status, "VmRSS"), anonymous, file + shared)
 
 
-class Watch:
-    """Samples a process's resident memory until closed; `peak` is the sample with the largest rss."""
-
-    def __init__(self, pid: int, every_s: float = 0.05) -> None:
-        self._status = Path(f"/proc/{pid}/status")
-        self._every_s = every_s
-        self._ended = threading.Event()
-        self.peak = Resident(0, 0, 0)
-        self._thread = threading.Thread(target=self._sample, daemon=True)
-        self._thread.start()
-
-    def _sample(self) -> None:
-        while not self._ended.wait(self._every_s):
-            try:
-                now = resident(self._status.read_text())
-            except OSError:
-                return
-            if now.rss > self.peak.rss:
-                self.peak = now
-
-    def close(self) -> Resident:
-        """Stop sampling; returns the peak."""
-        self._ended.set()
-        self._thread.join()
-        return self.peak
-
-
-@contextlib.contextmanager
-def watched(pid: int) -> Iterator[Watch]:
-    """Watch a process while the block runs."""
-    watch = Watch(pid)
-    try:
-        yield watch
-    finally:
-        watch.close()
+def resident_of(pid: int | str = "self") -> Resident:
+    """Read what a process has resident."""
+    return resident(Path(f"/proc/{pid}/status").read_text())
 
 
 def main() -> int:
@@ -240,10 +209,8 @@ def main() -> int:
         print(__doc__, file=sys.stderr)
         return 2
     with Limited(parse_size(sys.argv[1])) as group:
-        process = subprocess.Popen(group.command(sys.argv[2:]))
-        with watched(process.pid) as watch:
-            code = process.wait()
-        print(json.dumps({"exit": code, **asdict(group.taken()), "resident": asdict(watch.peak)}), file=sys.stderr)
+        code = subprocess.run(group.command(sys.argv[2:]), check=False).returncode
+        print(json.dumps({"exit": code, **asdict(group.taken())}), file=sys.stderr)
     return code
 
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.cgroup import field, resident
+from benchmarks.cgroup import field, resident_of
 
 if TYPE_CHECKING:
     # These run in nunspark's own environment.
@@ -25,21 +25,26 @@ class EdgeR1Streaming:
     """EdgeR1 through its public API, under a ceiling or with slots set by hand, or wholly resident without either."""
 
     def __init__(
-        self, folder: str, precision: str, memory: int | None = None, expert_slots: str | int | None = None
+        self,
+        folder: str,
+        precision: str,
+        memory: int | None = None,
+        expert_slots: str | int | None = None,
+        context: int = 2048,
     ) -> None:
         import edger1
 
         given = {"memory": memory, "expert_slots": expert_slots}
         chosen: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
         began = time.perf_counter()
-        self._model = edger1.load(folder, precision=precision, context=2048, **chosen)
+        self._model = edger1.load(folder, precision=precision, context=context, **chosen)
         plan = self._model.plan
-        slots = plan.slots
+        self._planned_bytes = plan.total_bytes
         self.info = {
             "kernels": self._model.info["kernels"],
             "load_s": time.perf_counter() - began,
-            "planned_bytes": plan.smallest_ceiling_bytes if slots is None else plan.total_bytes,
-            "slots": slots,
+            "planned_bytes": self._planned_bytes,
+            "slots": plan.slots,
         }
 
     def __call__(self, prompt: str, generate: int, text: str) -> Mapping[str, float]:
@@ -47,8 +52,8 @@ class EdgeR1Streaming:
 
         Rates in tokens a second; hit_rate, bytes_per_token and stall_share are those of decoding. prefill_bytes is what
         EdgeR1 says that the prefill read, disk_bytes what the kernel says that the whole answer read from disks, and
-        distinct_bytes the size of the distinct experts that the answer used. peak_bytes is EdgeR1's own account,
-        rss_bytes the kernel's.
+        distinct_bytes the size of the distinct experts that the answer used. planned_bytes is what EdgeR1 says that it
+        takes with a full context, peak_bytes the largest resident size, mapped files included, that the kernel saw.
         """
         streaming = _streaming()
         used = [] if streaming is None else [uses.copy() for uses in streaming.uses]
@@ -60,8 +65,8 @@ class EdgeR1Streaming:
         reading = {
             "rate": float(figures.decode_tokens_per_s or 0.0),
             "prefill": float(figures.prefill_tokens_per_s or 0.0),
-            "peak_bytes": float(figures.peak_memory_bytes),
-            "rss_bytes": float(resident(Path("/proc/self/status").read_text()).rss),
+            "planned_bytes": float(self._planned_bytes),
+            "peak_bytes": float(resident_of().peak),
             "recited": float(done.text == text),
             "completed": float(done.usage.completion_tokens),
         }
@@ -181,12 +186,11 @@ class Nunspark:
         after = cache.stats()
         hits, misses = (after[what]["expert"] - before[what]["expert"] for what in ("hits", "misses"))
         stepping.close()
-        status = Path("/proc/self/status").read_text()
         return {
             "rate": generate / (ended - first),
             "prefill": len(prompt) / (first - began),
             "hit_rate": hits / max(1, hits + misses),
-            "rss_bytes": float(resident(status).rss),
+            "peak_bytes": float(resident_of().peak),
             "recited": float(made == list(tokens)),
         }
 

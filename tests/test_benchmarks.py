@@ -139,7 +139,7 @@ def test_resident_memory_is_told_from_mapped() -> None:
     status = (
         "Name:\tx\nVmHWM:\t  900 kB\nVmRSS:\t  800 kB\nRssAnon:\t  500 kB\nRssFile:\t  250 kB\nRssShmem:\t  50 kB\n"
     )
-    assert cgroup.resident(status) == cgroup.Resident(800 << 10, 500 << 10, 300 << 10)
+    assert cgroup.resident(status) == cgroup.Resident(900 << 10, 800 << 10, 500 << 10, 300 << 10)
 
 
 def test_a_limit_kills_what_exceeds_it_and_nothing_stays() -> None:
