@@ -37,13 +37,11 @@ AMPLE_BYTES = 15 << 30
 NUNSPARK_ROUNDS = 3
 NUNSPARK_OVERHEAD_BYTES = 1_400_000_000
 """What nunspark takes beyond its budget with this shape: embedding, head, a layer's experts twice, Python."""
-OPENINGS = tuple(
-    f" {word}"
-    for word in (
-        "time people water house light world music story day year hand book city school river night stone garden winter "
-        "summer morning mother father friend paper window street village mountain forest letter"
-    ).split()
+WORDS = (
+    "time people water house light world music story day year hand book city school river night stone garden winter"
+    " summer morning mother father friend paper window street village mountain forest letter"
 )
+OPENINGS = tuple(f" {word}" for word in WORDS.split())
 """Words of one token, more of them than the engine remembers prompts."""
 BIG_LIMIT_BYTES = 8_000_000_000
 
