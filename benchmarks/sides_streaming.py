@@ -46,6 +46,8 @@ class EdgeR1Streaming:
             "planned_bytes": self._planned_bytes,
             "slots": plan.slots,
         }
+        self._expert_bytes = 0
+        self._watch()
 
     def __call__(self, prompt: str, generate: int, text: str) -> Mapping[str, float]:
         """Continue `prompt` by `generate` tokens after the first; `text` is what should come.
@@ -55,8 +57,7 @@ class EdgeR1Streaming:
         distinct_bytes the size of the distinct experts that the answer used. planned_bytes is what EdgeR1 says that it
         takes with a full context, peak_bytes the largest resident size, mapped files included, that the kernel saw.
         """
-        streaming = _streaming()
-        used = [] if streaming is None else [uses.copy() for uses in streaming.uses]
+        self._used.clear()
         disk_bytes = _disk_bytes()
         done = self._model.generate(prompt, raw=True, max_tokens=generate + 1, temperature=0, seed=0)
         if done.usage.cached_tokens:
@@ -73,28 +74,38 @@ class EdgeR1Streaming:
         experts = getattr(figures, "experts", None)
         if experts:
             reading |= _streamed(experts)
-        if streaming is not None:
             reading["disk_bytes"] = float(_disk_bytes() - disk_bytes)
-            reading["distinct_bytes"] = float(
-                sum(
-                    int((now > before).sum()) * bank.layer.expert_bytes
-                    for now, before, bank in zip(streaming.uses, used, streaming.banks, strict=True)
-                )
-            )
+            reading["distinct_bytes"] = float(len(self._used) * self._expert_bytes)
         return reading
 
+    def _watch(self) -> None:
+        """Note the distinct experts that are used from here on: what the engine counts of them is in no message."""
+        self._used: set[tuple[int, int]] = set()
+        module = sys.modules.get("edger1.experts.streaming")
+        if module is None:
+            return
+        for streaming in [held for held in gc.get_objects() if isinstance(held, module.Streaming)]:
+            self._expert_bytes = streaming.banks[0].layer.expert_bytes
+            counted = streaming.used
 
-def _streaming() -> Any:
-    """Return the model's streaming, None where it is resident: what it counts of uses is in no message."""
-    module = sys.modules.get("edger1.experts.streaming")
-    if module is None:
-        return None
-    return next((held for held in gc.get_objects() if isinstance(held, module.Streaming)), None)
+            def used(layer: int, experts: Sequence[int], *rest: Any, counted: Any = counted, **more: Any) -> Any:
+                self._used.update((layer, int(expert)) for expert in experts)
+                return counted(layer, experts, *rest, **more)
+
+            streaming.used = used
 
 
 def _disk_bytes() -> int:
     """Return what this process has read from disks, page cache not counted."""
     return field(Path("/proc/self/io").read_text(), "read_bytes")
+
+
+def fresh(folder: Path, into: Path) -> Path:
+    """Make `into` the model of `folder` as it was fetched, without what EdgeR1 has learnt of it; returns `into`."""
+    for path in folder.iterdir():
+        if path.name != "expert-popularity.json":
+            (into / path.name).symlink_to(path.resolve())
+    return into
 
 
 def _streamed(experts: Mapping[str, Any]) -> dict[str, float]:

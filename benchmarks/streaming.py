@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import statistics
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -21,7 +22,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks import bench, peers, peers_streaming
+from benchmarks import bench, peers, peers_streaming, sides_streaming
 from benchmarks.bench import Bench, side
 from benchmarks.cgroup import Limited, LimitUnavailableError, drop_caches
 from benchmarks.common import Comparison, Measure, Side, child_environment
@@ -31,6 +32,7 @@ from benchmarks.worker import Side as Worker
 from benchmarks.worker import SideUnavailableError
 
 PRECISION = "fast"
+MODEL = "qwen3-24"
 GENERATE = 16
 AMPLE_BYTES = 15 << 30
 """A limit under which every side holds the whole model."""
@@ -86,18 +88,25 @@ class Subject:
 
 
 @cache
-def subject(name: str = "qwen3-24") -> Subject:
+def subject(name: str = MODEL) -> Subject:
     """Return the model of a shape, made once."""
     return Subject(name)
 
 
 @contextmanager
-def edger1(run: Bench, group: Limited, folder: Path, **arguments: Any) -> Iterator[Worker]:
-    """Bring EdgeR1 up inside a group. Raises SideUnavailableError where it ends or is killed."""
-    given = {"folder": folder, "precision": PRECISION, **arguments}
-    environment = child_environment(run.threads)
-    with Worker("benchmarks.sides_streaming:edger1", given, environment, within=group.command) as worker:
-        yield worker
+def edger1(
+    run: Bench, group: Limited, known: Path | None = None, of: str = MODEL, **arguments: Any
+) -> Iterator[Worker]:
+    """Bring EdgeR1 up inside a group. Raises SideUnavailableError where it ends or is killed.
+
+    It has never seen the model before, unless it is `known`: a folder of `sides_streaming.fresh` that it has used.
+    """
+    with tempfile.TemporaryDirectory() as new:
+        folder = known or sides_streaming.fresh(subject(of).folder, Path(new))
+        given = {"folder": folder, "precision": PRECISION, **arguments}
+        environment = child_environment(run.threads)
+        with Worker("benchmarks.sides_streaming:edger1", given, environment, within=group.command) as worker:
+            yield worker
 
 
 @contextmanager
@@ -205,7 +214,7 @@ def _against(
 def slots100_llama(run: Bench) -> list[Comparison]:
     """All experts in slots; llama.cpp with the whole model in memory."""
     settings = _llama_settings(run, AMPLE_BYTES, ample=True)
-    ours = run.enter(edger1(run, _new(run, AMPLE_BYTES), subject().folder, memory=AMPLE_BYTES, expert_slots="100%"))
+    ours = run.enter(edger1(run, _new(run, AMPLE_BYTES), memory=AMPLE_BYTES, expert_slots="100%"))
     _asked(ours, subject().task())
     group, turns = _new(run, AMPLE_BYTES), Turns(2)
 
@@ -221,7 +230,7 @@ def slots100_llama(run: Bench) -> list[Comparison]:
 
 def slots100_nunspark(run: Bench) -> list[Comparison]:
     """All experts in slots; nunspark with a budget above the model, answering what it has just answered."""
-    ours = run.enter(edger1(run, _new(run, AMPLE_BYTES), subject().folder, memory=AMPLE_BYTES, expert_slots="100%"))
+    ours = run.enter(edger1(run, _new(run, AMPLE_BYTES), memory=AMPLE_BYTES, expert_slots="100%"))
     _asked(ours, subject().task())
     settings = peers_streaming.nunspark_settings(packed(), AMPLE_BYTES - (2 << 30))
     peer = run.enter(nunspark(run, _new(run, AMPLE_BYTES), settings))
@@ -243,7 +252,7 @@ def warm50_llama(run: Bench) -> list[Comparison]:
     limit = _share(50)
     drop_caches()
     settings = _llama_settings(run, limit, ample=False)
-    ours = run.enter(edger1(run, _new(run, limit), subject().folder, memory=limit))
+    ours = run.enter(edger1(run, _new(run, limit), memory=limit))
     group, turns, first = _new(run, limit), Turns(2), subject().task()
     _asked(ours, first)
     _asked_llama(run, settings, first, group)
@@ -258,7 +267,7 @@ def warm50_nunspark(run: Bench) -> list[Comparison]:
     """Half of the model's size, after a first answer inside the cgroup."""
     limit = _share(50)
     drop_caches()
-    ours = run.enter(edger1(run, _new(run, limit), subject().folder, memory=limit))
+    ours = run.enter(edger1(run, _new(run, limit), memory=limit))
     settings = peers_streaming.nunspark_settings(packed(), limit - NUNSPARK_OVERHEAD_BYTES)
     peer = run.enter(nunspark(run, _new(run, limit), settings))
     turns, first = Turns(2), subject().task()
@@ -272,24 +281,39 @@ def warm50_nunspark(run: Bench) -> list[Comparison]:
     return _against(run, "50% warm", "nunspark", str(settings), readings, 5, limit)
 
 
-def _cold(run: Bench, turns: Turns, limit: int) -> Reading:
+def _cold(run: Bench, turns: Turns, limit: int, known: Path | None = None) -> Reading:
     drop_caches()
-    with Limited(limit) as group, edger1(run, group, subject().folder, memory=limit) as ours:
+    with Limited(limit) as group, edger1(run, group, known, memory=limit) as ours:
         return _asked(ours, turns.next())
 
 
 def cold25_llama(run: Bench) -> list[Comparison]:
-    """A quarter of the model's size, the first answer of a new process with caches dropped."""
-    limit, turns = _share(25), Turns(2)
+    """A quarter of the model's size, the first answer of a new process with caches dropped.
+
+    Once more with what EdgeR1 has learnt of the experts' popularity from answers before, of other texts.
+    """
+    limit, turns = _share(25), Turns(3)
     settings = peers_streaming.mapped(peers.all_settings()[0])
+    known = sides_streaming.fresh(subject().folder, Path(run.enter(tempfile.TemporaryDirectory())))
+    with Limited(limit) as group, edger1(run, group, known, memory=limit) as learning:
+        for _ in range(1 if run.quick else 4):
+            _asked(learning, subject().task(64))
 
     def llama() -> Reading:
         drop_caches()
         with Limited(limit) as group:
             return _asked_llama(run, settings, turns.next(), group)
 
-    readings = run.interleave({"EdgeR1": partial(_cold, run, turns, limit), "llama.cpp": llama})
-    return _against(run, "25% cold", "llama.cpp", f"Q4_0, mmap, {settings}", readings, 2, limit)
+    readings = run.interleave(
+        {
+            "EdgeR1": partial(_cold, run, turns, limit),
+            "llama.cpp": llama,
+            "EdgeR1, popularity known": partial(_cold, run, turns, limit, known),
+        }
+    )
+    made = _against(run, "25% cold", "llama.cpp", f"Q4_0, mmap, {settings}", readings, 2, limit)
+    later = side("EdgeR1", f"{PRECISION}, popularity known", readings["EdgeR1, popularity known"])
+    return [*made, Comparison("decode, 25% cold, not the first run / llama.cpp", later, made[0].peer)]
 
 
 def cold25_nunspark(run: Bench) -> list[Comparison]:
@@ -315,7 +339,7 @@ def _under_limit(run: Bench, name: str, limit: int, words: int, generate: int) -
     drop_caches()
     tasks = subject(name).task(generate, words), subject(name).task(generate)
     given = {"memory": limit, "context": words + generate + 2}
-    with Limited(limit) as group, edger1(run, group, subject(name).folder, **given) as ours:
+    with Limited(limit) as group, edger1(run, group, of=name, **given) as ours:
         try:
             first, second = (_asked(ours, task) for task in tasks)
         except SideUnavailableError as error:
@@ -387,7 +411,7 @@ def resident(run: Bench) -> list[Comparison]:
 
     def once(**arguments: Any) -> Reading:
         task = turns.next()
-        with Limited(AMPLE_BYTES) as group, edger1(run, group, subject().folder, **arguments) as worker:
+        with Limited(AMPLE_BYTES) as group, edger1(run, group, **arguments) as worker:
             _asked(worker, task)
             # A prefix of it would be cached now.
             return _asked(worker, subject().task(64))
@@ -409,7 +433,7 @@ def prefill(run: Bench) -> list[Comparison]:
 
     def once() -> Reading:
         drop_caches()
-        with Limited(limit) as group, edger1(run, group, subject().folder, memory=limit) as ours:
+        with Limited(limit) as group, edger1(run, group, memory=limit) as ours:
             return _asked(ours, subject().task(0, 512))
 
     taken = run.interleave({"EdgeR1": once})["EdgeR1"]
@@ -429,7 +453,7 @@ def prefill(run: Bench) -> list[Comparison]:
 
 def overlap(run: Bench) -> list[Comparison]:
     """Decode rates against reading what was missing and computing one after the other, at this run's rates."""
-    full = run.enter(edger1(run, _new(run, AMPLE_BYTES), subject().folder, memory=AMPLE_BYTES, expert_slots="100%"))
+    full = run.enter(edger1(run, _new(run, AMPLE_BYTES), memory=AMPLE_BYTES, expert_slots="100%"))
     _asked(full, subject().task())
     reads = run.enter(
         Worker(
@@ -442,7 +466,7 @@ def overlap(run: Bench) -> list[Comparison]:
     made: list[Comparison] = []
     for percent in (25, 50):
         limit = _share(percent)
-        ours = run.enter(edger1(run, _new(run, limit), subject().folder, memory=limit))
+        ours = run.enter(edger1(run, _new(run, limit), memory=limit))
         _asked(ours, subject().task())
         readings = run.interleave({f"EdgeR1, {percent}%": partial(_overlapped, ours, full, reads)})
         taken = readings[f"EdgeR1, {percent}%"]
