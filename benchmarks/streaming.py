@@ -11,13 +11,10 @@ answer after a first one inside the cgroup.
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -27,143 +24,31 @@ from benchmarks.bench import Bench, side
 from benchmarks.cgroup import Limited, LimitUnavailableError, drop_caches
 from benchmarks.common import Comparison, Measure, Side, child_environment
 from benchmarks.peers import LlamaSettings, PeerMissingError
-from benchmarks.random_moe import SHAPES, RandomMoe
+from benchmarks.streaming_setup import (
+    GENERATE,
+    MODEL,
+    PRECISION,
+    Reading,
+    Turns,
+    asked,
+    asked_llama,
+    asked_nunspark,
+    edger1,
+    new,
+    nunspark,
+    packed,
+    share,
+    subject,
+)
 from benchmarks.worker import Side as Worker
 from benchmarks.worker import SideUnavailableError
 
-PRECISION = "fast"
-MODEL = "qwen3-24"
-GENERATE = 16
 AMPLE_BYTES = 15 << 30
 """A limit under which every side holds the whole model."""
 NUNSPARK_ROUNDS = 3
 NUNSPARK_OVERHEAD_BYTES = 1_400_000_000
 """What nunspark takes beyond its budget with this shape: embedding, head, a layer's experts twice, Python."""
-WORDS = (
-    "time people water house light world music story day year hand book city school river night stone garden winter"
-    " summer morning mother father friend paper window street village mountain forest letter"
-)
-OPENINGS = tuple(f" {word}" for word in WORDS.split())
-"""Words of one token, more of them than the engine remembers prompts."""
 BIG_LIMIT_BYTES = 8_000_000_000
-
-Reading = dict[str, float]
-
-
-@dataclass(frozen=True)
-class Task:
-    """An answer to ask for: a prompt and what must follow it, as text and as ids."""
-
-    prompt: str
-    prompt_ids: list[int]
-    ids: list[int]
-    text: str
-
-
-class Subject:
-    """The model that is measured, in every form, and prompts for it."""
-
-    def __init__(self, name: str) -> None:
-        from tokenizers import Tokenizer
-
-        self.model = RandomMoe(SHAPES[name])
-        self.folder = self.model.folder()
-        self.nbytes = sum(file.stat().st_size for file in self.folder.glob("*.safetensors"))
-        self._tokenizer = Tokenizer.from_file(str(self.folder / "tokenizer.json"))
-        self._asked = 0
-
-    def task(self, generate: int = GENERATE, words: int = 8) -> Task:
-        """Return the next task: another prompt each time, of so many tokens, so that no cached prefix fits."""
-        number, self._asked = self._asked, self._asked + 1
-        count = len(OPENINGS)
-        turned = [OPENINGS[(number * 7 + i) % count] for i in range(words - 1)]
-        prompt = "".join([*turned, OPENINGS[(number * 3 + number // count) % count]])
-        prompt_ids = self._tokenizer.encode(prompt, add_special_tokens=False).ids
-        ids = self.model.text.recited(prompt_ids[-1], generate + 1)
-        return Task(prompt, prompt_ids, ids, self._tokenizer.decode(ids))
-
-    def recites(self, completion: str, task: Task) -> float:
-        """Say whether llama-completion's output is the text, whose ends it may trim: 1 or 0."""
-        return float(completion.strip()[: len(task.text) // 2] == task.text.strip()[: len(task.text) // 2])
-
-
-@cache
-def subject(name: str = MODEL) -> Subject:
-    """Return the model of a shape, made once."""
-    return Subject(name)
-
-
-@contextmanager
-def edger1(
-    run: Bench, group: Limited, known: Path | None = None, of: str = MODEL, **arguments: Any
-) -> Iterator[Worker]:
-    """Bring EdgeR1 up inside a group. Raises SideUnavailableError where it ends or is killed.
-
-    It has never seen the model before, unless it is `known`: a folder of `sides_streaming.fresh` that it has used.
-    """
-    with tempfile.TemporaryDirectory() as new:
-        folder = known or sides_streaming.fresh(subject(of).folder, Path(new))
-        given = {"folder": folder, "precision": PRECISION, **arguments}
-        environment = child_environment(run.threads)
-        with Worker("benchmarks.sides_streaming:edger1", given, environment, within=group.command) as worker:
-            yield worker
-
-
-@contextmanager
-def nunspark(run: Bench, group: Limited, settings: peers_streaming.NunsparkSettings) -> Iterator[Worker]:
-    """Bring nunspark up inside a group."""
-    given = {"packed": packed(), "settings": json.dumps(asdict(settings))}
-    with Worker(
-        "benchmarks.sides_streaming:nunspark",
-        given,
-        peers_streaming.nunspark_environment(run.threads),
-        python=peers_streaming.nunspark_python(),
-        within=group.command,
-    ) as worker:
-        yield worker
-
-
-def packed() -> Path:
-    """Return the model as nunspark has it."""
-    return peers_streaming.nunspark_packed(subject().folder)
-
-
-def _asked(worker: Worker, task: Task) -> Reading:
-    return worker.measure(prompt=task.prompt, generate=len(task.ids) - 1, text=task.text)
-
-
-def _asked_nunspark(worker: Worker, task: Task) -> Reading:
-    return worker.measure(prompt=task.prompt_ids, generate=len(task.ids) - 1, tokens=task.ids)
-
-
-def _asked_llama(run: Bench, settings: LlamaSettings, task: Task, group: Limited) -> Reading:
-    gguf, generate = subject().model.gguf_file(), len(task.ids) - 1
-    done = peers_streaming.llama_completion(gguf, settings, task.prompt, generate, threads=run.threads, group=group)
-    return {"rate": done.decode, "prefill": done.prefill, "recited": subject().recites(done.text, task)}
-
-
-def _new(run: Bench, limit_bytes: int) -> Limited:
-    group: Limited = run.enter(Limited(limit_bytes))
-    return group
-
-
-def _share(percent: int) -> int:
-    return subject().nbytes * percent // 100
-
-
-class Turns:
-    """Gives all sides of a round the same task, and the next round another."""
-
-    def __init__(self, sides: int) -> None:
-        self._sides, self._given = sides, 0
-        self._task = subject().task()
-
-    def next(self) -> Task:
-        """Return the task of this round."""
-        if self._given and self._given % self._sides == 0:
-            self._task = subject().task()
-        self._given += 1
-        return self._task
 
 
 def _llama_settings(run: Bench, limit_bytes: int, *, ample: bool) -> LlamaSettings:
@@ -174,7 +59,7 @@ def _llama_settings(run: Bench, limit_bytes: int, *, ample: bool) -> LlamaSettin
     with Limited(limit_bytes) as group:
         for settings in candidates:
             try:
-                rates[settings] = _asked_llama(run, settings, task, group)["rate"]
+                rates[settings] = asked_llama(run, settings, task, group)["rate"]
             except PeerMissingError as error:
                 print(f"!!! {error}", file=sys.stderr)
                 continue
@@ -214,68 +99,68 @@ def _against(
 def slots100_llama(run: Bench) -> list[Comparison]:
     """All experts in slots; llama.cpp with the whole model in memory."""
     settings = _llama_settings(run, AMPLE_BYTES, ample=True)
-    ours = run.enter(edger1(run, _new(run, AMPLE_BYTES), memory=AMPLE_BYTES, expert_slots="100%"))
-    _asked(ours, subject().task())
-    group, turns = _new(run, AMPLE_BYTES), Turns(2)
+    ours = run.enter(edger1(run, new(run, AMPLE_BYTES), memory=AMPLE_BYTES, expert_slots="100%"))
+    asked(ours, subject().task())
+    group, turns = new(run, AMPLE_BYTES), Turns()
 
     def llama() -> Reading:
-        task = turns.next()
+        task = turns.next("llama.cpp")
         # The process before has gone and its memory with it; what it mapped must be there again.
-        _asked_llama(run, settings, task, group)
-        return _asked_llama(run, settings, task, group)
+        asked_llama(run, settings, task, group)
+        return asked_llama(run, settings, task, group)
 
-    readings = run.interleave({"EdgeR1": lambda: _asked(ours, turns.next()), "llama.cpp": llama})
+    readings = run.interleave({"EdgeR1": lambda: asked(ours, turns.next("EdgeR1")), "llama.cpp": llama})
     return _against(run, "experts 100% in slots", "llama.cpp", f"Q4_0, {settings}", readings, 1.1, AMPLE_BYTES)
 
 
 def slots100_nunspark(run: Bench) -> list[Comparison]:
     """All experts in slots; nunspark with a budget above the model, answering what it has just answered."""
-    ours = run.enter(edger1(run, _new(run, AMPLE_BYTES), memory=AMPLE_BYTES, expert_slots="100%"))
-    _asked(ours, subject().task())
+    ours = run.enter(edger1(run, new(run, AMPLE_BYTES), memory=AMPLE_BYTES, expert_slots="100%"))
+    asked(ours, subject().task())
     settings = peers_streaming.nunspark_settings(packed(), AMPLE_BYTES - (2 << 30))
-    peer = run.enter(nunspark(run, _new(run, AMPLE_BYTES), settings))
-    turns = Turns(2)
+    peer = run.enter(nunspark(run, new(run, AMPLE_BYTES), settings))
+    turns = Turns()
 
     def nunspark_again() -> Reading:
-        task = turns.next()
+        task = turns.next("nunspark")
         # It fills its cache with what is asked for: the second time all of it is there.
-        _asked_nunspark(peer, task)
-        return _asked_nunspark(peer, task)
+        asked_nunspark(peer, task)
+        return asked_nunspark(peer, task)
 
-    measures: dict[str, Measure] = {"EdgeR1": lambda: _asked(ours, turns.next()), "nunspark": nunspark_again}
+    measures: dict[str, Measure] = {"EdgeR1": lambda: asked(ours, turns.next("EdgeR1")), "nunspark": nunspark_again}
     readings = run.interleave(measures, fewer={"nunspark": min(run.rounds, NUNSPARK_ROUNDS)})
     return _against(run, "experts 100% in slots", "nunspark", str(settings), readings, 5, AMPLE_BYTES)
 
 
 def warm50_llama(run: Bench) -> list[Comparison]:
     """Half of the model's size, after a first answer inside the cgroup."""
-    limit = _share(50)
+    limit = share(50)
     drop_caches()
     settings = _llama_settings(run, limit, ample=False)
-    ours = run.enter(edger1(run, _new(run, limit), memory=limit))
-    group, turns, first = _new(run, limit), Turns(2), subject().task()
-    _asked(ours, first)
-    _asked_llama(run, settings, first, group)
+    ours = run.enter(edger1(run, new(run, limit), memory=limit))
+    group, turns, first = new(run, limit), Turns(), subject().task()
+    asked(ours, first)
+    asked_llama(run, settings, first, group)
     measures: dict[str, Measure] = {
-        "EdgeR1": lambda: _asked(ours, turns.next()),
-        "llama.cpp": lambda: _asked_llama(run, settings, turns.next(), group),
+        "EdgeR1": lambda: asked(ours, turns.next("EdgeR1")),
+        "llama.cpp": lambda: asked_llama(run, settings, turns.next("llama.cpp"), group),
     }
     return _against(run, "50% warm", "llama.cpp", f"Q4_0, mmap, {settings}", run.interleave(measures), 1.5, limit)
 
 
 def warm50_nunspark(run: Bench) -> list[Comparison]:
     """Half of the model's size, after a first answer inside the cgroup."""
-    limit = _share(50)
+    limit = share(50)
     drop_caches()
-    ours = run.enter(edger1(run, _new(run, limit), memory=limit))
+    ours = run.enter(edger1(run, new(run, limit), memory=limit))
     settings = peers_streaming.nunspark_settings(packed(), limit - NUNSPARK_OVERHEAD_BYTES)
-    peer = run.enter(nunspark(run, _new(run, limit), settings))
-    turns, first = Turns(2), subject().task()
-    _asked(ours, first)
-    _asked_nunspark(peer, first)
+    peer = run.enter(nunspark(run, new(run, limit), settings))
+    turns, first = Turns(), subject().task()
+    asked(ours, first)
+    asked_nunspark(peer, first)
     measures: dict[str, Measure] = {
-        "EdgeR1": lambda: _asked(ours, turns.next()),
-        "nunspark": lambda: _asked_nunspark(peer, turns.next()),
+        "EdgeR1": lambda: asked(ours, turns.next("EdgeR1")),
+        "nunspark": lambda: asked_nunspark(peer, turns.next("nunspark")),
     }
     readings = run.interleave(measures, fewer={"nunspark": min(run.rounds, NUNSPARK_ROUNDS)})
     return _against(run, "50% warm", "nunspark", str(settings), readings, 5, limit)
@@ -284,7 +169,7 @@ def warm50_nunspark(run: Bench) -> list[Comparison]:
 def _cold(run: Bench, turns: Turns, limit: int, known: Path | None = None) -> Reading:
     drop_caches()
     with Limited(limit) as group, edger1(run, group, known, memory=limit) as ours:
-        return _asked(ours, turns.next())
+        return asked(ours, turns.next("EdgeR1" if known is None else "EdgeR1, popularity known"))
 
 
 def cold25_llama(run: Bench) -> list[Comparison]:
@@ -292,17 +177,17 @@ def cold25_llama(run: Bench) -> list[Comparison]:
 
     Once more with what EdgeR1 has learnt of the experts' popularity from answers before, of other texts.
     """
-    limit, turns = _share(25), Turns(3)
+    limit, turns = share(25), Turns()
     settings = peers_streaming.mapped(peers.all_settings()[0])
     known = sides_streaming.fresh(subject().folder, Path(run.enter(tempfile.TemporaryDirectory())))
     with Limited(limit) as group, edger1(run, group, known, memory=limit) as learning:
         for _ in range(1 if run.quick else 4):
-            _asked(learning, subject().task(64))
+            asked(learning, subject().task(64))
 
     def llama() -> Reading:
         drop_caches()
         with Limited(limit) as group:
-            return _asked_llama(run, settings, turns.next(), group)
+            return asked_llama(run, settings, turns.next("llama.cpp"), group)
 
     readings = run.interleave(
         {
@@ -318,13 +203,13 @@ def cold25_llama(run: Bench) -> list[Comparison]:
 
 def cold25_nunspark(run: Bench) -> list[Comparison]:
     """A quarter of the model's size, the first answer of a new process with caches dropped."""
-    limit, turns = _share(25), Turns(2)
+    limit, turns = share(25), Turns()
     settings = peers_streaming.nunspark_settings(packed(), limit - NUNSPARK_OVERHEAD_BYTES)
 
     def peer() -> Reading:
         drop_caches()
         with Limited(limit) as group, nunspark(run, group, settings) as worker:
-            return _asked_nunspark(worker, turns.next())
+            return asked_nunspark(worker, turns.next("nunspark"))
 
     measures: dict[str, Measure] = {"EdgeR1": partial(_cold, run, turns, limit), "nunspark": peer}
     readings = run.interleave(measures, fewer={"nunspark": min(run.rounds, NUNSPARK_ROUNDS)})
@@ -341,7 +226,7 @@ def _under_limit(run: Bench, name: str, limit: int, words: int, generate: int) -
     given = {"memory": limit, "context": words + generate + 2}
     with Limited(limit) as group, edger1(run, group, of=name, **given) as ours:
         try:
-            first, second = (_asked(ours, task) for task in tasks)
+            first, second = (asked(ours, task) for task in tasks)
         except SideUnavailableError as error:
             kills = group.taken().oom_kills
             raise SideUnavailableError(f"{error}; killed {kills} times for want of memory") from error
@@ -388,8 +273,8 @@ def ceiling(run: Bench) -> list[Comparison]:
     made: list[Comparison] = []
     words, generate = (64, 8) if run.quick else (512, 32)
     for percent in (25, 50):
-        limit = _share(percent)
-        taken = run.interleave({"EdgeR1": partial(_under_limit, run, "qwen3-24", limit, words, generate)})["EdgeR1"]
+        limit = share(percent)
+        taken = run.interleave({"EdgeR1": partial(_under_limit, run, MODEL, limit, words, generate)})["EdgeR1"]
         made += _peaks(f"{percent}%", limit, taken)
     return made
 
@@ -407,19 +292,17 @@ def big(run: Bench) -> list[Comparison]:
 
 def resident(run: Bench) -> list[Comparison]:
     """All experts in slots against the same model without streaming; a process for each reading."""
-    turns = Turns(2)
+    first, turns = subject().task(), Turns(64)
 
-    def once(**arguments: Any) -> Reading:
-        task = turns.next()
-        with Limited(AMPLE_BYTES) as group, edger1(run, group, **arguments) as worker:
-            _asked(worker, task)
-            # A prefix of it would be cached now.
-            return _asked(worker, subject().task(64))
+    def once(name: str, **arguments: Any) -> Reading:
+        with Limited(AMPLE_BYTES) as group, edger1(run, group, memory=AMPLE_BYTES, **arguments) as worker:
+            asked(worker, first)
+            return asked(worker, turns.next(name))
 
     readings = run.interleave(
         {
-            "in slots": partial(once, memory=AMPLE_BYTES, expert_slots="100%"),
-            "resident": partial(once, memory=AMPLE_BYTES),
+            "in slots": partial(once, "in slots", expert_slots="100%"),
+            "resident": partial(once, "resident"),
         }
     )
     ours = side("EdgeR1", f"{PRECISION}, 100% in slots", readings["in slots"])
@@ -429,12 +312,12 @@ def resident(run: Bench) -> list[Comparison]:
 
 def prefill(run: Bench) -> list[Comparison]:
     """Bytes that the prefill of 512 tokens reads, cold under a quarter of the model's size, by both counts."""
-    limit = _share(25)
+    limit = share(25)
 
     def once() -> Reading:
         drop_caches()
         with Limited(limit) as group, edger1(run, group, memory=limit) as ours:
-            return _asked(ours, subject().task(0, 512))
+            return asked(ours, subject().task(0, 512))
 
     taken = run.interleave({"EdgeR1": once})["EdgeR1"]
     distinct = side("distinct experts used", "", taken, "distinct_bytes", "GB", 1e9)
@@ -453,21 +336,21 @@ def prefill(run: Bench) -> list[Comparison]:
 
 def overlap(run: Bench) -> list[Comparison]:
     """Decode rates against reading what was missing and computing one after the other, at this run's rates."""
-    full = run.enter(edger1(run, _new(run, AMPLE_BYTES), memory=AMPLE_BYTES, expert_slots="100%"))
-    _asked(full, subject().task())
+    full = run.enter(edger1(run, new(run, AMPLE_BYTES), memory=AMPLE_BYTES, expert_slots="100%"))
+    asked(full, subject().task())
     reads = run.enter(
         Worker(
             "benchmarks.sides_streaming:reads",
             {"folder": subject().folder},
             child_environment(run.threads),
-            within=_new(run, 2 << 30).command,
+            within=new(run, 2 << 30).command,
         )
     )
     made: list[Comparison] = []
     for percent in (25, 50):
-        limit = _share(percent)
-        ours = run.enter(edger1(run, _new(run, limit), memory=limit))
-        _asked(ours, subject().task())
+        limit = share(percent)
+        ours = run.enter(edger1(run, new(run, limit), memory=limit))
+        asked(ours, subject().task())
         readings = run.interleave({f"EdgeR1, {percent}%": partial(_overlapped, ours, full, reads)})
         taken = readings[f"EdgeR1, {percent}%"]
         reading = statistics.median(reading["read_share"] for reading in taken)
@@ -487,8 +370,8 @@ def _overlapped(ours: Worker, full: Worker, reads: Worker) -> Reading:
     task = subject().task(32)
     # Loading the model for another side has warmed its file.
     drop_caches()
-    reading = _asked(ours, task)
-    compute_s = 1 / _asked(full, task)["rate"]
+    reading = asked(ours, task)
+    compute_s = 1 / asked(full, task)["rate"]
     missed = reading["bytes_per_token"]
     drop_caches()
     read_s = missed / reads.measure(bytes_per_token=missed)["bytes_per_s"] if missed else 0.0
