@@ -48,7 +48,8 @@ def nunspark_python() -> Path:
     if not (home / "complete").exists():
         print(f"fetching nunspark {NUNSPARK} with pip", file=sys.stderr, flush=True)
         venv.create(home, with_pip=True, clear=True)
-        pip = [python, "-m", "pip", "install", "-q", "--disable-pip-version-check"]
+        # -I: what PYTHONPATH holds of ours must not count as installed.
+        pip = [python, "-I", "-m", "pip", "install", "-q", "--disable-pip-version-check"]
         mlx = "mlx[cpu]" if sys.platform == "linux" else "mlx"
         same = ["-c", REPOSITORY / "constraints.txt"]
         peers.run([*pip, *same, mlx, "mlx-lm", f"nunspark=={NUNSPARK}"], f"pip install nunspark=={NUNSPARK}")
@@ -62,7 +63,7 @@ def nunspark_packed(folder: Path) -> Path:
     if not (target / "manifest.json").exists():
         python = nunspark_python()
         with peers.made_whole(target) as unfinished:
-            peers.run([python, "-c", _PACK, folder, unfinished], f"packing {folder.name} for nunspark")
+            peers.run([python, "-I", "-c", _PACK, folder, unfinished], f"packing {folder.name} for nunspark")
     return target
 
 
