@@ -10,7 +10,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import cgroup, common, kept, peers, peers_streaming, random_moe, readme, report, skewed_routing
+from benchmarks import (
+    cgroup,
+    common,
+    kept,
+    peers,
+    peers_streaming,
+    random_llama,
+    random_moe,
+    readme,
+    report,
+    skewed_routing,
+)
 from benchmarks.common import Comparison, Side
 
 
@@ -126,6 +137,15 @@ def test_q4_0_blocks_hold_the_rows_they_were_made_of() -> None:
     kept = dequantize(packed, GGMLQuantizationType.Q4_0)
     assert np.abs(kept - rows).max() < np.abs(rows).max() / 8
     assert np.array_equal(packed, quantize(rows, GGMLQuantizationType.Q4_0))
+
+
+def test_random_q4_0_weights_are_centred_and_of_the_usual_size() -> None:
+    from gguf import GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    weights = dequantize(random_llama.q4_0(64, 1024, np.random.default_rng(0), 0.5), GGMLQuantizationType.Q4_0)
+    assert weights.std() * 1024**0.5 == pytest.approx(0.5, rel=0.02)
+    assert abs(weights.mean()) < 0.01 * weights.std()
 
 
 def test_a_limit_is_read_in_both_versions_of_cgroups() -> None:
