@@ -17,8 +17,8 @@ from benchmarks import peers
 
 BLOCK, BLOCK_BYTES = 32, 18  # Q4_0: an f16 scale and 32 codes of 4 bits, of which 8 stands for zero
 
-# Codes 0..15 less 8 are -0.5 on average, which adds the same to every output of a matrix and, layer by layer, drowns all
-# else. So 0 becomes 8: two codes of each byte.
+# Codes 0..15 less 8 are -0.5 on average, which adds the same to every output of a matrix and, layer by layer, drowns
+# all else. So 0 becomes 8: two codes of each byte.
 _CENTRED = np.array([(low or 8) | (high or 8) << 4 for high in range(16) for low in range(16)], np.uint8)
 
 
