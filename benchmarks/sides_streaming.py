@@ -115,12 +115,12 @@ def fresh(folder: Path, into: Path) -> Path:
 
 def _streamed(experts: Mapping[str, Any]) -> dict[str, float]:
     decode, prefill = experts["decode"], experts["prefill"]
+    # Where all experts have slots nobody asks which are there.
     return {
-        "hit_rate": float(decode["hit_rate"] or 0.0),
+        "hit_rate": 1.0 if decode["hit_rate"] is None else float(decode["hit_rate"]),
         "bytes_per_token": float(decode["bytes_per_token"] or 0.0),
         "stall_share": float(decode["stall_share"] or 0.0),
         "prefill_bytes": float(prefill["bytes_read"]),
-        "prefill_hit_rate": float(prefill["hit_rate"] or 0.0),
     }
 
 
