@@ -37,6 +37,7 @@ from benchmarks.streaming_setup import (
     new,
     nunspark,
     packed,
+    read_ahead_kb,
     share,
     subject,
 )
@@ -45,7 +46,9 @@ from benchmarks.worker import SideUnavailableError
 
 AMPLE_BYTES = 15 << 30
 """A limit under which every side holds the whole model."""
-NUNSPARK_ROUNDS = 3
+SLOW_ROUNDS = 3
+"""Readings of a side that takes minutes for one."""
+COLD_GENERATE = 8
 NUNSPARK_OVERHEAD_BYTES = 1_400_000_000
 """What nunspark takes beyond its budget with this shape: embedding, head, a layer's experts twice, Python."""
 BIG_LIMIT_BYTES = 8_000_000_000
@@ -73,7 +76,14 @@ def _llama_settings(run: Bench, limit_bytes: int, *, ample: bool) -> LlamaSettin
 
 
 def _against(
-    run: Bench, what: str, peer: str, settings: str, readings: Mapping[str, list[Reading]], bar: float, limit: int
+    run: Bench,
+    what: str,
+    peer: str,
+    settings: str,
+    readings: Mapping[str, list[Reading]],
+    bar: float,
+    limit: int,
+    generate: int = GENERATE,
 ) -> list[Comparison]:
     """Compare the decode rates, and note what belongs to them."""
     for name, taken in readings.items():
@@ -82,7 +92,10 @@ def _against(
         hits = [reading["hit_rate"] for reading in taken if "hit_rate" in reading]
         if hits:
             run.notes.append(f"{what}: {name} found {statistics.median(hits):.0%} of the experts in memory")
-    run.notes.append(f"{what}: {GENERATE} tokens after a prompt of 8, limit {limit / 1e9:.2f} GB for each side")
+    run.notes.append(
+        f"{what}: {generate} tokens after a prompt of 8, limit {limit / 1e9:.2f} GB for each side; the disk reads "
+        f"{read_ahead_kb(peers.cache())} KB ahead"
+    )
     few = len(readings[peer])
     if few < run.rounds:
         run.notes.append(f"{what}: {few} readings of {peer}, which takes long")
@@ -128,7 +141,7 @@ def slots100_nunspark(run: Bench) -> list[Comparison]:
         return asked_nunspark(peer, task)
 
     measures: dict[str, Measure] = {"EdgeR1": lambda: asked(ours, turns.next("EdgeR1")), "nunspark": nunspark_again}
-    readings = run.interleave(measures, fewer={"nunspark": min(run.rounds, NUNSPARK_ROUNDS)})
+    readings = run.interleave(measures, fewer={"nunspark": min(run.rounds, SLOW_ROUNDS)})
     return _against(run, "experts 100% in slots", "nunspark", str(settings), readings, 5, AMPLE_BYTES)
 
 
@@ -162,7 +175,7 @@ def warm50_nunspark(run: Bench) -> list[Comparison]:
         "EdgeR1": lambda: asked(ours, turns.next("EdgeR1")),
         "nunspark": lambda: asked_nunspark(peer, turns.next("nunspark")),
     }
-    readings = run.interleave(measures, fewer={"nunspark": min(run.rounds, NUNSPARK_ROUNDS)})
+    readings = run.interleave(measures, fewer={"nunspark": min(run.rounds, SLOW_ROUNDS)})
     return _against(run, "50% warm", "nunspark", str(settings), readings, 5, limit)
 
 
@@ -177,7 +190,7 @@ def cold25_llama(run: Bench) -> list[Comparison]:
 
     Once more with what EdgeR1 has learnt of the experts' popularity from answers before, of other texts.
     """
-    limit, turns = share(25), Turns()
+    limit, turns = share(25), Turns(COLD_GENERATE)
     settings = peers_streaming.mapped(peers.all_settings()[0])
     known = sides_streaming.fresh(subject().folder, Path(run.enter(tempfile.TemporaryDirectory())))
     with Limited(limit) as group, edger1(run, group, known, memory=limit) as learning:
@@ -194,16 +207,18 @@ def cold25_llama(run: Bench) -> list[Comparison]:
             "EdgeR1": partial(_cold, run, turns, limit),
             "llama.cpp": llama,
             "EdgeR1, popularity known": partial(_cold, run, turns, limit, known),
-        }
+        },
+        fewer={"llama.cpp": min(run.rounds, SLOW_ROUNDS)},
     )
-    made = _against(run, "25% cold", "llama.cpp", f"Q4_0, mmap, {settings}", readings, 2, limit)
+    said = f"Q4_0, mmap, {settings}"
+    made = _against(run, "25% cold", "llama.cpp", said, readings, 2, limit, COLD_GENERATE)
     later = side("EdgeR1", f"{PRECISION}, popularity known", readings["EdgeR1, popularity known"])
     return [*made, Comparison("decode, 25% cold, not the first run / llama.cpp", later, made[0].peer)]
 
 
 def cold25_nunspark(run: Bench) -> list[Comparison]:
     """A quarter of the model's size, the first answer of a new process with caches dropped."""
-    limit, turns = share(25), Turns()
+    limit, turns = share(25), Turns(COLD_GENERATE)
     settings = peers_streaming.nunspark_settings(packed(), limit - NUNSPARK_OVERHEAD_BYTES)
 
     def peer() -> Reading:
@@ -212,8 +227,8 @@ def cold25_nunspark(run: Bench) -> list[Comparison]:
             return asked_nunspark(worker, turns.next("nunspark"))
 
     measures: dict[str, Measure] = {"EdgeR1": partial(_cold, run, turns, limit), "nunspark": peer}
-    readings = run.interleave(measures, fewer={"nunspark": min(run.rounds, NUNSPARK_ROUNDS)})
-    return _against(run, "25% cold", "nunspark", str(settings), readings, 2, limit)
+    readings = run.interleave(measures, fewer={"nunspark": min(run.rounds, SLOW_ROUNDS)})
+    return _against(run, "25% cold", "nunspark", str(settings), readings, 2, limit, COLD_GENERATE)
 
 
 def _under_limit(run: Bench, name: str, limit: int, words: int, generate: int) -> Reading:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator
@@ -128,6 +129,16 @@ def new(run: Bench, limit_bytes: int) -> Limited:
     """Return a group that stays until the part ends."""
     group: Limited = run.enter(Limited(limit_bytes))
     return group
+
+
+def read_ahead_kb(path: Path) -> int | None:
+    """Return how far the kernel reads ahead on the disk that holds `path`, in KB; None where that is not told.
+
+    A page missing from a memory map brings as much with it, which an mmap under a tight limit then throws away.
+    """
+    device = path.stat().st_dev
+    told = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}/queue/read_ahead_kb")
+    return int(told.read_text()) if told.exists() else None
 
 
 def share(percent: int) -> int:
