@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,10 @@ class Bench:
         """
         environment = common.child_environment(self.threads, **variables)
         return self._up.enter_context(Worker(f"benchmarks.{function}", arguments, environment))
+
+    def enter(self, held: AbstractContextManager[Any]) -> Any:
+        """Enter a context that is left when the part ends."""
+        return self._up.enter_context(held)
 
     def ours(self, function: str, arguments: Mapping[str, Any]) -> dict[str, Worker]:
         """Bring EdgeR1's side up in each precision that runs here; what does not is told and noted."""

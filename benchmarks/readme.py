@@ -20,6 +20,7 @@ BENCHMARKS = (
     ("speed", "A whole model: SmolLM2-135M at 4 bits, and a llama of 1B"),
     ("blocks", "Blocks of large models, random weights at 4 bits"),
     ("kernels", "Single kernels"),
+    ("streaming", "Experts streamed from disk: Qwen3-30B-A3B's widths, 24 layers, random weights at 4 bits"),
     ("pretrain", "Training the recipes' two models from nothing"),
 )
 

@@ -16,7 +16,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Self
 
 from benchmarks.common import REPOSITORY
@@ -32,13 +33,21 @@ class Side:
     """A running side: `side.measure(prompt=512)` asks for one reading.
 
     `info` is what the side tells about itself once it is ready (versions, kernels). Raises SideUnavailableError where
-    the setting up failed.
+    the setting up failed. `python` is the interpreter it runs with, `within` puts its command into a cgroup.
     """
 
-    def __init__(self, function: str, arguments: Mapping[str, Any], environment: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        function: str,
+        arguments: Mapping[str, Any],
+        environment: Mapping[str, str],
+        *,
+        python: str | Path = sys.executable,
+        within: Callable[[Sequence[str | Path]], list[str]] = lambda command: [str(word) for word in command],
+    ) -> None:
         self._function = function
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.worker", function, json.dumps(dict(arguments), default=str)],
+            within([python, "-m", "benchmarks.worker", function, json.dumps(dict(arguments), default=str)]),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=dict(environment),
@@ -46,6 +55,11 @@ class Side:
             text=True,
         )
         self.info: dict[str, Any] = self._answer()
+
+    @property
+    def pid(self) -> int:
+        """The process."""
+        return self._process.pid
 
     def measure(self, **request: Any) -> dict[str, float]:
         """Take one reading with these arguments of the side's callable."""

@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from benchmarks import common, kept, readme, report
+from benchmarks import (
+    cgroup,
+    common,
+    kept,
+    peers,
+    peers_streaming,
+    random_llama,
+    random_moe,
+    readme,
+    report,
+    skewed_routing,
+)
 from benchmarks.common import Comparison, Side
 
 
@@ -90,3 +104,100 @@ def test_other_files_among_the_results_are_no_benchmarks(tmp_path: Path, monkeyp
 def test_the_readme_says_what_the_results_say() -> None:
     text = readme.README.read_text("utf-8")
     assert readme.written(text) == text, "run: python -m benchmarks.readme"
+
+
+def test_a_random_models_routes_are_skewed_and_repeat() -> None:
+    law = skewed_routing.Law()
+    text = skewed_routing.text(law, 5000, range(20, 4500), np.random.default_rng(0))
+    made = skewed_routing.Directions(law, text, 256)
+    ids = np.array(text.recited(int(text.order[0]), 800))
+    skew = skewed_routing.measure(made.routes(ids, 0, 128, 8), 128)
+    even = skewed_routing.measure(np.random.default_rng(0).integers(0, 128, (800, 8)), 128)
+    assert skew.share_of_top_quarter > 0.5 > even.share_of_top_quarter
+    assert skew.kept_from_token_to_token > 0.2 > even.kept_from_token_to_token
+    assert 0.8 < skew.lru_50 < 0.97
+    assert 0.55 < skew.lru_25 < 0.85
+    assert even.lru_25 == pytest.approx(0.25, abs=0.05)
+
+
+def test_a_random_models_output_head_recites_the_text() -> None:
+    law = skewed_routing.Law()
+    text = skewed_routing.text(law, 600, range(17, 500), np.random.default_rng(0))
+    made = skewed_routing.Directions(law, text, 512)
+    everything = np.arange(600)
+    scores = made.embeddings(text.order) @ made.heads(everything).T
+    assert scores.argmax(axis=1).tolist() == text.successors()[text.order].tolist()
+    assert sorted(text.recited(int(text.order[7]), len(text.order))) == sorted(text.order.tolist())
+
+
+def test_lru_is_hit_where_experts_come_back() -> None:
+    routes = np.array([[0, 1], [2, 3]] * 10)
+    assert skewed_routing.lru_hit_rate(routes, 4) == 1.0
+    assert skewed_routing.lru_hit_rate(routes, 3) == 0.0
+
+
+def test_q4_0_blocks_hold_the_rows_they_were_made_of() -> None:
+    from gguf import GGMLQuantizationType
+    from gguf.quants import dequantize, quantize
+
+    rows = np.random.default_rng(0).standard_normal((4, 128), np.float32)
+    packed = random_moe.q4_0(rows)
+    kept = dequantize(packed, GGMLQuantizationType.Q4_0)
+    assert np.abs(kept - rows).max() < np.abs(rows).max() / 8
+    assert np.array_equal(packed, quantize(rows, GGMLQuantizationType.Q4_0))
+
+
+def test_random_q4_0_weights_are_centred_and_of_the_usual_size() -> None:
+    from gguf import GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    weights = dequantize(random_llama.q4_0(64, 1024, np.random.default_rng(0), 0.5), GGMLQuantizationType.Q4_0)
+    assert weights.std() * 1024**0.5 == pytest.approx(0.5, rel=0.02)
+    assert abs(weights.mean()) < 0.01 * weights.std()
+
+
+def test_a_limit_is_read_in_both_versions_of_cgroups() -> None:
+    v1 = "oom_kill_disable 0\nunder_oom 0\noom_kill 3\n"
+    v2 = "low 0\nhigh 0\nmax 12\noom 4\noom_kill 2\noom_group_kill 0\n"
+    assert [cgroup.field(text, "oom_kill") for text in (v1, v2)] == [3, 2]
+    assert (cgroup.field(v2, "max"), cgroup.field(v2, "swap")) == (12, 0)
+
+
+def test_resident_memory_is_told_from_mapped() -> None:
+    status = (
+        "Name:\tx\nVmHWM:\t  900 kB\nVmRSS:\t  800 kB\nRssAnon:\t  500 kB\nRssFile:\t  250 kB\nRssShmem:\t  50 kB\n"
+    )
+    assert cgroup.resident(status) == cgroup.Resident(900 << 10, 800 << 10, 500 << 10, 300 << 10)
+
+
+def test_a_limit_kills_what_exceeds_it_and_nothing_stays() -> None:
+    take = "import mmap; m = mmap.mmap(-1, {0}); m.write(bytes({0}))"
+    try:
+        with cgroup.Limited(64 << 20) as group:
+            code = subprocess.run(group.command([sys.executable, "-c", take.format(20 << 20)]), check=False).returncode
+            within = group.taken()
+            killed = subprocess.run(
+                group.command([sys.executable, "-c", take.format(200 << 20)]), check=False
+            ).returncode
+            beyond = group.taken()
+            waits = group.command([sys.executable, "-c", "import time; print(flush=True); time.sleep(60)"])
+            left = subprocess.Popen(waits, stdout=subprocess.PIPE)
+            assert left.stdout is not None
+            left.stdout.readline()
+    except cgroup.LimitUnavailableError as error:
+        pytest.skip(str(error))
+    assert (code, within.oom_kills) == (0, 0)
+    assert 20 << 20 < within.peak_bytes <= 64 << 20
+    assert (killed, beyond.oom_kills) == (-9, 1)
+    left.communicate(timeout=10)
+    assert left.returncode == -9
+
+
+def test_llama_completions_account_is_read() -> None:
+    said = (
+        "x: prompt eval time =     200.00 ms /     8 tokens (   25.00 ms per token,    40.00 tokens per second)\n"
+        "x:        eval time =    1000.00 ms /    15 runs   (   66.67 ms per token,    15.00 tokens per second)\n"
+    )
+    assert peers_streaming.timings(said) == {"prompt eval": 40.0, "eval": 15.0}
+    with pytest.raises(peers.PeerMissingError):
+        peers_streaming.timings("killed")

@@ -43,7 +43,7 @@ def holds(address: int, nbytes: int) -> bool:
 def let_go(mapped: mmap.mmap, address: int, offset: int, nbytes: int) -> None:
     """Stop counting a range of a file's map, which begins at `address`, as this process's memory.
 
-    The page cache keeps it. What was touched brought its neighbours along, in blocks of `_FAULT_AROUND`: they go as well.
+    The page cache keeps it. What was touched brought its neighbours along, in blocks of `_FAULT_AROUND`: they go too.
     """
     first = (address + offset) // _FAULT_AROUND * _FAULT_AROUND
     last = -(-(address + offset + nbytes) // _FAULT_AROUND) * _FAULT_AROUND
