@@ -26,7 +26,7 @@ def experts(streamed: dict[str, Any]) -> list[str]:
     if decode["hit_rate"] is None:
         return []
     words = [f"experts {decode['hit_rate']:.0%} in memory"]
-    if decode["bytes_per_token"]:
+    if (decode["bytes_per_token"] or 0) >= 5e5:
         words.append(f"{memory(int(decode['bytes_per_token']))} read a token")
     if decode["stall_share"] is not None and decode["stall_share"] >= 0.005:
         words.append(f"waiting {decode['stall_share']:.0%}")
