@@ -38,6 +38,7 @@ bench: $(VENV)/.installed-dev ## Run the benchmarks, EdgeR1 beside its peers (ov
 	$(BIN)/python -m benchmarks.blocks
 	$(BIN)/python -m benchmarks.kernels
 	$(BIN)/python -m benchmarks.pretrain
+	$(BIN)/python -m benchmarks.windows
 	$(BIN)/python -m benchmarks.readme
 
 sanitize: $(VENV)/.installed-dev ## Run the kernels' tests with address, undefined and thread sanitizers
