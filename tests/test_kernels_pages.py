@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -49,3 +54,38 @@ def test_columns_of_something_larger_stay_where_they_are():
     columns = mx.arange(100).reshape(10, 10)[:, :3]
     mx.eval(columns)
     assert np.array_equal(np.array(HugePages(1000).hold(columns)), np.arange(100).reshape(10, 10)[:, :3])
+
+
+GUARDED = """
+import mmap, os, sys
+import numpy as np
+from edger1 import kernels
+path = sys.argv[1]
+with open(path, "wb") as file:
+    file.write(b"x" * 100 * mmap.PAGESIZE)
+descriptor = os.open(path, os.O_RDONLY)
+mapped = mmap.mmap(descriptor, 0, prot=mmap.PROT_READ)
+guard = kernels.extension().MapGuard(mapped)
+whole = np.frombuffer(mapped, np.uint8)
+assert whole.sum() == 100 * mmap.PAGESIZE * ord("x")
+assert not guard.broken
+os.truncate(path, 50 * mmap.PAGESIZE)
+assert whole.sum() == 50 * mmap.PAGESIZE * ord("x")
+assert guard.broken
+other = mmap.mmap(-1, mmap.PAGESIZE)
+assert not kernels.extension().MapGuard(other).broken
+print("lived")
+del guard
+os.truncate(path, 10 * mmap.PAGESIZE)
+print(whole.sum())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernels' maps are Linux's")
+def test_a_map_whose_file_is_cut_short_does_not_end_the_process(tmp_path: Path) -> None:
+    """Until nobody guards it any more: then it is an error as it always was."""
+    done = subprocess.run(
+        [sys.executable, "-c", GUARDED, str(tmp_path / "file")], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.stdout.strip() == "lived", done.stderr
+    assert done.returncode == -signal.SIGBUS
