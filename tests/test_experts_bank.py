@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -130,6 +131,8 @@ def test_guesses_that_are_given_up_free_their_slots(
     bank = Bank(layer, 2, store, LRU(EXPERTS))
     gate.close()
     guesses = [bank.request(expert, (), guessed=True) for expert in (7, 8)]
+    while store._guessed:  # until threads have begun with both
+        time.sleep(0.001)
     bank.give_up_guesses({3, 4})
     assert bank.request(3, {3, 4}) is None
     assert set(bank.others_under_way([])) == set(guesses)
@@ -192,3 +195,38 @@ def test_a_trial_leaves_off_what_changes_nothing() -> None:
     while trial.trying:
         trial.note(1.0)
     assert not trial.on
+
+
+def test_guesses_for_longer_stay_until_their_slots_are_needed(
+    layer: LayerExperts, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate(monkeypatch)
+    bank = Bank(layer, 8, store, LRU(EXPERTS))
+    gate.close()
+    reads = [bank.request(expert, (), guessed=True, lasting=True) for expert in range(8)]
+    bank.give_up_guesses({11})
+    assert set(bank.loading) == set(range(8))
+    bank.give_up_guesses({11}, lasting=True)
+    assert not bank.loading
+    # Those that no thread has begun with are free at once.
+    assert sum(read is not None and read.done for read in reads) >= 4
+    gate.open()
+    bank.ensure([11])
+    assert holds(bank, 11)
+
+
+def test_a_warm_start_is_not_given_up_by_the_first_call(
+    layer: LayerExperts, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate(monkeypatch)
+    bank = Bank(layer, 4, store, LRU(EXPERTS))
+    gate.close()
+    read = bank.request(2, (), guessed=True, lasting=True)
+    bank.request(3, (), guessed=True)
+    bank.give_up_guesses({5})
+    assert set(bank.loading) == {2}
+    gate.open()
+    assert read is not None
+    assert read.wait(10)
+    bank.settle()
+    assert holds(bank, 2)

@@ -40,6 +40,7 @@ class Bank:
         """The same with the slots of experts that are on their way."""
         self._here: set[int] = set()
         self.loading: dict[int, Read] = {}
+        self._lasting: set[int] = set()
         self._leaving: list[tuple[Read, int]] = []
         self.arrivals: Any = None
         """The kernels' `Arrivals`, where operations wait for reads by themselves."""
@@ -83,10 +84,13 @@ class Bank:
         self.identity = True
         return reads
 
-    def request(self, expert: int, keep: Collection[int], *, guessed: bool = False) -> Read | None:
+    def request(
+        self, expert: int, keep: Collection[int], *, guessed: bool = False, lasting: bool = False
+    ) -> Read | None:
         """Begin to bring in an expert that is not there; None where no slot can be freed without one of `keep`.
 
-        A read that is under way already is returned, and goes before others now unless this one is a guess as well.
+        A read that is under way already is returned, and goes before others now unless this one is a guess as well. A
+        guess that is `lasting` is good for longer than the next call of the layer.
         """
         self.settle()
         assert self.table[expert] < 0, "an expert has one slot"
@@ -96,7 +100,13 @@ class Bank:
                 self.store.hurry(under_way)
             return under_way
         slot = self._take_slot(keep)
-        return None if slot is None else self._start(expert, slot, guessed=guessed)
+        if slot is None:
+            return None
+        if lasting:
+            self._lasting.add(expert)
+        else:
+            self._lasting.discard(expert)
+        return self._start(expert, slot, guessed=guessed)
 
     def ensure(self, experts: Sequence[int], keep: Collection[int] = ()) -> None:
         """Bring experts in and wait until they are there. Raises StreamError where a read fails."""
@@ -146,11 +156,14 @@ class Bank:
         if self.arrivals is not None:
             self.arrivals = type(self.arrivals)(self.arrivals.slots)
 
-    def give_up_guesses(self, wanted: Collection[int]) -> None:
-        """Cancel the guesses that are not among `wanted`; what is being read by now is read to its end."""
+    def give_up_guesses(self, wanted: Collection[int], *, lasting: bool = False) -> None:
+        """Cancel the guesses that are not among `wanted`; what is being read by now is read to its end.
+
+        Those that were made for longer than the next call go only if `lasting` says so.
+        """
         for expert, read in list(self.loading.items()):
-            if read.guessed and not read.done and expert not in wanted:
-                read.cancel()
+            if read.guessed and not read.done and expert not in wanted and (lasting or expert not in self._lasting):
+                self.store.give_up(read)
                 del self.loading[expert]
                 self.places[expert] = ABSENT
                 # Free when its last piece has been left out, or read.

@@ -199,7 +199,11 @@ class StreamedExperts:
             if self.bank.places[expert] < 0:
                 self.figures[BYTES_READ] += self.bank.layer.expert_bytes
             while (read := self.bank.request(expert, keep)) is None:
-                # The slots suffice, but guesses that were given up still hold some.
+                # The slots suffice, but guesses hold some.
+                self.bank.give_up_guesses(keep, lasting=True)
+                self.bank.settle()
+                if self.bank.has_free_slots:
+                    continue
                 self.bank.others_under_way(reads)[0].wait(self._streaming.patience_s)
                 self._streaming.check()
             reads.append(read)

@@ -229,6 +229,16 @@ class Store:
                     f"{file.path} was cut short while the model computed on it. Fetch the model again, then load it."
                 )
 
+    def give_up(self, read: Read) -> None:
+        """Read no more of an expert that nobody wants; what is being read at this moment is read to its end."""
+        read.cancel()
+        with self._ready:
+            left = [piece for piece in self._guessed if piece[0] is read]
+            if left:
+                self._guessed = collections.deque(piece for piece in self._guessed if piece[0] is not read)
+        for _ in left:
+            read.finish_piece(StreamError("The read was given up."))
+
     def close(self) -> None:
         """End the threads and close the files; a thread that hangs in a read keeps its files open."""
         with self._ready:

@@ -173,7 +173,9 @@ class Streaming:
             if bank.slots < bank.layer.experts:
                 continue
             for read in bank.load_all():
-                read.wait()
+                while not read.wait(self.patience_s):
+                    # Whoever loads may be told to stop.
+                    yield 0
                 if read.error is not None:
                     raise read.error
                 yield bank.layer.expert_bytes
@@ -190,7 +192,7 @@ class Streaming:
             bank.policy.warm(counts.tolist())
             for expert in np.argsort(-counts, kind="stable")[: bank.slots].tolist():
                 if counts[expert] > 0:
-                    bank.request(expert, (), guessed=True)
+                    bank.request(expert, (), guessed=True, lasting=True)
 
     def let_go_later(self, layer: LayerExperts, experts: Collection[int]) -> None:
         """Note experts that are about to be computed on the map of their files."""
