@@ -52,8 +52,8 @@ COLD_GENERATE = 8
 NUNSPARK_OVERHEAD_BYTES = 1_100_000_000
 """What nunspark takes beyond its budget with this shape: embedding, head, a layer's experts twice, Python.
 
-Found by trying: with 1.0 GB it survived a quarter and half of the model's size with 0.1 GB to spare. How large its budget
-is hardly matters, since it computes for two seconds a token.
+Found by trying: with 1.0 GB it survived a quarter and half of the model's size with 0.1 GB to spare. How large its
+budget is hardly matters, since it computes for two seconds a token.
 """
 BIG_LIMIT_BYTES = 8_000_000_000
 
