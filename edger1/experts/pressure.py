@@ -132,6 +132,11 @@ def read() -> Reading:
     return Reading(tuple(spaces), cgroup.stalled_share())
 
 
+def free_bytes() -> int:
+    """Return what is free at the moment, of the machine's memory and within all limits around this process."""
+    return min(space.free_bytes for space in read().spaces)
+
+
 def machine_space(available_bytes: int, total_bytes: int) -> Space:
     """Return the machine's memory with its mark: 2% of it, where others start to suffer, and 64 MiB at least."""
     return Space(available_bytes, total_bytes, max(total_bytes // 50, 64 * _MIB))

@@ -1,8 +1,9 @@
 """Reads experts from a model's files, in threads, straight into the memory where they will be used.
 
-A read that somebody waits for goes before one that was made on a guess. Where the page cache does not hold the bytes,
-direct I/O spares the copy through it, most of the processor's time, and the memory that the cache would take from a
-tight limit; where it does, or where direct I/O does not work, reads are buffered.
+A read that somebody waits for goes before one that was made on a guess. Where memory is tight direct I/O spares the
+copy through the page cache, most of the processor's time, and the memory that the cache would take from the limit.
+Where there is plenty beside what the model was given, reads are buffered: what was read once is then in memory, though
+it is nobody's, and is computed where it lies the next time.
 
 Files may change beneath a running program. Each read looks at the file's size and time of change before and after: what
 was read from another file than the one that was loaded is an error, and never becomes a token.
@@ -33,6 +34,8 @@ Bytes = npt.NDArray[np.uint8]
 THREADS = 4
 """Reads under way at once: on the disks that were measured more bring nothing."""
 _ALIGNMENT = 4096
+_PLENTY = 0.5
+"""Share of the model's files for which there must be free memory."""
 _SMALL = 64 << 10
 """Parts up to this size are read by the thread that reads the part before them."""
 
@@ -145,6 +148,8 @@ class Store:
 
     def __init__(self, layers: Sequence[LayerExperts], *, mode: str = "auto", threads: int = THREADS) -> None:
         self.mode = mode
+        self.plenty = False
+        """Whether there is memory for the page cache to keep a good part of what is read; in mode auto."""
         self.counts = Counts()
         self._files: dict[Path, _File] = {}
         for path in {part.file for layer in layers for part in layer.parts}:
@@ -168,6 +173,10 @@ class Store:
         if all(file.direct is None for file in self._files.values()):
             return 0
         return len(self._threads) * _staging(self._largest)
+
+    def look_for_plenty(self, free_bytes: int) -> None:
+        """Decide how to read by what is free, in bytes, beside all that the model holds."""
+        self.plenty = free_bytes >= _PLENTY * sum(file.identity.size for file in self._files.values())
 
     def read(self, layer: LayerExperts, expert: int, into: Sequence[Bytes], *, guessed: bool = False) -> Read:
         """Begin to read an expert; part i of the layer goes to `into[i]`, uint8 [nbytes] without gaps."""
@@ -293,7 +302,8 @@ class Store:
         file.check()
         direct = file.direct is not None and staging is not None
         try:
-            if direct and not (self.mode == "auto" and _cached(file, offset, part.nbytes)):
+            spare = self.mode == "auto" and (self.plenty or _cached(file, offset, part.nbytes))
+            if direct and not spare:
                 self._read_direct(file, offset, into, staging)
             else:
                 direct = False

@@ -20,7 +20,7 @@ from edger1.experts.miss_cost import MissCosts
 from edger1.experts.policy import DEFAULT_POLICY, POLICIES, Policy
 from edger1.experts.popularity import Popularity
 from edger1.experts.prefetch import Trial
-from edger1.experts.pressure import Pressure, adjust
+from edger1.experts.pressure import Pressure, adjust, free_bytes
 from edger1.experts.store import Store
 
 if TYPE_CHECKING:
@@ -72,6 +72,7 @@ class Streaming:
             sum(least_slots(layer) * layer.expert_bytes for layer in layers),
             max((layer.expert_bytes for layer in layers), default=0),
         )
+        self.store.look_for_plenty(free_bytes())
         self._at = time.perf_counter()
         self._stalled = 0.0
         self._attached: list[tuple[Any, type]] = []
