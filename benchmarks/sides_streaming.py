@@ -55,7 +55,8 @@ class EdgeR1Streaming:
         Rates in tokens a second; hit_rate, bytes_per_token and stall_share are those of decoding. prefill_bytes is what
         EdgeR1 says that the prefill read, disk_bytes what the kernel says that the whole answer read from disks, and
         distinct_bytes the size of the distinct experts that the answer used. planned_bytes is what EdgeR1 says that it
-        takes with a full context, peak_bytes the largest resident size, mapped files included, that the kernel saw.
+        takes with a full context, peak_bytes the largest resident size, mapped files included, that the kernel saw;
+        accounted_bytes is what EdgeR1 says that it holds at the end, resident_bytes what the kernel says.
         """
         self._used.clear()
         disk_bytes = _disk_bytes()
@@ -68,6 +69,8 @@ class EdgeR1Streaming:
             "prefill": float(figures.prefill_tokens_per_s or 0.0),
             "planned_bytes": float(self._planned_bytes),
             "peak_bytes": float(resident_of().peak),
+            "accounted_bytes": float(figures.accounted_memory_bytes),
+            "resident_bytes": float(resident_of().rss),
             "recited": float(letters(done.text) == letters(text)),
             "completed": float(done.usage.completion_tokens),
         }
