@@ -48,7 +48,8 @@ AMPLE_BYTES = 15 << 30
 """A limit under which every side holds the whole model."""
 SLOW_ROUNDS = 3
 """Readings of a side that takes minutes for one."""
-COLD_GENERATE = 8
+SHORT = 8
+"""Tokens to generate where a side takes seconds for each."""
 NUNSPARK_OVERHEAD_BYTES = 1_100_000_000
 """What nunspark takes beyond its budget with this shape: embedding, head, a layer's experts twice, Python.
 
@@ -122,8 +123,9 @@ def slots100_llama(run: Bench) -> list[Comparison]:
 
     def llama() -> Reading:
         task = turns.next("llama.cpp")
-        # The process before has gone and its memory with it; what it mapped must be there again.
-        asked_llama(run, settings, task, group)
+        if not settings.repack:
+            # What it maps must be in memory; repacked weights always are.
+            asked_llama(run, settings, task, group)
         return asked_llama(run, settings, task, group)
 
     readings = run.interleave({"EdgeR1": lambda: asked(ours, turns.next("EdgeR1")), "llama.cpp": llama})
@@ -136,7 +138,7 @@ def slots100_nunspark(run: Bench) -> list[Comparison]:
     asked(ours, subject().task())
     settings = peers_streaming.nunspark_settings(packed(), AMPLE_BYTES - (2 << 30))
     peer = run.enter(nunspark(run, new(run, AMPLE_BYTES), settings))
-    turns = Turns()
+    turns = Turns(SHORT)
 
     def nunspark_again() -> Reading:
         task = turns.next("nunspark")
@@ -146,7 +148,7 @@ def slots100_nunspark(run: Bench) -> list[Comparison]:
 
     measures: dict[str, Measure] = {"EdgeR1": lambda: asked(ours, turns.next("EdgeR1")), "nunspark": nunspark_again}
     readings = run.interleave(measures, fewer={"nunspark": min(run.rounds, SLOW_ROUNDS)})
-    return _against(run, "experts 100% in slots", "nunspark", str(settings), readings, 5, AMPLE_BYTES)
+    return _against(run, "experts 100% in slots", "nunspark", str(settings), readings, 5, AMPLE_BYTES, SHORT)
 
 
 def warm50_llama(run: Bench) -> list[Comparison]:
@@ -155,14 +157,15 @@ def warm50_llama(run: Bench) -> list[Comparison]:
     drop_caches()
     settings = _llama_settings(run, limit, ample=False)
     ours = run.enter(edger1(run, new(run, limit), memory=limit))
-    group, turns, first = new(run, limit), Turns(), subject().task()
+    group, turns, first = new(run, limit), Turns(SHORT), subject().task(SHORT)
     asked(ours, first)
     asked_llama(run, settings, first, group)
     measures: dict[str, Measure] = {
         "EdgeR1": lambda: asked(ours, turns.next("EdgeR1")),
         "llama.cpp": lambda: asked_llama(run, settings, turns.next("llama.cpp"), group),
     }
-    return _against(run, "50% warm", "llama.cpp", f"Q4_0, mmap, {settings}", run.interleave(measures), 1.5, limit)
+    readings = run.interleave(measures, fewer={"llama.cpp": min(run.rounds, SLOW_ROUNDS)})
+    return _against(run, "50% warm", "llama.cpp", f"Q4_0, mmap, {settings}", readings, 1.5, limit, SHORT)
 
 
 def warm50_nunspark(run: Bench) -> list[Comparison]:
@@ -172,7 +175,7 @@ def warm50_nunspark(run: Bench) -> list[Comparison]:
     ours = run.enter(edger1(run, new(run, limit), memory=limit))
     settings = peers_streaming.nunspark_settings(packed(), limit - NUNSPARK_OVERHEAD_BYTES)
     peer = run.enter(nunspark(run, new(run, limit), settings))
-    turns, first = Turns(), subject().task()
+    turns, first = Turns(SHORT), subject().task(SHORT)
     asked(ours, first)
     asked_nunspark(peer, first)
     measures: dict[str, Measure] = {
@@ -180,7 +183,7 @@ def warm50_nunspark(run: Bench) -> list[Comparison]:
         "nunspark": lambda: asked_nunspark(peer, turns.next("nunspark")),
     }
     readings = run.interleave(measures, fewer={"nunspark": min(run.rounds, SLOW_ROUNDS)})
-    return _against(run, "50% warm", "nunspark", str(settings), readings, 5, limit)
+    return _against(run, "50% warm", "nunspark", str(settings), readings, 5, limit, SHORT)
 
 
 def _cold(run: Bench, turns: Turns, limit: int, known: Path | None = None) -> Reading:
@@ -194,7 +197,7 @@ def cold25_llama(run: Bench) -> list[Comparison]:
 
     Once more with what EdgeR1 has learnt of the experts' popularity from answers before, of other texts.
     """
-    limit, turns = share(25), Turns(COLD_GENERATE)
+    limit, turns = share(25), Turns(SHORT)
     settings = peers_streaming.mapped(peers.all_settings()[0])
     known = sides_streaming.fresh(subject().folder, Path(run.enter(tempfile.TemporaryDirectory())))
     with Limited(limit) as group, edger1(run, group, known, memory=limit) as learning:
@@ -215,14 +218,14 @@ def cold25_llama(run: Bench) -> list[Comparison]:
         fewer={"llama.cpp": min(run.rounds, SLOW_ROUNDS)},
     )
     said = f"Q4_0, mmap, {settings}"
-    made = _against(run, "25% cold", "llama.cpp", said, readings, 2, limit, COLD_GENERATE)
+    made = _against(run, "25% cold", "llama.cpp", said, readings, 2, limit, SHORT)
     later = side("EdgeR1", f"{PRECISION}, popularity known", readings["EdgeR1, popularity known"])
     return [*made, Comparison("decode, 25% cold, not the first run / llama.cpp", later, made[0].peer)]
 
 
 def cold25_nunspark(run: Bench) -> list[Comparison]:
     """A quarter of the model's size, the first answer of a new process with caches dropped."""
-    limit, turns = share(25), Turns(COLD_GENERATE)
+    limit, turns = share(25), Turns(SHORT)
     settings = peers_streaming.nunspark_settings(packed(), limit - NUNSPARK_OVERHEAD_BYTES)
 
     def peer() -> Reading:
@@ -232,7 +235,7 @@ def cold25_nunspark(run: Bench) -> list[Comparison]:
 
     measures: dict[str, Measure] = {"EdgeR1": partial(_cold, run, turns, limit), "nunspark": peer}
     readings = run.interleave(measures, fewer={"nunspark": min(run.rounds, SLOW_ROUNDS)})
-    return _against(run, "25% cold", "nunspark", str(settings), readings, 2, limit, COLD_GENERATE)
+    return _against(run, "25% cold", "nunspark", str(settings), readings, 2, limit, SHORT)
 
 
 def _under_limit(run: Bench, name: str, limit: int, words: int, generate: int) -> Reading:
