@@ -51,11 +51,15 @@ struct SideBySide {
 
   // Asks for codes while those at `byte` are used: for those `further` on, or of short rows for the next N, in the order in
   // which they lie.
+  template <int Bytes>
   __attribute__((always_inline)) void prefetch_codes(int64_t byte, int64_t further) const {
 #pragma GCC unroll 4
     for (int i = 0; i < N; i++) {
-      const uint8_t* to = in_order ? codes[0] + N * (w.row_bytes + byte) + i * kStepBytes<F> : codes[i] + byte + further;
-      _mm_prefetch(reinterpret_cast<const char*>(to), _MM_HINT_T0);
+      const uint8_t* to = in_order ? codes[0] + N * (w.row_bytes + byte) + i * Bytes : codes[i] + byte + further;
+#pragma GCC unroll 2
+      for (int line = 0; line < Bytes; line += 64) {
+        _mm_prefetch(reinterpret_cast<const char*>(to + line), _MM_HINT_T0);
+      }
     }
   }
 
@@ -150,7 +154,7 @@ void fast_tile(const QuantMatrix& w, const FastStep<F>& step, const void* const*
                float* const* out) {
   const PreparedLayout layout = prepared_layout(w.k, true);
   const SideBySide<F, N> rows(w, n);
-  const __m512i spread_blocks = _mm512_srli_epi32(iota(), kNibbles<F> ? 2 : 3);
+  const __m512i spread_blocks = _mm512_srli_epi32(iota(), FastStep<F>::two ? 2 : 3);
   const int8_t* x[M];
   const float* x_scales[M];
   for (int m = 0; m < M; m++) {
@@ -164,21 +168,20 @@ void fast_tile(const QuantMatrix& w, const FastStep<F>& step, const void* const*
     __m512 scale[N];
     rows.spread_scales(b, here, scale);
     int64_t byte = int64_t{b} * 4 * F::bits, further = ahead_of<N>(byte, kPrefetchBytes, w.row_bytes);
-    for (int left = here * 4 * F::bits, j = 0; left > 0; j++, left -= kStepBytes<F>, byte += kStepBytes<F>) {
-      __mmask64 bytes = first64(left);
-      __m512i lanes = _mm512_add_epi32(spread_blocks, _mm512_set1_epi32(j * kStepCodes<F> / kBlock));
-      int64_t column = int64_t{b} * kBlock + j * kStepCodes<F>;
-      rows.prefetch_codes(byte, further);
+    for (int left = here * 4 * F::bits, j = 0; left > 0; j++, left -= kFastBytes<F>, byte += kFastBytes<F>) {
+      __m512i lanes = _mm512_add_epi32(spread_blocks, _mm512_set1_epi32(j * kFastCodes<F> / kBlock));
+      int64_t column = int64_t{b} * kBlock + j * kFastCodes<F>;
+      rows.template prefetch_codes<kFastBytes<F>>(byte, further);
       __m512i first[N], second[N];
       __m512 weight_scale[N];
 #pragma GCC unroll 4
       for (int i = 0; i < N; i++) {
-        step.load(rows.codes[i] + byte, bytes, first[i], second[i]);
+        step.load(rows.codes[i] + byte, left, first[i], second[i]);
         weight_scale[i] = _mm512_permutexvar_ps(lanes, scale[i]);
       }
 #pragma GCC unroll 8
       for (int m = 0; m < M; m++) {
-        __m512 x_scale = _mm512_loadu_ps(x_scales[m] + column / kLaneCodes<F>);
+        __m512 x_scale = _mm512_loadu_ps(x_scales[m] + column / kFastLane<F>);
 #pragma GCC unroll 4
         for (int i = 0; i < N; i++) {
           total[i][m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(step.dot(first[i], second[i], x[m] + column)),
@@ -211,7 +214,7 @@ void exact_tile(const QuantMatrix& w, const void* const* prepared, int n, int n0
     int64_t byte = int64_t{b} * 4 * F::bits, further = ahead_of<N>(byte, kPrefetchBytes, w.row_bytes);
     for (int left = here * 4 * F::bits, j = 0; left > 0; j++, left -= kStepBytes<F>, byte += kStepBytes<F>) {
       int64_t column = int64_t{b} * kBlock + j * kStepCodes<F>;
-      rows.prefetch_codes(byte, further);
+      rows.template prefetch_codes<kStepBytes<F>>(byte, further);
       __m512i raw[N];
 #pragma GCC unroll 4
       for (int i = 0; i < N; i++) {
