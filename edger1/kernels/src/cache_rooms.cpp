@@ -24,37 +24,70 @@ int64_t lines(int64_t bytes) {
   return (bytes + kLine - 1) / kLine * kLine;
 }
 
-std::mutex rooms_mutex;
-std::map<uintptr_t, uintptr_t> rooms; // first address of a room -> the one after its last
+// Memory that the system gives for the first time costs several times what writing it does, and on virtual machines far
+// more than that: a few rooms wait for the next prompt.
+constexpr size_t kMostSpare = 8;
+
+struct Registry {
+  std::mutex mutex;
+  std::map<uintptr_t, uintptr_t> rooms; // first address of a room -> the one after its last
+  std::vector<char*> spare;             // mappings of rooms of the usual size that nobody uses
+};
+
+// Never destroyed: MLX may let go of arrays while the process exits.
+Registry& registry() {
+  static auto* found = new Registry;
+  return *found;
+}
+
+size_t mapped_bytes(int64_t room_bytes) {
+  return static_cast<size_t>(room_bytes + kHugePage);
+}
 
 } // namespace
 
-// A mapping of its own: nothing was written in it yet, so that its pages are huge from the beginning, and zero.
+// A mapping of its own, on huge pages from the beginning.
 struct CacheRooms::Room {
   char* mapped = nullptr;
   char* begin = nullptr;
   int64_t bytes = 0;
+  bool zero = true;                  // nothing was written in it yet
 
-  explicit Room(int64_t wanted) : bytes(wanted) {
-    void* found = mmap(nullptr, static_cast<size_t>(bytes + kHugePage), PROT_READ | PROT_WRITE,
-                       MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (found == MAP_FAILED) {
-      return;
+  explicit Room(int64_t wanted) : bytes(std::max(wanted, kRoomBytes)) {
+    Registry& all = registry();
+    std::unique_lock lock(all.mutex);
+    if (bytes == kRoomBytes && !all.spare.empty()) {
+      mapped = all.spare.back();
+      all.spare.pop_back();
+      zero = false;
     }
-    mapped = static_cast<char*>(found);
+    lock.unlock();
+    if (!mapped) {
+      void* found = mmap(nullptr, mapped_bytes(bytes), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+      if (found == MAP_FAILED) {
+        return;
+      }
+      mapped = static_cast<char*>(found);
+    }
     begin = mapped + (kHugePage - reinterpret_cast<intptr_t>(mapped) % kHugePage) % kHugePage;
     // Only whole pages, so that no memory is taken that holds nothing.
     madvise(begin, static_cast<size_t>(bytes / kHugePage * kHugePage), MADV_HUGEPAGE);
-    std::lock_guard lock(rooms_mutex);
-    rooms[reinterpret_cast<uintptr_t>(begin)] = reinterpret_cast<uintptr_t>(begin + bytes);
+    lock.lock();
+    all.rooms[reinterpret_cast<uintptr_t>(begin)] = reinterpret_cast<uintptr_t>(begin + bytes);
   }
   ~Room() {
-    if (mapped) {
-      std::unique_lock lock(rooms_mutex);
-      rooms.erase(reinterpret_cast<uintptr_t>(begin));
-      lock.unlock();
-      munmap(mapped, static_cast<size_t>(bytes + kHugePage));
+    if (!mapped) {
+      return;
     }
+    Registry& all = registry();
+    std::unique_lock lock(all.mutex);
+    all.rooms.erase(reinterpret_cast<uintptr_t>(begin));
+    if (bytes == kRoomBytes && all.spare.size() < kMostSpare) {
+      all.spare.push_back(mapped);
+      return;
+    }
+    lock.unlock();
+    munmap(mapped, mapped_bytes(bytes));
   }
   Room(const Room&) = delete;
   Room& operator=(const Room&) = delete;
@@ -62,9 +95,10 @@ struct CacheRooms::Room {
 
 bool lies_in_room(const mx::array& a) {
   auto at = reinterpret_cast<uintptr_t>(a.data_shared_ptr()->buffer().ptr());
-  std::lock_guard lock(rooms_mutex);
-  auto after = rooms.upper_bound(at);
-  return after != rooms.begin() && at < std::prev(after)->second;
+  Registry& all = registry();
+  std::lock_guard lock(all.mutex);
+  auto after = all.rooms.upper_bound(at);
+  return after != all.rooms.begin() && at < std::prev(after)->second;
 }
 
 std::optional<mx::array> CacheRooms::hold(const mx::array& a, int used, int capacity, mx::Dtype dtype) {
@@ -83,7 +117,7 @@ std::optional<mx::array> CacheRooms::hold(const mx::array& a, int used, int capa
   // MLX's allocator has the size of an allocation in front of it, and whoever asks for it reads it there.
   int64_t bytes = groups * capacity * width * size, taken = kLine + lines(bytes);
   if (!room_ || used_ + taken > room_->bytes) {
-    room_ = std::make_shared<Room>(std::max(kRoomBytes / taken, int64_t{1}) * taken);
+    room_ = std::make_shared<Room>(taken);
     used_ = 0;
     if (!room_->begin) {
       room_.reset();
@@ -117,6 +151,10 @@ std::optional<mx::array> CacheRooms::hold(const mx::array& a, int used, int capa
                       ops().from_f32(out, Float::f16, row.data(), width);
                     }
                   });
+  int64_t rest = (capacity - used) * width * size;
+  for (int64_t g = 0; g < groups && !room_->zero; g++) {
+    std::memset(to + g * capacity * width * size + used * width * size, 0, static_cast<size_t>(rest));
+  }
   mx::allocator::Data data(buffer, [room = room_](mx::allocator::Buffer) {});
   return mx::array(std::move(data), std::move(shape), dtype);
 }

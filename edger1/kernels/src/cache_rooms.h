@@ -21,7 +21,8 @@ class CacheRooms {
  public:
   // A copy of the evaluated array [..., n, width] with `capacity` >= used rows in place of n: the first `used` ones of it as
   // `dtype`, which is its own or, for float32, float16 (what that cannot hold becomes its largest number), then zeros.
-  // Nothing where that does not apply. Copies share mappings of a few megabytes, which go with the last of them.
+  // Nothing where that does not apply. Copies share mappings of a few megabytes, which go with the last of them but for
+  // some that are used again.
   std::optional<mx::array> hold(const mx::array& a, int used, int capacity, mx::Dtype dtype);
 
  private:

@@ -251,10 +251,12 @@ class Run : public Course {
     return *split_;
   }
 
-  // Names the keys and values that threads begin with, where those of one thread lie as far from those of the next as any.
+  // Names the keys and values that threads begin with, where those of one thread lie as far from those of the next as any,
+  // and where they are few what comes after them.
   void read_ahead_scores() {
     const Split& by_thread = split_scores();
-    read_ahead(0, {});
+    bool few = attend_->first_read(by_thread.bounds[0]).bytes < kAheadBytes / 2;
+    read_ahead(few ? plan().o.n : 0, {&plan().o});
     for (bool values : {false, true}) {
       Ahead found = attend_->first_read(by_thread.bounds[0], values);
       found.bytes = std::min(found.bytes, kAheadBytes);
@@ -267,7 +269,7 @@ class Run : public Course {
         }
         found.bytes = step == t * found.step ? std::min(found.bytes, own.bytes) : 0;
       }
-      ahead[values ? 1 : 0] = found;
+      ahead[kAhead - 1 - values] = found;
     }
   }
 
