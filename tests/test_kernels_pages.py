@@ -89,3 +89,41 @@ def test_a_map_whose_file_is_cut_short_does_not_end_the_process(tmp_path: Path) 
     )
     assert done.stdout.strip() == "lived", done.stderr
     assert done.returncode == -signal.SIGBUS
+
+
+@pytest.mark.parametrize(
+    ("kind", "wanted"), [(mx.float32, mx.float16), (mx.float32, mx.float32), (mx.float16, mx.float16)]
+)
+def test_a_cache_moves_to_a_room_with_its_rows_and_zeros_behind_them(kind: mx.Dtype, wanted: mx.Dtype):
+    rooms = kernels._load()[0].CacheRooms()
+    # Some share a room, and the last has one of its own.
+    scale = 1e5 if kind == mx.float32 else 1.0
+    sources = [(mx.random.normal((2, 3, rows, 64)) * scale).astype(kind) for rows in (300, 7, 20_000)]
+    mx.eval(sources)
+    moved = [rooms.hold(a, a.shape[2] - 2, a.shape[2] + 256, wanted) for a in sources]
+    del rooms
+    for a, b in zip(sources, moved, strict=True):
+        used = a.shape[2] - 2
+        assert (b.shape, b.dtype) == ((2, 3, a.shape[2] + 256, 64), wanted)
+        largest = 65504 if wanted == mx.float16 and kind == mx.float32 else mx.inf
+        assert mx.array_equal(b[..., :used, :], mx.clip(a[..., :used, :], -largest, largest).astype(wanted))
+        assert mx.abs(b[..., used:, :]).max().item() == 0
+    expected = moved[1] + 0
+    mx.eval(expected)
+    # Whoever comes next to it may go; who is left is as it was.
+    del moved[0]
+    assert mx.array_equal(moved[0], expected)
+
+
+def test_what_a_room_cannot_hold_as_wanted_is_left_alone():
+    rooms = kernels._load()[0].CacheRooms()
+    a = mx.zeros((1, 2, 40, 64))
+    mx.eval(a)
+    assert rooms.hold(a, 41, 256, mx.float32) is None
+    assert rooms.hold(a, 40, 39, mx.float32) is None
+    assert rooms.hold(a, 40, 256, mx.bfloat16) is None
+    columns = mx.arange(4000, dtype=mx.float32).reshape(1, 2, 20, 100)[..., :50]
+    mx.eval(columns)
+    assert rooms.hold(columns, 20, 256, mx.float32) is None
+    with pytest.raises(ValueError, match="evaluated"):
+        rooms.hold(mx.zeros((1, 2, 40, 64)) + 1, 40, 256, mx.float32)

@@ -18,7 +18,7 @@ if not kernels.state().available or mx.default_device().type != mx.cpu:
 
 from edger1.kernels import _load  # noqa: E402
 from edger1.kernels.install import install  # noqa: E402
-from edger1.kernels.stack import _stacked, uninstall  # noqa: E402
+from edger1.kernels.stack import _PLACED, _stacked, uninstall  # noqa: E402
 from tests.test_kernels_blocks import FAMILIES, address, build, greedy, installed  # noqa: E402
 
 
@@ -216,6 +216,32 @@ def test_held_arrays_stay_and_ones_own_are_written_in_place() -> None:
         assert greedy(model, 6, caches, [3])[0] == expected
         assert [address(c.keys) for c in caches] == before
         assert len(places) == len(before)
+
+
+@pytest.mark.parametrize("precision", ["exact", "fast"])
+def test_decoding_moves_caches_once_and_again_when_they_grow_or_change(precision: str) -> None:
+    model = build()
+    with installed(model, precision, narrow_caches=precision == "fast"):
+        caches = prefilled(model, PROMPTS[2])
+        before = [address(c.keys) for c in caches]
+        greedy(model, 1, caches, [9])
+        moved = [address(c.keys) for c in caches]
+        assert not set(moved) & set(before)
+        greedy(model, 20, caches, [9])
+        assert [address(c.keys) for c in caches] == moved
+        greedy(model, 256, caches, [9])
+        assert not {address(c.keys) for c in caches} & set(moved)
+        batch = merged([prefilled(model, prompt) for prompt in PROMPTS[:3]])
+        x = mx.full((3, 1), 9)
+        mx.eval(model(x, cache=batch))
+        moved = [address(c.keys) for c in batch]
+        mx.eval(model(x, cache=batch))
+        assert [address(c.keys) for c in batch] == moved
+        for cache in batch:
+            cache.filter(mx.array([0, 2]))
+        assert all(vars(c)[_PLACED] != c.keys.shape for c in batch)
+        mx.eval(model(x[:2], cache=batch))
+        assert all(vars(c)[_PLACED] == c.keys.shape for c in batch)
 
 
 def test_an_exchanged_layer_or_weight_is_noticed() -> None:

@@ -26,6 +26,8 @@ _MOST_ROWS = 16
 _SAME = 1e-4
 """Largest difference of the two results, relative to the largest number in them, that rounding explains."""
 _LARGEST_HALF = 65504.0
+_PLACED = "_edger1_placed"
+"""What a cache has in mind of the arrays that lie on huge pages: their shape."""
 
 
 class _UnfitError(Exception):
@@ -56,12 +58,13 @@ class _Stack:
         x = module.embed_tokens(tokens)
         if self._scale != 1:
             x = x * self._scale
-        if self._cache_dtype != mx.float32 and _any_of(caches, mx.float32):
-            if not self._call.applies(module, x, module.layers, caches):
-                return None
-            _hold(caches, self._cache_dtype, mx.float32)
-        done: mx.array | None = self._call(module, x, module.layers, caches)
-        if done is None and _make_room(caches, tokens.shape[1]):
+        done: mx.array | None = None
+        # All layers' caches are used alike; where they are not, the operation does not apply.
+        ready = _is_ready(caches[0], tokens.shape[1], self._cache_dtype)
+        if ready:
+            done = self._call(module, x, module.layers, caches)
+        if done is None and self._call.applies(module, x, module.layers, caches):
+            _make_ready(caches, tokens.shape[1], self._cache_dtype)
             done = self._call(module, x, module.layers, caches)
         return done
 
@@ -125,31 +128,42 @@ def _as(a: mx.array, dtype: mx.Dtype) -> mx.array:
     return a.astype(dtype)
 
 
-def _any_of(caches: Any, dtype: mx.Dtype) -> bool:
-    return any(type(c) in (KVCache, BatchKVCache) and c.keys is not None and c.keys.dtype == dtype for c in caches)
+def _is_ready(held: Any, length: int, dtype: mx.Dtype) -> bool:
+    """Whether a cache holds `dtype`, on huge pages, with room for `length` more positions."""
+    if type(held) not in (KVCache, BatchKVCache) or held.keys is None:
+        return False
+    shape = held.keys.shape
+    return held.keys.dtype == dtype and _end(held) + length <= shape[2] and vars(held).get(_PLACED) == shape
 
 
-def _make_room(caches: Any, length: int) -> bool:
-    """Grow the caches that `length` positions do not fit into as mlx-lm does; False if there were none."""
-    grown = False
+def _make_ready(caches: Any, length: int, dtype: mx.Dtype) -> None:
+    """Make them so one after the other, growing as mlx-lm's do: no second copy of all of them is ever there."""
+    extension, _ = _load()
+    rooms = extension.CacheRooms() if extension else None
     for held in caches:
         if type(held) not in (KVCache, BatchKVCache) or held.keys is None:
             continue
-        end = held._idx if type(held) is BatchKVCache else held.offset
-        if end + length > held.keys.shape[2]:
-            more = (held.step + length - 1) // held.step * held.step
-            held.keys, held.values = (_grown(a, end, more) for a in (held.keys, held.values))
-            grown = True
-    return grown
+        end, capacity = _end(held), held.keys.shape[2]
+        if end + length > capacity:
+            capacity = end + (held.step + length - 1) // held.step * held.step
+        held.keys, held.values = (_moved(a, end, capacity, dtype, rooms) for a in (held.keys, held.values))
+        # The shape, because a batch that sequences join or leave has other arrays then.
+        vars(held)[_PLACED] = held.keys.shape
 
 
-def _grown(a: mx.array, end: int, more: int) -> mx.array:
-    room = mx.zeros((*a.shape[:2], end + more, a.shape[3]), a.dtype)
-    extension, _ = _load()
-    # MLX's own concatenation moves a cache element by element.
-    if end and not (extension and extension.assign_rows(room, 0, end, a[..., :end, :])):
-        room[..., :end, :] = a[..., :end, :]
-    return room
+def _end(held: KVCache | BatchKVCache) -> int:
+    end: int = held._idx if isinstance(held, BatchKVCache) else held.offset
+    return end
+
+
+def _moved(a: mx.array, end: int, capacity: int, dtype: mx.Dtype, rooms: Any) -> mx.array:
+    mx.eval(a)
+    moved: mx.array | None = rooms.hold(a, end, capacity, dtype) if rooms else None
+    if moved is None:
+        moved = mx.zeros((*a.shape[:2], capacity, a.shape[3]), dtype)
+        moved[..., :end, :] = _as(a[..., :end, :], dtype)
+        mx.eval(moved)
+    return moved
 
 
 def _operation(module: Any, cache_dtype: mx.Dtype, extension: ModuleType) -> _Stack:

@@ -5,6 +5,8 @@
 #include <memory>
 #include <mutex>
 
+#include "cache_rooms.h"
+
 namespace edger1 {
 
 // How many arrays share a's descriptor. MLX answers that only together with other questions (is_donatable), but an
@@ -104,7 +106,7 @@ mx::array append_rows(const mx::array& buffer, const mx::array& rows, int start,
 // large but never too small.
 bool sole_holder(const mx::array& a, int stream) {
   long uses = a.data_shared_ptr().use_count();
-  if (descriptor_uses(a) != 1 || !a.data_shared_ptr()->is_owned()) {
+  if (descriptor_uses(a) != 1 || !(a.data_shared_ptr()->is_owned() || lies_in_room(a))) {
     return false;
   }
   std::lock_guard lock(readers_mutex);

@@ -111,10 +111,23 @@ EDGER1_INLINE void each_key(const KeyBlock& block, const T* values, int n, Body&
   }
 }
 
-// `next` is asked for meanwhile, a row for each key; or null.
+// Memory that is asked for little by little, to the second-level cache.
+struct Asked {
+  const char* at;
+  const char* end;
+
+  __attribute__((always_inline)) void ask(int lines) {
+    for (int i = 0; i < lines && at < end; i++, at += 64) {
+      __builtin_prefetch(at, 0, 2);
+    }
+  }
+};
+
+// `next` is asked for meanwhile, as many bytes for each key as its values have.
 template <int ROWS, int VECTORS, class T>
 EDGER1_INLINE void weighted_values(float* out, int64_t out_stride, const float* p, int64_t p_stride, int n,
-                                   const T* values, const KeyBlock& block, const T* next) {
+                                   const T* values, const KeyBlock& block, Asked& next) {
+  constexpr int lines = (VECTORS * kWidth * static_cast<int>(sizeof(T)) + 63) / 64;
   vf acc[ROWS][VECTORS];
 #pragma GCC unroll 4
   for (int r = 0; r < ROWS; r++) {
@@ -124,10 +137,7 @@ EDGER1_INLINE void weighted_values(float* out, int64_t out_stride, const float* 
     }
   }
   each_key(block, values, n, [&](int j, const T* row) __attribute__((always_inline)) {
-    if (next) {
-      ask_for<2>(next, block.head_dim);
-      next += block.key_stride;
-    }
+    next.ask(lines);
 #pragma GCC unroll 4
     for (int v = 0; v < VECTORS; v++) {
       vf y = load(row + v * kWidth);
@@ -147,6 +157,7 @@ EDGER1_INLINE void weighted_values(float* out, int64_t out_stride, const float* 
 }
 
 constexpr int kKeysAhead = 32;
+constexpr int kAskedBySoftmax = 24;   // lines that memory gives while a row's exponentials are computed
 
 template <class T>
 EDGER1_INLINE void all_key_scores(float* scores, int64_t stride, const float* queries, int rows, const T* const* keys,
@@ -174,19 +185,39 @@ static void attention_rows_of(float* maxima, float* sums, float* accumulated, co
     most = visible[r] > most ? visible[r] : most;
   }
   int lead = block.lead;
+  // Rows that lie one after the other are what the processor reads ahead by itself.
+  bool dense = block.key_stride == block.head_dim && block.value_stride == block.value_dim;
   for (int j = lead / kWidth * kWidth; j < most; j += kWidth) {
     const T* at[kWidth];
-    bool plain = j >= lead && j + kWidth <= most && j + kWidth <= block.turn;
-    for (int i = 0; i < kWidth; i++) {
-      int key = plain ? j + i : j + i < lead ? lead : j + i < most ? j + i : most - 1;
-      int64_t row = key - lead + (key < block.turn ? 0 : block.jump);
-      at[i] = keys + row * block.key_stride;
-      // Memory is far: keys for a later turn of this loop, and values for what follows it.
-      ask_for<3>(at[i] + kKeysAhead * block.key_stride, block.head_dim);
-      ask_for<2>(values + row * block.value_stride, block.value_dim);
+    if (dense && j >= lead && j + kWidth <= most && (j + kWidth <= block.turn || j >= block.turn)) {
+      int64_t row = j - lead + (j < block.turn ? 0 : block.jump);
+      for (int i = 0; i < kWidth; i++) {
+        at[i] = keys + (row + i) * block.key_stride;
+      }
+      // Values for what follows this loop: memory is far, and most keys were asked for while the last values were summed.
+      const char* then = reinterpret_cast<const char*>(values + row * block.value_stride);
+      const char* end = then + int64_t{kWidth} * block.value_dim * static_cast<int64_t>(sizeof(T));
+      for (; then + 512 <= end; then += 512) {
+#pragma GCC unroll 8
+        for (int line = 0; line < 8; line++) {
+          __builtin_prefetch(then + 64 * line, 0, 2);
+        }
+      }
+      for (; then < end; then += 64) {
+        __builtin_prefetch(then, 0, 2);
+      }
+    } else {
+      for (int i = 0; i < kWidth; i++) {
+        int key = j + i < lead ? lead : j + i < most ? j + i : most - 1;
+        int64_t row = key - lead + (key < block.turn ? 0 : block.jump);
+        at[i] = keys + row * block.key_stride;
+        ask_for<3>(at[i] + kKeysAhead * block.key_stride, block.head_dim);
+        ask_for<2>(values + row * block.value_stride, block.value_dim);
+      }
     }
     all_key_scores(scores + j, stride, queries, rows, at, block.head_dim);
   }
+  Asked next{static_cast<const char*>(block.next), static_cast<const char*>(block.next) + block.next_bytes};
   for (int r = 0; r < rows; r++) {
     float* row = scores + r * stride;
     int n = visible[r];
@@ -210,6 +241,8 @@ static void attention_rows_of(float* maxima, float* sums, float* accumulated, co
       row[j] = -__builtin_inff();
     }
     float top = -__builtin_inff(), sum = 0;
+    // Memory has nothing else to do while exponentials are computed.
+    next.ask(kAskedBySoftmax);
     if (n > lead) {
       online_softmax(row, n, &top, &sum);
     }
@@ -225,12 +258,9 @@ static void attention_rows_of(float* maxima, float* sums, float* accumulated, co
     float* out = accumulated + d;
     const T* from = values + d;
     if (d + 4 * kWidth <= dim) {
-      // The block that comes next, most likely: memory has nothing else to do while values come from the cache.
-      const T* next = d == 0 && most == block.n_keys ? keys + (most - lead) * block.key_stride : nullptr;
       int r = 0;
       for (; r + 4 <= rows; r += 4) {
         weighted_values<4, 4>(out + r * dim, dim, scores + r * stride, stride, most, from, block, next);
-        next = nullptr;
       }
       if (rows - r == 3) {
         weighted_values<3, 4>(out + r * dim, dim, scores + r * stride, stride, most, from, block, next);
@@ -242,7 +272,7 @@ static void attention_rows_of(float* maxima, float* sums, float* accumulated, co
       d += 4 * kWidth;
     } else if (d + kWidth <= dim) {
       for (int r = 0; r < rows; r++) {
-        weighted_values<1, 1, T>(out + r * dim, dim, scores + r * stride, stride, most, from, block, nullptr);
+        weighted_values<1, 1, T>(out + r * dim, dim, scores + r * stride, stride, most, from, block, next);
       }
       d += kWidth;
     } else {
@@ -274,7 +304,7 @@ static void attention_rows(float* maxima, float* sums, float* accumulated, const
   {                                                                                                                    \
     NAME, to_f32, from_f32, kMR, kNR, pack_a, pack_b, gemm, dot_rows, axpy_rows, rms_norm, rms_norm_vjp, layer_norm,   \
         softmax, softmax_vjp, log_sum_exp, argmax, rope, unary, unary_vjp, gate, gate_vjp, attention_rows,             \
-        online_softmax, scale_row, blend_row                                                                           \
+        online_softmax, scale_row, blend_row, blend_rows                                                                           \
   }
 
 } // namespace edger1

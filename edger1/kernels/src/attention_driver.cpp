@@ -95,6 +95,10 @@ void few_queries(const AttentionJob& job) {
         masks[r] = mask_row(job, static_cast<int>(b), static_cast<int>(kv) * group + r / job.length, l, key);
       }
       KeyBlock block = key_block(job, b, kv, key, n, fetched);
+      if (!job.source && key + n < job.keys && job.k.row == job.dim) {
+        block.next = job.k.at(b, kv, key + n);
+        block.next_bytes = std::min(kBlockKeys, job.keys - key - n) * job.dim * bytes_of(job.k.type);
+      }
       float* part = parts + task * part_floats;
       ops().attention_rows(part, part + rows, part + 2 * rows, queries + pair * rows * job.dim, rows, block, visible,
                            job.keep || job.add ? masks : nullptr, scores);

@@ -7,9 +7,11 @@
 #include <stdexcept>
 
 #include "bindings.h"
+#include "cache_rooms.h"
 #include "map_guard.h"
 #include "mlx/allocator.h"
 #include "mlx/array.h"
+#include "pool.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -128,6 +130,18 @@ void bind_pages(nb::module_& m) {
       .def(nb::init<int64_t>(), "bytes"_a)
       .def("place", &Arena::place, "array"_a, nb::call_guard<nb::gil_scoped_release>(),
            "A copy of an evaluated array in the arena; None where it does not fit any more.");
+  nb::class_<CacheRooms>(m, "CacheRooms", "Memory on huge pages for caches, which are written in place there.")
+      .def(nb::init<>())
+      .def(
+          "hold",
+          [](CacheRooms& rooms, const mlx::core::array& a, int used, int capacity, mlx::core::Dtype dtype) {
+            need_evaluated(a, "hold");
+            note_use();
+            nb::gil_scoped_release released;
+            return rooms.hold(a, used, capacity, dtype);
+          },
+          "array"_a, "used"_a, "capacity"_a, "dtype"_a,
+          "An evaluated array [..., n, width] with `capacity` rows: the first `used` as `dtype`, then zeros; or None.");
   m.def("collapse_pages", &collapse_pages, "array"_a, nb::call_guard<nb::gil_scoped_release>(),
         "Move an array's memory to huge pages where the system allows it; returns the bytes that lie in them.");
 }

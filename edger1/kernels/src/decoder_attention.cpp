@@ -11,6 +11,7 @@ namespace edger1 {
 namespace {
 
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
+constexpr int kMergedAtOnce = 64;
 constexpr int kBlockKeys = 256;   // as in attention alone, so that both give the same bits
 
 int first_block(const CachedAttention& job) {
@@ -52,7 +53,7 @@ Attend::Span Attend::span_of(int64_t b, int block) const {
 }
 
 // All queries of all the heads that share a key head, over one block.
-void Attend::score(int64_t task) const {
+void Attend::score(int64_t task, int64_t next) const {
   int64_t pair = task / blocks_, dim = job_.dim;
   Span span = span_of(pair / job_.kv_heads, static_cast<int>(task % blocks_));
   float* to = parts_ + task * part_floats_;
@@ -87,8 +88,24 @@ void Attend::score(int64_t task) const {
   block.turn = span.lead + job_.order.capacity - begin;
   block.jump = -int64_t{job_.order.capacity};
   block.soft_cap = job_.soft_cap;
+  if (next >= 0) {
+    Ahead then = first_read(next);
+    block.next = then.begin;
+    block.next_bytes = then.bytes;
+  }
   ops().attention_rows(to, to + rows_, to + 2 * rows_, job_.queries + pair * rows_ * dim, rows_, block, visible,
                        masked ? masks : nullptr, scores);
+}
+
+Ahead Attend::first_read(int64_t task, bool values) const {
+  int64_t pair = task / blocks_;
+  Span span = span_of(pair / job_.kv_heads, static_cast<int>(task % blocks_));
+  if (span.n <= span.lead) {
+    return {};
+  }
+  int begin = slot(span, span.lead), rows = std::min(span.n - span.lead, job_.order.capacity - begin);
+  int64_t at = (pair * job_.order.capacity + begin) * job_.dim;
+  return {offset(values ? job_.values : job_.keys, job_.type, at), 0, int64_t{rows} * job_.dim * bytes_of(job_.type)};
 }
 
 // Where key j of a block is.
@@ -135,17 +152,25 @@ void Attend::merge(int64_t task) const {
   float* to = job_.out + ((b * job_.length + l) * job_.heads + head) * dim;
   std::fill(to, to + dim, 0.0f);
   float top = kMinusInfinity, sum = 0;
-  for (int i = 0; i < blocks_; i++) {
-    const float* from = parts_ + (pair * blocks_ + i) * part_floats_;
-    float part_top = from[r];
-    if (part_top == kMinusInfinity) {
+  for (int i = 0; i < blocks_;) {
+    const float* parts = parts_ + (pair * blocks_ + i) * part_floats_;
+    float before[kMergedAtOnce], after[kMergedAtOnce];
+    int count = 0;
+    // A block of which nothing is visible holds no numbers.
+    for (const float* part = parts; i + count < blocks_ && count < kMergedAtOnce && part[r] != kMinusInfinity; count++) {
+      // Of the two factors one is e^0.
+      before[count] = top == kMinusInfinity ? 0.0f : part[r] > top ? std::exp(top - part[r]) : 1.0f;
+      after[count] = part[r] < top ? std::exp(part[r] - top) : 1.0f;
+      sum = sum * before[count] + part[rows_ + r] * after[count];
+      top = std::max(top, part[r]);
+      part += part_floats_;
+    }
+    if (count == 0) {
+      i++;
       continue;
     }
-    float best = std::max(top, part_top);
-    float before = top == kMinusInfinity ? 0.0f : std::exp(top - best), after = std::exp(part_top - best);
-    ops().blend_row(to, before, from + 2 * rows_ + int64_t{r} * dim, after, dim);
-    sum = sum * before + from[rows_ + r] * after;
-    top = best;
+    ops().blend_rows(to, before, parts + 2 * rows_ + int64_t{r} * dim, part_floats_, after, count, dim);
+    i += count;
   }
   float factor = 1;
   if (job_.sinks) {

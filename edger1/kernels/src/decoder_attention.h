@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "ops_table.h"
+#include "pool.h"
 
 namespace edger1 {
 
@@ -63,8 +64,12 @@ class Attend {
   int64_t merges() const {
     return pairs_ * rows_;
   }
-  void score(int64_t task) const;
+  // `next` is the task that the same thread does after this one, or -1: its keys are read ahead.
+  void score(int64_t task, int64_t next = -1) const;
   void merge(int64_t task) const;
+
+  // The memory that a task reads first: keys, or with `values` the values that belong to them.
+  Ahead first_read(int64_t task, bool values = false) const;
 
   // About how many additions and multiplications one of them takes.
   double score_cost() const;

@@ -14,7 +14,7 @@ namespace edger1 {
 namespace {
 
 constexpr int64_t kRangeBytes = 8 << 10;     // weights below which splitting further costs more than it gains
-constexpr int64_t kSerialRows = 1 << 13;     // elements below which rows are not worth a phase
+constexpr int64_t kSerialRows = 1 << 11;     // elements up to which rows are not worth a phase
 constexpr double kLeastAttention = 1 << 16;  // operations below which splitting attention further gains nothing
 constexpr int64_t kAheadBytes = 32 << 10;    // what a waiting thread reads of each matrix
 
@@ -72,19 +72,17 @@ class Run : public Course {
           begin_layer();
           break;
         case Stage::project:
-          read_ahead(plan().o.n, {&plan().o});
+          attend_.emplace(attention_, parts_);
+          read_ahead_scores();
           return split(plan().q.n + plan().k.n + plan().v.n, plan().q.row_bytes());
         case Stage::score:
-          attend_.emplace(attention_, parts_);
           read_ahead(plan().o.n, {&plan().o});
-          return split_by_cost(attend_->scores(), attend_->score_cost());
+          return split_scores().pieces;
         case Stage::merge:
-          if (int64_t merges = attend_->merges(); static_cast<double>(merges) * attend_->merge_cost() > kLeastAttention) {
-            return split_by_cost(merges, attend_->merge_cost());
-          } else {
-            for (int64_t i = 0; i < merges; i++) {
-              attend_->merge(i);
-            }
+          // A few are done with what follows for the row.
+          merged_apart_ = static_cast<double>(attend_->merges()) * attend_->merge_cost() > kLeastAttention;
+          if (merged_apart_) {
+            return split_by_cost(attend_->merges(), attend_->merge_cost());
           }
           break;
         case Stage::output:
@@ -101,7 +99,7 @@ class Run : public Course {
           read_next_layer();
           return split(plan().down.n, plan().down.row_bytes());
         default:
-          if (int64_t{rows_} * plan().hidden > kSerialRows) {
+          if (rows_ > 1 && int64_t{rows_} * plan().hidden > kSerialRows) {
             return split(rows_, kRangeBytes);
           }
           for (int i = 0; i < rows_; i++) {
@@ -124,7 +122,7 @@ class Run : public Course {
         break;
       case Stage::score:
         for (int task = n0; task < n1; task++) {
-          attend_->score(task);
+          attend_->score(task, task + 1 < n1 ? task + 1 : -1);
         }
         break;
       case Stage::merge:
@@ -207,8 +205,40 @@ class Run : public Course {
 
   int64_t split_by_cost(int64_t n, double cost) {
     split_ = &splits_[static_cast<int>(stage_)];
-    split_->set(static_cast<int>(n), static_cast<int>(std::clamp(kLeastAttention / cost, 1.0, static_cast<double>(n))));
+    split_->set(static_cast<int>(n), least_by_cost(n, cost));
     return split_->pieces;
+  }
+
+  static int least_by_cost(int64_t n, double cost) {
+    return static_cast<int>(std::clamp(kLeastAttention / cost, 1.0, static_cast<double>(n)));
+  }
+
+  const Split& split_scores() {
+    split_ = &splits_[static_cast<int>(Stage::score)];
+    split_->set(static_cast<int>(attend_->scores()), least_by_cost(attend_->scores(), attend_->score_cost()));
+    return *split_;
+  }
+
+  // Names the keys and values that threads begin with, where those of one thread lie as far from those of the next as any,
+  // and where they are few what comes after them.
+  void read_ahead_scores() {
+    const Split& by_thread = split_scores();
+    bool few = attend_->first_read(by_thread.bounds[0]).bytes < kAheadBytes / 2;
+    read_ahead(few ? plan().o.n : 0, {&plan().o});
+    for (bool values : {false, true}) {
+      Ahead found = attend_->first_read(by_thread.bounds[0], values);
+      found.bytes = std::min(found.bytes, kAheadBytes);
+      for (int t = 1; t < pool_threads() && found.bytes; t++) {
+        bool none = by_thread.bounds[t] == by_thread.bounds[t + 1];
+        Ahead own = attend_->first_read(by_thread.bounds[none ? 0 : t], values);
+        int64_t step = static_cast<const char*>(own.begin) - static_cast<const char*>(found.begin);
+        if (t == 1) {
+          found.step = step;
+        }
+        found.bytes = step == t * found.step ? std::min(found.bytes, own.bytes) : 0;
+      }
+      ahead[kAhead - 1 - values] = found;
+    }
   }
 
   // Names the matrices of the phase after the one that begins, which splits `columns` of them.
@@ -252,6 +282,9 @@ class Run : public Course {
         rotate(i);
         break;
       case Stage::leave: {
+        if (!merged_apart_) {
+          merge(i);
+        }
         prepare(1, i, attended_ + int64_t{i} * plan.q.n);
         const float* x = call.x + i * call.x_stride;
         if (plan.parallel && call.normed) {
@@ -287,6 +320,13 @@ class Run : public Course {
         break;
       default:
         break;
+    }
+  }
+
+  void merge(int i) const {
+    int b = i / call().length, l = i % call().length, group = plan().heads / plan().kv_heads;
+    for (int h = 0; h < plan().heads; h++) {
+      attend_->merge((int64_t{b} * plan().kv_heads * group + h) * call().length + l);
     }
   }
 
@@ -452,6 +492,7 @@ class Run : public Course {
   std::shared_ptr<const Angles> angles_[kMaxRows];
   CachedAttention attention_;
   std::optional<Attend> attend_;
+  bool merged_apart_ = false;
   char* prepared_ = nullptr;
   float *normed_, *results_, *q_, *k_, *v_, *queries_, *attended_, *parts_, *gated_;
 };

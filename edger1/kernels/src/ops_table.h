@@ -34,6 +34,8 @@ struct KeyBlock {
   int turn = 1 << 30;                // from this key on, which comes after `lead`, memory goes on `jump` keys further
   int64_t jump = 0;
   float soft_cap = 0;                // where not 0, scores become soft_cap * tanh(score / soft_cap)
+  const void* next = nullptr;        // what the caller reads after this block, to be asked for meanwhile: only a hint
+  int64_t next_bytes = 0;
 };
 
 // Rows of a boolean (keep where true) or additive float32 mask over a block of keys; `row_stride` leads from one query row
@@ -98,6 +100,8 @@ struct OpsTable {
   void (*scale_row)(float* x, float factor, int n);
   // acc = acc * a + x * b
   void (*blend_row)(float* acc, float a, const float* x, float b, int n);
+  // blend_row for `count` rows x, `stride` apart, one after the other.
+  void (*blend_rows)(float* acc, const float* a, const float* x, int64_t stride, const float* b, int count, int n);
 };
 
 // The table of the instruction set in use (cpu_features.h).

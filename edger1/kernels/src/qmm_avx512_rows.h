@@ -7,6 +7,9 @@
 // odd elements apart. `exact` takes code i of the eight in each of the 16 words as an index into a table of 16 floats,
 // and prepared rows are transposed to match. Four words hold 32 codes either way, so four lanes share a block's
 // scale. In `fast` a lane adds up eight codes in a row, which share one scale of x.
+//
+// Eight bits, `fast`: 128 codes fill two vectors, which go apart into even and odd words of four, so that a lane adds up
+// eight in a row here too; prepared rows have their even and odd words apart.
 #pragma once
 
 #include "qmm_avx512_common.h"
@@ -21,9 +24,15 @@ constexpr bool kNibbles = F::bits == 4;
 template <class F>
 constexpr int kStepCodes = kNibbles<F> ? 128 : 64;
 template <class F>
-constexpr int kLaneCodes = kStepCodes<F> / 16;
-template <class F>
 constexpr int kStepBytes = kStepCodes<F> * F::bits / 8;
+
+// The same in `fast`.
+template <class F>
+constexpr int kFastCodes = F::bits == 4 || F::bits == 8 ? 128 : 64;
+template <class F>
+constexpr int kFastLane = kFastCodes<F> / 16;
+template <class F>
+constexpr int kFastBytes = kFastCodes<F> * F::bits / 8;
 
 inline const float* part(const void* prepared, int64_t offset) {
   return reinterpret_cast<const float*>(static_cast<const char*>(prepared) + offset);
@@ -43,27 +52,35 @@ inline void ahead(const void* base, int64_t index, ScaleType type) {
 
 template <class F>
 struct FastStep {
+  static constexpr bool two = kFastCodes<F> == 128;
   Decoder<F> decode;
   __m512i low = _mm512_set1_epi8(15);
+  __m512i even = _mm512_slli_epi32(iota(), 1);
+  __m512i odd = _mm512_or_si512(_mm512_slli_epi32(iota(), 1), _mm512_set1_epi32(1));
 
-  // The raw bytes of a step as one or two vectors of codes.
-  inline void load(const uint8_t* p, __mmask64 bytes, __m512i& first, __m512i& second) const {
+  // The bytes of a step, of which `left` are there, as one or two vectors of codes.
+  __attribute__((always_inline)) void load(const uint8_t* p, int left, __m512i& first, __m512i& second) const {
     if constexpr (kNibbles<F>) {
-      __m512i raw = _mm512_maskz_loadu_epi8(bytes, p);
+      __m512i raw = _mm512_maskz_loadu_epi8(first64(left), p);
       first = _mm512_and_si512(raw, low);
       second = _mm512_and_si512(_mm512_srli_epi16(raw, 4), low);
       if constexpr (F::fp4) {
         first = _mm512_shuffle_epi8(fp4_table(), first);
         second = _mm512_shuffle_epi8(fp4_table(), second);
       }
+    } else if constexpr (two) {
+      __m512i front = _mm512_maskz_loadu_epi8(first64(left), p);
+      __m512i back = _mm512_maskz_loadu_epi8(first64(left > 64 ? left - 64 : 0), p + 64);
+      first = _mm512_permutex2var_epi32(front, even, back);
+      second = _mm512_permutex2var_epi32(front, odd, back);
     } else {
-      first = decode(p, bytes);
+      first = decode(p, first64(left));
     }
   }
 
   inline __m512i dot(__m512i first, __m512i second, const int8_t* x) const {
     __m512i sum = _mm512_dpbusd_epi32(_mm512_setzero_si512(), first, _mm512_loadu_si512(x));
-    if constexpr (kNibbles<F>) {
+    if constexpr (two) {
       sum = _mm512_dpbusd_epi32(sum, second, _mm512_loadu_si512(x + 64));
     }
     return sum;
@@ -72,7 +89,7 @@ struct FastStep {
 
 template <class F, int M>
 void rows_fast_block(const QuantMatrix& w, const void* const* prepared, int n0, int n1, float* const* out) {
-  constexpr int steps = kSuperBlock / kStepCodes<F>;
+  constexpr int steps = kSuperBlock / kFastCodes<F>;
   const FastStep<F> step;
   const PreparedLayout layout = prepared_layout(w.k, true);
   const int per = w.group / kBlock;
@@ -80,7 +97,7 @@ void rows_fast_block(const QuantMatrix& w, const void* const* prepared, int n0, 
   const int blocks = w.k / kBlock, groups = w.k / w.group;
   const bool biases_apart = !w.fp4 && w.bias_ratio == 0;
   const __m512i spread_groups = _mm512_srli_epi32(iota(), static_cast<unsigned>(shift));
-  const __m512i spread_blocks = _mm512_srli_epi32(iota(), kNibbles<F> ? 2 : 3);
+  const __m512i spread_blocks = _mm512_srli_epi32(iota(), FastStep<F>::two ? 2 : 3);
   for (int n = n0; n < n1; n++) {
     const uint8_t* codes = codes_row(w, n);
     const void* scales = scales_row(w, n);
@@ -105,16 +122,18 @@ void rows_fast_block(const QuantMatrix& w, const void* const* prepared, int n0, 
       ahead(scales, b >> shift, w.type);
       const uint8_t* p = codes + static_cast<int64_t>(b) * 4 * F::bits;
       int64_t at = static_cast<int64_t>(b) * kBlock;
-      auto one = [&](int j, __mmask64 bytes) {
+      auto one = [&](int j, int left) __attribute__((always_inline)) {
         __m512i first, second;
-        _mm_prefetch(reinterpret_cast<const char*>(p + j * kStepBytes<F> + kPrefetchBytes), _MM_HINT_T0);
-        step.load(p + j * kStepBytes<F>, bytes, first, second);
-        __m512i lanes = _mm512_add_epi32(spread_blocks, _mm512_set1_epi32(j * kStepCodes<F> / kBlock));
+        for (int line = 0; line < kFastBytes<F>; line += 64) {
+          _mm_prefetch(reinterpret_cast<const char*>(p + j * kFastBytes<F> + line + kPrefetchBytes), _MM_HINT_T0);
+        }
+        step.load(p + j * kFastBytes<F>, left, first, second);
+        __m512i lanes = _mm512_add_epi32(spread_blocks, _mm512_set1_epi32(j * kFastCodes<F> / kBlock));
         __m512 weight_scale = _mm512_permutexvar_ps(lanes, scale);
-        int64_t column = at + j * kStepCodes<F>;
+        int64_t column = at + j * kFastCodes<F>;
         for (int m = 0; m < M; m++) {
           const int8_t* x = static_cast<const int8_t*>(prepared[m]) + column;
-          __m512 x_scale = _mm512_loadu_ps(part(prepared[m], layout.scales) + column / kLaneCodes<F>);
+          __m512 x_scale = _mm512_loadu_ps(part(prepared[m], layout.scales) + column / kFastLane<F>);
           total[m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(step.dot(first, second, x)),
                                      _mm512_mul_ps(weight_scale, x_scale), total[m]);
         }
@@ -122,11 +141,11 @@ void rows_fast_block(const QuantMatrix& w, const void* const* prepared, int n0, 
       if (here == 16) {
 #pragma GCC unroll 8
         for (int j = 0; j < steps; j++) {
-          one(j, first64(kStepBytes<F>));
+          one(j, kFastBytes<F>);
         }
       } else {
-        for (int left = here * 4 * F::bits, j = 0; left > 0; j++, left -= kStepBytes<F>) {
-          one(j, first64(left < kStepBytes<F> ? left : kStepBytes<F>));
+        for (int left = here * 4 * F::bits, j = 0; left > 0; j++, left -= kFastBytes<F>) {
+          one(j, left);
         }
       }
     }
@@ -144,7 +163,7 @@ void rows_fast_block(const QuantMatrix& w, const void* const* prepared, int n0, 
 template <class F, ScaleType Type, int Shift, bool Amd>
 void row_fast(const QuantMatrix& matrix, const void* prepared, int n0, int n1, float* out) {
   constexpr int run = 512; // blocks whose scales are converted at once
-  constexpr int steps = kSuperBlock / kStepCodes<F>;
+  constexpr int steps = kSuperBlock / kFastCodes<F>;
   constexpr int scale_bytes = Type == ScaleType::f32 ? 4 : 2;
   constexpr int codes_ahead = Amd ? 2 * kPrefetchBytes : kPrefetchBytes;
   constexpr int scales_ahead = Amd ? 2 * kPrefetchScaleBytes : kPrefetchScaleBytes;
@@ -158,8 +177,8 @@ void row_fast(const QuantMatrix& matrix, const void* prepared, int n0, int n1, f
   const __m512 ratio = _mm512_set1_ps(w.bias_ratio);
   __m512i lanes[steps];
   for (int j = 0; j < steps; j++) {
-    lanes[j] = _mm512_add_epi32(_mm512_srli_epi32(iota(), kNibbles<F> ? 2 : 3),
-                                _mm512_set1_epi32(j * kStepCodes<F> / kBlock));
+    lanes[j] = _mm512_add_epi32(_mm512_srli_epi32(iota(), FastStep<F>::two ? 2 : 3),
+                                _mm512_set1_epi32(j * kFastCodes<F> / kBlock));
   }
   alignas(64) float scales[run + 48];
   for (int n = n0; n < n1; n++) {
@@ -200,16 +219,18 @@ void row_fast(const QuantMatrix& matrix, const void* prepared, int n0, int n1, f
       }
       const uint8_t* p = codes_row(w, n) + static_cast<int64_t>(first) * 4 * F::bits;
       const int8_t* x = static_cast<const int8_t*>(prepared) + static_cast<int64_t>(first) * kBlock;
-      const float* x_scales = part(prepared, layout.scales) + static_cast<int64_t>(first) * (kBlock / kLaneCodes<F>);
-      auto one = [&](__m512i lane, __m512 scale, __mmask64 bytes) __attribute__((always_inline)) {
+      const float* x_scales = part(prepared, layout.scales) + static_cast<int64_t>(first) * (kBlock / kFastLane<F>);
+      auto one = [&](__m512i lane, __m512 scale, int left) __attribute__((always_inline)) {
         __m512i low, high;
-        ask(p + codes_ahead);
-        step.load(p, bytes, low, high);
+        for (int line = 0; line < kFastBytes<F>; line += 64) {
+          ask(p + line + codes_ahead);
+        }
+        step.load(p, left, low, high);
         __m512 weight_scale = _mm512_permutexvar_ps(lane, scale);
         total = _mm512_fmadd_ps(_mm512_cvtepi32_ps(step.dot(low, high, x)),
                                 _mm512_mul_ps(weight_scale, _mm512_loadu_ps(x_scales)), total);
-        p += kStepBytes<F>;
-        x += kStepCodes<F>;
+        p += kFastBytes<F>;
+        x += kFastCodes<F>;
         x_scales += 16;
       };
       int b = 0;
@@ -217,13 +238,13 @@ void row_fast(const QuantMatrix& matrix, const void* prepared, int n0, int n1, f
         __m512 scale = _mm512_load_ps(scales + b);
 #pragma GCC unroll 8
         for (int j = 0; j < steps; j++) {
-          one(lanes[j], scale, ~__mmask64{0});
+          one(lanes[j], scale, kFastBytes<F>);
         }
       }
       if (b < count) {
         __m512 scale = _mm512_load_ps(scales + b);
-        for (int left = (count - b) * 4 * F::bits, j = 0; left > 0; j++, left -= kStepBytes<F>) {
-          one(lanes[j], scale, first64(left));
+        for (int left = (count - b) * 4 * F::bits, j = 0; left > 0; j++, left -= kFastBytes<F>) {
+          one(lanes[j], scale, left);
         }
       }
     }
@@ -339,7 +360,7 @@ void prepare_fast(const QuantMatrix& w, const float* x, void* prepared) {
     *reinterpret_cast<float*>(static_cast<char*>(prepared) + at) = 0.0f;
   }
   int64_t columns = padded(w.k, kSuperBlock);
-  const int lane = w.bits == 4 ? 8 : 4; // codes of one lane of the kernel, which reads as many scales
+  const int lane = w.bits == 4 || w.bits == 8 ? 8 : 4; // codes of one lane of the kernel, which reads as many scales
   const __m512i pick = _mm512_slli_epi32(iota(), lane == 8 ? 3 : 2);
   for (int g = 0; g < w.k / w.group; g++) {
     __m512 total = _mm512_setzero_ps();
@@ -366,6 +387,13 @@ void prepare_fast(const QuantMatrix& w, const float* x, void* prepared) {
       __m512i a = _mm512_loadu_si512(q + i), b = _mm512_loadu_si512(q + i + 64);
       _mm512_storeu_si512(q + i, _mm512_permutex2var_epi8(a, _mm512_load_si512(even), b));
       _mm512_storeu_si512(q + i + 64, _mm512_permutex2var_epi8(a, _mm512_load_si512(odd), b));
+    }
+  } else if (w.bits == 8) {
+    const __m512i even = _mm512_slli_epi32(iota(), 1), odd = _mm512_or_si512(even, _mm512_set1_epi32(1));
+    for (int64_t i = 0; i < columns; i += 128) {
+      __m512i a = _mm512_loadu_si512(q + i), b = _mm512_loadu_si512(q + i + 64);
+      _mm512_storeu_si512(q + i, _mm512_permutex2var_epi32(a, even, b));
+      _mm512_storeu_si512(q + i + 64, _mm512_permutex2var_epi32(a, odd, b));
     }
   }
 }

@@ -25,15 +25,14 @@ struct SideBySide {
   const QuantMatrix& w;
   const bool biases_apart, in_order;
   const int shift, blocks, groups, scale_bytes;
-  const __m512i spread_groups, spread_blocks;
+  const __m512i spread_groups;
 
   SideBySide(const QuantMatrix& matrix, int n)
       : w(matrix), biases_apart(!matrix.fp4 && matrix.bias_ratio == 0), in_order(N * matrix.row_bytes <= 4 * kPrefetchBytes),
         shift(matrix.group == kBlock ? 0 : matrix.group == 2 * kBlock ? 1 : 2), blocks(matrix.k / kBlock),
         groups(matrix.k / matrix.group),
         scale_bytes(matrix.type == ScaleType::f32 ? 4 : matrix.type == ScaleType::e8m0 ? 1 : 2),
-        spread_groups(_mm512_srli_epi32(iota(), static_cast<unsigned>(shift))),
-        spread_blocks(_mm512_srli_epi32(iota(), kNibbles<F> ? 2 : 3)) {
+        spread_groups(_mm512_srli_epi32(iota(), static_cast<unsigned>(shift))) {
     for (int i = 0; i < N; i++) {
       codes[i] = codes_row(w, n + i);
       scales[i] = scales_row(w, n + i);
@@ -52,11 +51,15 @@ struct SideBySide {
 
   // Asks for codes while those at `byte` are used: for those `further` on, or of short rows for the next N, in the order in
   // which they lie.
+  template <int Bytes>
   __attribute__((always_inline)) void prefetch_codes(int64_t byte, int64_t further) const {
 #pragma GCC unroll 4
     for (int i = 0; i < N; i++) {
-      const uint8_t* to = in_order ? codes[0] + N * (w.row_bytes + byte) + i * kStepBytes<F> : codes[i] + byte + further;
-      _mm_prefetch(reinterpret_cast<const char*>(to), _MM_HINT_T0);
+      const uint8_t* to = in_order ? codes[0] + N * (w.row_bytes + byte) + i * Bytes : codes[i] + byte + further;
+#pragma GCC unroll 2
+      for (int line = 0; line < Bytes; line += 64) {
+        _mm_prefetch(reinterpret_cast<const char*>(to + line), _MM_HINT_T0);
+      }
     }
   }
 
@@ -93,27 +96,6 @@ struct SideBySide {
     for (int i = 0; i < N; i++) {
       __m512 scale = load_scales(scales[i], w.type, b >> shift, first16((here + per - 1) >> shift));
       to[i] = _mm512_permutexvar_ps(spread_groups, scale);
-    }
-  }
-
-  // The scales of a step's lanes, out of those of 16 blocks.
-  __m512 of_lanes(__m512 scale, int step) const {
-    return _mm512_permutexvar_ps(_mm512_add_epi32(spread_blocks, _mm512_set1_epi32(step * kStepCodes<F> / kBlock)), scale);
-  }
-
-  // Calls body(byte, mask of bytes, column, step, scales) for each step through the rows, which lie at codes[i] + byte and
-  // meet x from `column` on; `step` counts within the 16 blocks that `scales` are of. Asks for what comes later meanwhile.
-  template <class Body>
-  __attribute__((always_inline)) void each_step(Body&& body) const {
-    for (int b = 0; b < blocks; b += 16) {
-      int here = blocks - b < 16 ? blocks - b : 16;
-      __m512 scale[N];
-      spread_scales(b, here, scale);
-      int64_t byte = int64_t{b} * 4 * F::bits, further = ahead_of<N>(byte, kPrefetchBytes, w.row_bytes);
-      for (int left = here * 4 * F::bits, j = 0; left > 0; j++, left -= kStepBytes<F>, byte += kStepBytes<F>) {
-        prefetch_codes(byte, further);
-        body(byte, first64(left), int64_t{b} * kBlock + j * kStepCodes<F>, j, scale);
-      }
     }
   }
 };
@@ -172,6 +154,7 @@ void fast_tile(const QuantMatrix& w, const FastStep<F>& step, const void* const*
                float* const* out) {
   const PreparedLayout layout = prepared_layout(w.k, true);
   const SideBySide<F, N> rows(w, n);
+  const __m512i spread_blocks = _mm512_srli_epi32(iota(), FastStep<F>::two ? 2 : 3);
   const int8_t* x[M];
   const float* x_scales[M];
   for (int m = 0; m < M; m++) {
@@ -180,25 +163,33 @@ void fast_tile(const QuantMatrix& w, const FastStep<F>& step, const void* const*
   }
   __m512 total[N][M];
   rows.template add_biases<M>(prepared, layout.sums, total);
-  rows.each_step([&](int64_t byte, __mmask64 bytes, int64_t column, int j, const __m512* scale)
-                     __attribute__((always_inline)) {
-    __m512i first[N], second[N];
-    __m512 weight_scale[N];
-#pragma GCC unroll 4
-    for (int i = 0; i < N; i++) {
-      step.load(rows.codes[i] + byte, bytes, first[i], second[i]);
-      weight_scale[i] = rows.of_lanes(scale[i], j);
-    }
-#pragma GCC unroll 8
-    for (int m = 0; m < M; m++) {
-      __m512 x_scale = _mm512_loadu_ps(x_scales[m] + column / kLaneCodes<F>);
+  for (int b = 0; b < rows.blocks; b += 16) {
+    int here = rows.blocks - b < 16 ? rows.blocks - b : 16;
+    __m512 scale[N];
+    rows.spread_scales(b, here, scale);
+    int64_t byte = int64_t{b} * 4 * F::bits, further = ahead_of<N>(byte, kPrefetchBytes, w.row_bytes);
+    for (int left = here * 4 * F::bits, j = 0; left > 0; j++, left -= kFastBytes<F>, byte += kFastBytes<F>) {
+      __m512i lanes = _mm512_add_epi32(spread_blocks, _mm512_set1_epi32(j * kFastCodes<F> / kBlock));
+      int64_t column = int64_t{b} * kBlock + j * kFastCodes<F>;
+      rows.template prefetch_codes<kFastBytes<F>>(byte, further);
+      __m512i first[N], second[N];
+      __m512 weight_scale[N];
 #pragma GCC unroll 4
       for (int i = 0; i < N; i++) {
-        total[i][m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(step.dot(first[i], second[i], x[m] + column)),
-                                      _mm512_mul_ps(weight_scale[i], x_scale), total[i][m]);
+        step.load(rows.codes[i] + byte, left, first[i], second[i]);
+        weight_scale[i] = _mm512_permutexvar_ps(lanes, scale[i]);
+      }
+#pragma GCC unroll 8
+      for (int m = 0; m < M; m++) {
+        __m512 x_scale = _mm512_loadu_ps(x_scales[m] + column / kFastLane<F>);
+#pragma GCC unroll 4
+        for (int i = 0; i < N; i++) {
+          total[i][m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(step.dot(first[i], second[i], x[m] + column)),
+                                        _mm512_mul_ps(weight_scale[i], x_scale), total[i][m]);
+        }
       }
     }
-  });
+  }
   put_sums<N, M>(out, n - n0, [&](int i, int m) { return total[i][m]; });
 }
 
@@ -207,6 +198,7 @@ template <class F, int N, int M>
 void exact_tile(const QuantMatrix& w, const void* const* prepared, int n, int n0, float* const* out) {
   const PreparedLayout layout = prepared_layout(w.k, false);
   const SideBySide<F, N> rows(w, n);
+  const __m512i spread_blocks = _mm512_srli_epi32(iota(), 2);
   const __m512 table = F::fp4 ? _mm512_setr_ps(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0)
                               : _mm512_cvtepi32_ps(iota());
   const float* x[M];
@@ -215,49 +207,57 @@ void exact_tile(const QuantMatrix& w, const void* const* prepared, int n, int n0
   }
   __m512 total[N][M];
   rows.template add_biases<M>(prepared, layout.sums, total);
-  rows.each_step([&](int64_t byte, __mmask64 bytes, int64_t column, int j, const __m512* scale)
-                     __attribute__((always_inline)) {
-    __m512i raw[N];
-#pragma GCC unroll 4
-    for (int i = 0; i < N; i++) {
-      raw[i] = _mm512_maskz_loadu_epi8(bytes, rows.codes[i] + byte);
-    }
-    __m512 sum[N][M];
-#pragma GCC unroll 4
-    for (int i = 0; i < N; i++) {
-#pragma GCC unroll 8
-      for (int m = 0; m < M; m++) {
-        sum[i][m] = _mm512_setzero_ps();
-      }
-    }
-    // Not unrolled: the compiler would take the products apart, and run out of registers.
-#pragma GCC unroll 1
-    for (int c = 0; c < 8; c++) {
-      __m512 value[N];
+  for (int b = 0; b < rows.blocks; b += 16) {
+    int here = rows.blocks - b < 16 ? rows.blocks - b : 16;
+    __m512 scale[N];
+    rows.spread_scales(b, here, scale);
+    int64_t byte = int64_t{b} * 4 * F::bits, further = ahead_of<N>(byte, kPrefetchBytes, w.row_bytes);
+    for (int left = here * 4 * F::bits, j = 0; left > 0; j++, left -= kStepBytes<F>, byte += kStepBytes<F>) {
+      int64_t column = int64_t{b} * kBlock + j * kStepCodes<F>;
+      rows.template prefetch_codes<kStepBytes<F>>(byte, further);
+      __m512i raw[N];
 #pragma GCC unroll 4
       for (int i = 0; i < N; i++) {
-        value[i] = _mm512_permutexvar_ps(raw[i], table);
-        raw[i] = _mm512_srli_epi32(raw[i], 4);
+        raw[i] = _mm512_maskz_loadu_epi8(first64(left), rows.codes[i] + byte);
       }
+      __m512 sum[N][M];
+#pragma GCC unroll 4
+      for (int i = 0; i < N; i++) {
 #pragma GCC unroll 8
-      for (int m = 0; m < M; m++) {
-        __m512 elements = _mm512_loadu_ps(x[m] + column + 16 * c);
-        __asm__("" : "+v"(elements));  // read once, not once in each product
+        for (int m = 0; m < M; m++) {
+          sum[i][m] = _mm512_setzero_ps();
+        }
+      }
+      // Not unrolled: the compiler would take the products apart, and run out of registers.
+#pragma GCC unroll 1
+      for (int c = 0; c < 8; c++) {
+        __m512 value[N];
 #pragma GCC unroll 4
         for (int i = 0; i < N; i++) {
-          sum[i][m] = _mm512_fmadd_ps(value[i], elements, sum[i][m]);
+          value[i] = _mm512_permutexvar_ps(raw[i], table);
+          raw[i] = _mm512_srli_epi32(raw[i], 4);
+        }
+#pragma GCC unroll 8
+        for (int m = 0; m < M; m++) {
+          __m512 elements = _mm512_loadu_ps(x[m] + column + 16 * c);
+          __asm__("" : "+v"(elements));  // read once, not once in each product
+#pragma GCC unroll 4
+          for (int i = 0; i < N; i++) {
+            sum[i][m] = _mm512_fmadd_ps(value[i], elements, sum[i][m]);
+          }
+        }
+      }
+      __m512i lanes = _mm512_add_epi32(spread_blocks, _mm512_set1_epi32(4 * j));
+#pragma GCC unroll 4
+      for (int i = 0; i < N; i++) {
+        __m512 factor = _mm512_permutexvar_ps(lanes, scale[i]);
+#pragma GCC unroll 8
+        for (int m = 0; m < M; m++) {
+          total[i][m] = _mm512_fmadd_ps(sum[i][m], factor, total[i][m]);
         }
       }
     }
-#pragma GCC unroll 4
-    for (int i = 0; i < N; i++) {
-      __m512 factor = rows.of_lanes(scale[i], j);
-#pragma GCC unroll 8
-      for (int m = 0; m < M; m++) {
-        total[i][m] = _mm512_fmadd_ps(sum[i][m], factor, total[i][m]);
-      }
-    }
-  });
+  }
   put_sums<N, M>(out, n - n0, [&](int i, int m) { return total[i][m]; });
 }
 

@@ -379,5 +379,19 @@ static void blend_row(float* acc, float a, const float* x, float b, int n) {
   map(acc, n, [&](vf u, vf v) { return u * va + v * vb; }, acc, x);
 }
 
+static void blend_rows(float* acc, const float* a, const float* x, int64_t stride, const float* b, int count, int n) {
+  auto blend = [&](vf sum, auto row) __attribute__((always_inline)) {
+    for (int j = 0; j < count; j++) {
+      sum = sum * splat(a[j]) + row(j) * splat(b[j]);
+    }
+    return sum;
+  };
+  over(
+      n, [&](int64_t i) { store(acc + i, blend(load(acc + i), [&](int j) { return load(x + j * stride + i); })); },
+      [&](int64_t i, int left) {
+        store_n(acc + i, blend(load_n(acc + i, left), [&](int j) { return load_n(x + j * stride + i, left); }), left);
+      });
+}
+
 } // namespace
 } // namespace edger1

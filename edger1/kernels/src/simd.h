@@ -206,7 +206,12 @@ EDGER1_INLINE float hmax(vf x) {
 // e^x to within 2 units in the last place; 0 below -87.3 (no subnormals), infinity above 88.7, NaN for NaN.
 EDGER1_INLINE vf vexp(vf x) {
   const vf magic = splat(12582912.0f);
+#if defined(__AVX512F__)
+  // The second operand is the result where one is NaN.
+  vf clamped = _mm512_min_ps(splat(88.8f), _mm512_max_ps(splat(-87.5f), x));
+#else
   vf clamped = vmin(vmax(x, splat(-87.5f)), splat(88.8f));
+#endif
   vf n = mad(clamped, splat(1.44269504088896341f), magic) - magic;
   vf r = mad(n, splat(-0.693359375f), clamped);
   r = mad(n, splat(2.12194440e-4f), r);
@@ -217,6 +222,11 @@ EDGER1_INLINE vf vexp(vf x) {
   p = mad(p, r, splat(1.6666665459e-1f));
   p = mad(p, r, splat(5.0000001201e-1f));
   p = mad(p, r * r, r) + splat(1.0f);
+#if defined(__AVX512F__)
+  // One instruction scales, and the smallest x give no subnormal.
+  __mmask16 large = _mm512_cmp_ps_mask(x, splat(-87.33f), _CMP_NLT_UQ);
+  return _mm512_maskz_scalef_ps(large, p, n);
+#else
   // Scale in two steps: 2^128 alone is no float.
   vi exponent = __builtin_convertvector(n, vi);
   vi half = exponent >> 1;
@@ -226,6 +236,7 @@ EDGER1_INLINE vf vexp(vf x) {
   y = x < splat(-87.33f) ? vf{} : y;
   y = x > splat(88.72283f) ? splat(__builtin_inff()) : y;
   return x != x ? x : y;
+#endif
 }
 
 EDGER1_INLINE vf vsigmoid(vf x) {
