@@ -5,7 +5,7 @@
     python scripts/sanitize.py address -k "cache"    # what is left over goes to pytest
 
 Every source of the extension is built so, beside the installed one, under build/, and stands in for it in the process
-of the tests. Needs GCC, cmake, ninja and what the package's build needs; an hour or two of two cores.
+of the tests. Needs GCC, cmake, ninja and what the package's build needs; under an hour of two quiet cores.
 """
 
 from __future__ import annotations
