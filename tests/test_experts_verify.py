@@ -18,8 +18,8 @@ from edger1.experts import verify as verify_module
 from edger1.experts.store import Store
 from edger1.experts.verify import ROWS, verify
 
-ONLY_16 = {"kimi_k3"}
-"""Families whose layers are given more than rows and masks, so that they cannot be called alone with other rows."""
+ONLY_16 = {"deepseek_v41", "kimi_k3"}
+"""Families with layers that are given more than rows and masks, so that they cannot be called alone with other rows."""
 
 
 @pytest.mark.parametrize("family", moe_families())
@@ -30,7 +30,7 @@ def test_every_family_has_its_certificate(family: str, tmp_path: Path) -> None:
     for layer in certificate.layers:
         assert layer.slots < layer.experts
         assert any(c.misses for c in layer.outputs)
-        assert len(layer.outputs) == (1 if family in ONLY_16 else len(ROWS))
+        assert len(layer.outputs) == len(ROWS) or (family in ONLY_16 and layer.not_compared)
 
 
 def test_other_bytes_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
