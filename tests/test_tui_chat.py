@@ -6,6 +6,8 @@ import asyncio
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from fake_backend import FIGURES, GONE, HOLD, FakeBackend, words
@@ -13,6 +15,7 @@ from textual.pilot import Pilot
 
 from edger1.errors import UsageError
 from edger1.messages import Failed, Loaded, Progress, Text, Thought
+from edger1.tui import app as app_module
 from edger1.tui.app import ChatApp
 from edger1.tui.session import State
 from edger1.tui.widgets.answer_text import AnswerText
@@ -534,3 +537,14 @@ def test_an_unknown_theme_is_refused_with_names() -> None:
 def test_importing_the_package_does_not_import_textual() -> None:
     code = "import sys, edger1.tui; sys.exit('textual' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_it_ends_when_the_terminal_has_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A window that is closed must leave no process behind that reads its end for ever, and no model in memory."""
+    there = iter([True, True, False])
+    ended: list[bool] = []
+    monkeypatch.setattr(app_module, "_LOOK_S", 0.0)
+    monkeypatch.setattr(app_module.os, "isatty", lambda _: next(there))
+    app: Any = SimpleNamespace(exit=lambda: ended.append(True))
+    asyncio.run(app_module._end_with_terminal(app))
+    assert ended == [True]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import Callable
 from contextlib import aclosing
@@ -28,6 +29,8 @@ from edger1.tui.widgets.status import Status
 from edger1.tui.widgets.transcript import Transcript
 from edger1.tui.widgets.welcome import Welcome
 
+_LOOK_S = 2.0
+"""How often to look whether the terminal is still there."""
 REMARKS = {"cancelled": "Stopped.", "length": "Stopped at the limit of length."}
 
 
@@ -256,10 +259,21 @@ def run(backend: Backend, model_name: str, *, system: str | None = None, theme: 
     app = ChatApp(backend, model_name, system=system, theme=theme)
 
     async def session() -> None:
+        watch = asyncio.create_task(_end_with_terminal(app))
         try:
             await app.run_async()
         finally:
+            watch.cancel()
             # After the screen is given back, so that quitting looks immediate.
             await backend.close()
 
     asyncio.run(session())
+
+
+async def _end_with_terminal(app: ChatApp) -> None:
+    """Leave when the terminal has gone: Textual would read its end again and again, and the engine keep its memory."""
+    if not os.isatty(0):
+        return
+    while os.isatty(0):
+        await asyncio.sleep(_LOOK_S)
+    app.exit()

@@ -71,11 +71,6 @@ class Bank:
         """Whether an expert can come in without another leaving."""
         return bool(self._free)
 
-    def lookup(self, experts: Any) -> npt.NDArray[np.int32]:
-        """Return the slots of experts, ABSENT where they are not there; any shape."""
-        found: npt.NDArray[np.int32] = self.table[experts]
-        return found
-
     def load_all(self) -> Sequence[Read]:
         """Begin to fill every slot, expert e into slot e; for a bank with a slot for each expert."""
         self._free = []
