@@ -1,8 +1,9 @@
 """What a source of weights is to the converter: named tensors, any rows of which can be had without the rest.
 
-A reader of a format (`quant/formats`) gives each tensor under the name that the model's checkpoint has for it unquantized
-("model.layers.0.mlp.gate_proj.weight"), whatever the file keeps in its place (`.qweight`, `.weight_scale_inv`,
-`blk.0.ffn_gate.weight`). Rows are counted along the first axis, so that of a stack [experts, n, k] a row is an expert.
+A reader of a format (`quant/formats`) gives each tensor under the name that the model's checkpoint has for it
+unquantized ("model.layers.0.mlp.gate_proj.weight"), whatever the file keeps in its place (`.qweight`,
+`.weight_scale_inv`, `blk.0.ffn_gate.weight`). Rows are counted along the first axis, so that of a stack
+[experts, n, k] a row is an expert.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from edger1.quant.formats.ggml import Array
 class Coding:
     """How MLX could hold a tensor's codes as they are, without loss.
 
-    `mode` is MLX's ("affine", "mxfp4", "nvfp4", "mxfp8"); `scales` and `biases` are safetensors' dtypes of those arrays, and
-    `biases` is None in the modes that have none.
+    `mode` is MLX's ("affine", "mxfp4", "nvfp4", "mxfp8"); `scales` and `biases` are safetensors' dtypes of those arrays,
+    and `biases` is None in the modes that have none.
     """
 
     mode: str
@@ -34,7 +35,10 @@ class Coding:
 
 @dataclass(frozen=True)
 class Codes:
-    """Rows of a tensor [..., n, k] as MLX holds them: `weight` is U32 [..., n, k * bits / 32], the others [..., n, k / group]."""
+    """Rows of a tensor [..., n, k] as MLX holds them.
+
+    `weight` is U32 [..., n, k * bits / 32], the others are [..., n, k / group_size].
+    """
 
     weight: Array
     scales: Array
@@ -44,10 +48,10 @@ class Codes:
 class Tensor(Protocol):
     """One tensor of a source. Nothing of its data is in memory until it is read.
 
-    `shape` is the logical one, of numbers. `dtype` is what the unquantized checkpoint would hold ("BF16", "F16", "F32", or an
-    integer's name for what is no weight). `kind` names how it is stored, for reports ("BF16", "F8_E4M3 128x128", "Q4_K",
-    "GPTQ 4"). `nbytes` is what reading all of it takes from the disk. `coding` is set where its codes can be carried
-    over.
+    `shape` is the logical one, of numbers. `dtype` is what the unquantized checkpoint would hold ("BF16", "F16", "F32",
+    or an integer's name for what is no weight). `kind` names how it is stored, for reports ("BF16", "F8_E4M3 128x128",
+    "Q4_K", "GPTQ 4"). `nbytes` is what reading all of it takes from the disk. `coding` is set where its codes can be
+    carried over.
     """
 
     @property
@@ -78,8 +82,8 @@ class Tensor(Protocol):
 class Source(Protocol):
     """An opened model to convert; the files are only ever read.
 
-    `config` is config.json as mlx-lm reads it, without the source's own quantization. `companions` are the small files that
-    go along (tokenizer, chat template, generation config). `fingerprint` changes when any weight file does.
+    `config` is config.json as mlx-lm reads it, without the source's own quantization. `companions` are the small files
+    that go along (tokenizer, chat template, generation config). `fingerprint` changes when any weight file does.
     """
 
     @property
