@@ -22,7 +22,7 @@ from edger1.quant.formats.ggml import Array
 class Coding:
     """How MLX could hold a tensor's codes as they are, without loss.
 
-    `mode` is MLX's ("affine", "mxfp4", "nvfp4", "mxfp8"); `scales` and `biases` are safetensors' dtypes of those arrays,
+    `mode` is MLX's ("affine", "mxfp4", "nvfp4", "mxfp8"); `scales` and `biases` are safetensors' dtypes of those,
     and `biases` is None in the modes that have none.
     """
 
