@@ -121,6 +121,12 @@ def test_staging_counts_readers_and_what_prefill_keeps_of_a_chunk() -> None:
     assert staging_bytes([x, layer(hidden=6)], 10) == staging_bytes([x], 10)
 
 
+def test_large_parts_are_read_through_whole_huge_pages() -> None:
+    large = layer(top_k=2, hidden=512, inner=512)
+    assert max(part.nbytes for part in large.parts) == 1 << 20
+    assert staging_bytes([large], 0, read_threads=4) == 4 * (2 << 20)
+
+
 @pytest.mark.parametrize(("asked", "value"), [("7", 7), (7, 7), ("25%", 0.25), (" 12.5% ", 0.125), ("100%", 1.0)])
 def test_slots_are_a_number_or_a_share(asked: str | int, value: float) -> None:
     assert parse_slots(asked) == value

@@ -18,16 +18,18 @@ from edger1.experts.anatomy import LayerExperts, Part
 from edger1.experts.store import Store
 
 EXPERTS = 5
-# The first is larger than a page and begins at an odd byte, the last ends with the file.
+# The first begins at an odd byte, and is larger than a page or than what is read through huge pages; the last ends with
+# the file.
 SIZES = {"gate_proj": 70_001, "up_proj": 4096, "down_proj": 12_345}
+LARGE = 2_200_001
 
 
-@pytest.fixture
-def layer(tmp_path: Path) -> LayerExperts:
+@pytest.fixture(params=[SIZES["gate_proj"], LARGE], ids=["pages", "huge pages"])
+def layer(tmp_path: Path, request: Any) -> LayerExperts:
     """A layer whose parts lie one after the other in a file of random bytes."""
     path = tmp_path / "model.safetensors"
     offset, parts = 177, []
-    for projection, nbytes in SIZES.items():
+    for projection, nbytes in (SIZES | {"gate_proj": request.param}).items():
         parts.append(Part(projection, "weight", path, offset, nbytes, (nbytes,), "U8"))
         offset += EXPERTS * nbytes
     path.write_bytes(np.random.default_rng(0).bytes(offset))

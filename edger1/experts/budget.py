@@ -21,13 +21,11 @@ from typing import Any
 
 from edger1.errors import UsageError
 from edger1.experts.anatomy import LayerExperts
-from edger1.experts.store import THREADS
+from edger1.experts.store import THREADS, read_buffer_bytes
 from edger1.memory import Plan
 
 LEAST_SLOTS = 2
 _PAGE = 4096
-# Unaligned spans are read whole pages at a time: up to one page more at either end.
-_SPAN_SLACK = 2 * _PAGE
 # A bank's array begins at a page of its own, which takes a page more than its values; so does its end.
 _ARRAY_SLACK = 2 * _PAGE
 
@@ -174,7 +172,8 @@ def staging_bytes(layers: Sequence[LayerExperts], prefill_tokens: int, read_thre
     of token and expert in f32 [tokens, top_k, hidden] until they are put in the order of ranks. A group, which may be
     all of them, takes the rows that go in, as many as there are pairs, and three rows of the experts' inner size each.
     """
-    reading = read_threads * max((part.nbytes + _SPAN_SLACK for layer in layers for part in layer.parts), default=0)
+    largest = max((part.nbytes for layer in layers for part in layer.parts), default=0)
+    reading = read_threads * read_buffer_bytes(largest)
     return reading + max((_prefill_bytes(layer, prefill_tokens) for layer in layers), default=0)
 
 

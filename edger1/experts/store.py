@@ -12,6 +12,7 @@ was read from another file than the one that was loaded is an error, and never b
 from __future__ import annotations
 
 import collections
+import contextlib
 import mmap
 import os
 import sys
@@ -34,6 +35,11 @@ Bytes = npt.NDArray[np.uint8]
 THREADS = 4
 """Reads under way at once: on the disks that were measured more bring nothing."""
 _ALIGNMENT = 4096
+_HUGE = 2 << 20
+_HUGE_FROM = 128 << 10
+"""Parts from this size on are read through huge pages. A direct read goes to the disk as a list of pieces of memory, a
+piece for each page: with 4 KB pages a part of 0.9 MB is 216 pieces, and some disks (virtual ones above all) spend their
+time on those; through huge pages the same disk was read four times as fast."""
 _PLENTY = 0.5
 """Share of the model's files for which there must be free memory."""
 _SMALL = 64 << 10
@@ -172,7 +178,7 @@ class Store:
         """Bytes that direct reads pass through, in all threads."""
         if all(file.direct is None for file in self._files.values()):
             return 0
-        return len(self._threads) * _staging(self._largest)
+        return len(self._threads) * read_buffer_bytes(self._largest)
 
     def look_for_plenty(self, free_bytes: int) -> None:
         """Decide how to read by what is free, in bytes, beside all that the model holds."""
@@ -283,7 +289,7 @@ class Store:
             else:
                 try:
                     if staging is None and any(file.direct is not None for file in self._files.values()):
-                        staging = np.frombuffer(mmap.mmap(-1, _staging(self._largest)), np.uint8)
+                        staging = _staging(self._largest)
                     began = time.perf_counter()
                     for part, into in parts:
                         self._read_part(part, read.expert, into, staging)
@@ -354,8 +360,24 @@ def _read_buffered(file: _File, offset: int, into: Bytes) -> None:
         done += got
 
 
-def _staging(largest: int) -> int:
-    return -(-largest // _ALIGNMENT) * _ALIGNMENT + 2 * _ALIGNMENT
+def read_buffer_bytes(largest: int) -> int:
+    """Return what one thread reads through where reads are direct and no part is above `largest` bytes."""
+    page = _ALIGNMENT if largest < _HUGE_FROM else _HUGE
+    return -(-(largest + 2 * _ALIGNMENT) // page) * page
+
+
+def _staging(largest: int) -> Bytes:
+    """Return memory for direct reads of parts up to `largest` bytes, on huge pages where the system has them."""
+    nbytes = read_buffer_bytes(largest)
+    if nbytes % _HUGE:
+        return np.frombuffer(mmap.mmap(-1, nbytes), np.uint8)
+    # Private: shared memory is not put on huge pages. One page more, to begin where one does.
+    memory = mmap.mmap(-1, nbytes + _HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    whole = np.frombuffer(memory, np.uint8)
+    first = -whole.ctypes.data % _HUGE
+    return whole[first : first + nbytes]
 
 
 def _pieces(layer: LayerExperts, into: Sequence[Bytes]) -> list[tuple[tuple[Part, Bytes], ...]]:
