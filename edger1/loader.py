@@ -191,7 +191,7 @@ def _plan(
     if layers:
         streamed = [(planned(each), each) for each in STREAMED_PREFILL_STEPS]
         if plan.stream is not None or plan.total_bytes > ceiling_bytes:
-            plan, step = streamed[choose_step([each for each, _ in streamed])]
+            plan, step = streamed[choose_step([each for each, _ in streamed], by_hand=expert_slots is not None)]
         # The smallest ceiling is that of the shortest step, whichever this ceiling allows.
         plan = replace(plan, streamed_least_bytes=streamed[-1][0].streamed_least_bytes)
     return plan, replace(kv, step_tokens=step), layers

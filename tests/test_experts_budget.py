@@ -214,6 +214,20 @@ def test_prefill_steps_are_as_long_as_the_banks_can_afford() -> None:
     assert chosen(1) == 32
 
 
+def test_banks_set_by_hand_leave_the_longest_step_that_fits() -> None:
+    x = layer(experts=100, hidden=640, inner=32)
+    steps = (512, 256, 32)
+
+    def chosen(ceiling: int) -> int:
+        model = resident(ceiling, 5 * MB + x.experts * x.expert_bytes)
+        plans = [with_experts(model, [x], 5 * MB, prefill_tokens=step, expert_slots=4) for step in steps]
+        return steps[choose_step(plans, by_hand=True)]
+
+    assert chosen(1000 * MB) == 512
+    assert chosen(65 * MB + 5 * MB) == 256
+    assert chosen(1) == 32
+
+
 def test_a_dense_model_has_no_slots() -> None:
     plan = resident(10**9)
     assert with_experts(plan, [], plan.resident_bytes, prefill_tokens=16) is plan

@@ -262,14 +262,15 @@ def with_experts(
     return replace(beside, stream=stream, streamed_least_bytes=least)
 
 
-def choose_step(plans: Sequence[Plan]) -> int:
+def choose_step(plans: Sequence[Plan], *, by_hand: bool = False) -> int:
     """Return which of several plans to load by: they differ in the tokens of a prefill step, from long to short.
 
     The first one that fits and whose buffers leave the banks twice what they take themselves; else the shortest step.
+    Banks set `by_hand` lose nothing to buffers: there the first that fits.
     """
     for i, plan in enumerate(plans):
         stream = plan.stream
-        modest = stream is None or 2 * stream.staging_bytes <= stream.bank_bytes
+        modest = by_hand or stream is None or 2 * stream.staging_bytes <= stream.bank_bytes
         if modest and plan.total_bytes <= plan.ceiling_bytes:
             return i
     return len(plans) - 1
