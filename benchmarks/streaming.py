@@ -3,10 +3,10 @@
     python -m benchmarks.streaming                         # all parts
     python -m benchmarks.streaming --only cold25-llama
 
-The model has Qwen3-30B-A3B's widths and 24 layers, with random weights and routing as skewed as a trained model's
-(`benchmarks.random_moe`); all sides recite the same text. Every side runs inside a cgroup of its own without swap, of a
-share of the model's size, from its first read. Cold: caches dropped, a new process, the first answer. Warm: another
-answer after a first one inside the cgroup.
+The model has Qwen3-30B-A3B's widths and 24 layers, or OLMoE 1B-7B's in the parts of that name, with random weights and
+routing as skewed as a trained model's (`benchmarks.random_moe`); all sides recite the same text. Every side runs inside
+a cgroup of its own without swap, of a share of the model's size, from its first read. Cold: caches dropped, a new
+process, the first answer. Warm: another answer after a first one inside the cgroup.
 """
 
 from __future__ import annotations
@@ -26,14 +26,16 @@ from benchmarks.common import Comparison, Measure, Side, child_environment
 from benchmarks.peers import LlamaSettings, PeerMissingError
 from benchmarks.streaming_setup import (
     GENERATE,
-    MODEL,
     PRECISION,
     Reading,
+    Subject,
     Turns,
     asked,
     asked_llama,
     asked_nunspark,
     edger1,
+    label,
+    measured,
     new,
     nunspark,
     packed,
@@ -91,6 +93,7 @@ def _against(
     generate: int = GENERATE,
 ) -> list[Comparison]:
     """Compare the decode rates, and note what belongs to them."""
+    what = label(what)
     for name, taken in readings.items():
         if not all(reading["recited"] for reading in taken):
             run.skip(f"part of {name}", "it did not recite the text, and so did not use the same experts")
@@ -220,7 +223,8 @@ def cold25_llama(run: Bench) -> list[Comparison]:
     said = f"Q4_0, mmap, {settings}"
     made = _against(run, "25% cold", "llama.cpp", said, readings, 2, limit, SHORT)
     later = side("EdgeR1", f"{PRECISION}, popularity known", readings["EdgeR1, popularity known"])
-    return [*made, Comparison("decode, 25% cold, not the first run / llama.cpp", later, made[0].peer)]
+    name = f"decode, {label('25% cold, not the first run')} / llama.cpp"
+    return [*made, Comparison(name, later, made[0].peer)]
 
 
 def cold25_nunspark(run: Bench) -> list[Comparison]:
@@ -238,7 +242,7 @@ def cold25_nunspark(run: Bench) -> list[Comparison]:
     return _against(run, "25% cold", "nunspark", str(settings), readings, 2, limit, SHORT)
 
 
-def _under_limit(run: Bench, name: str, limit: int, words: int, generate: int) -> Reading:
+def _under_limit(run: Bench, name: str | None, limit: int, words: int, generate: int) -> Reading:
     """Load cold under a limit and answer a long prompt, for which the context is just large enough, and a short one.
 
     Returns rates and peaks.
@@ -277,14 +281,14 @@ def _peaks(what: str, limit: int, readings: list[Reading]) -> list[Comparison]:
     ]
     made = [
         Comparison(
-            f"{label}, {what} / limit",
+            f"{peak}, {what} / limit",
             side("EdgeR1", PRECISION, readings, metric, "GB", 1e9),
             peer,
             bar,
             less_is_better=True,
             form="share",
         )
-        for label, metric, peer, bar in rows
+        for peak, metric, peer, bar in rows
     ]
     exact = Side("RSS and mapped", "", "x", (1.0,))
     off = side("EdgeR1's account", "the larger over the smaller", readings, "off", "x")
@@ -302,8 +306,8 @@ def ceiling(run: Bench) -> list[Comparison]:
     words, generate = (64, 8) if run.quick else (512, 32)
     for percent in (25, 50):
         limit = share(percent)
-        taken = run.interleave({"EdgeR1": partial(_under_limit, run, MODEL, limit, words, generate)})["EdgeR1"]
-        made += _peaks(f"{percent}%", limit, taken)
+        taken = run.interleave({"EdgeR1": partial(_under_limit, run, None, limit, words, generate)})["EdgeR1"]
+        made += _peaks(label(f"{percent}%"), limit, taken)
     return made
 
 
@@ -335,7 +339,7 @@ def resident(run: Bench) -> list[Comparison]:
     )
     ours = side("EdgeR1", f"{PRECISION}, 100% in slots", readings["in slots"])
     peer = side("EdgeR1", f"{PRECISION}, resident", readings["resident"])
-    return [Comparison("decode, all experts in slots / resident", ours, peer, 0.95)]
+    return [Comparison(f"decode, {label('all experts in slots')} / resident", ours, peer, 0.95)]
 
 
 def prefill(run: Bench) -> list[Comparison]:
@@ -351,14 +355,14 @@ def prefill(run: Bench) -> list[Comparison]:
     distinct = side("distinct experts used", "", taken, "distinct_bytes", "GB", 1e9)
     return [
         Comparison(
-            f"bytes read for a prefill of 512, {label} / distinct experts'",
-            side("EdgeR1", label, taken, metric, "GB", 1e9),
+            f"{label('bytes read for a prefill of 512')}, {count} / distinct experts'",
+            side("EdgeR1", count, taken, metric, "GB", 1e9),
             distinct,
             bar,
             less_is_better=True,
             form="share",
         )
-        for label, metric, bar in (("own count", "prefill_bytes", 1.02), ("kernel's count", "disk_bytes", None))
+        for count, metric, bar in (("own count", "prefill_bytes", 1.02), ("kernel's count", "disk_bytes", None))
     ]
 
 
@@ -391,7 +395,7 @@ def overlap(run: Bench) -> list[Comparison]:
         run.notes.append(f"{percent}%: reading alone would take {reading:.0%} of the time of one after the other")
         made.append(
             Comparison(
-                f"decode, {percent}% / reads, then compute",
+                f"decode, {label(f'{percent}%')} / reads, then compute",
                 side("EdgeR1", PRECISION, taken),
                 side("one after the other", "computed from this run's rates", taken, "serial"),
                 1.1 if 0.2 < reading < 0.8 else 0.9,
@@ -420,13 +424,13 @@ def guarded(part: Any, run: Bench) -> list[Comparison]:
             made: list[Comparison] = part(run)
     except LimitUnavailableError as error:
         raise SideUnavailableError(str(error)) from error
-    run.notes.append(_skew())
+    run.notes.append(_skew(subject()))
     return made
 
 
 @cache
-def _skew() -> str:
-    found = subject().model.measure(600, 3)
+def _skew(of: Subject) -> str:
+    found = of.model.measure(600, 3)
 
     def mean(name: str) -> float:
         return statistics.mean(getattr(skew, name) for skew in found)
@@ -438,21 +442,28 @@ def _skew() -> str:
     )
 
 
-PARTS = {
-    name.replace("_", "-"): partial(guarded, part)
-    for name, part in {
-        "slots100_llama": slots100_llama,
-        "slots100_nunspark": slots100_nunspark,
-        "warm50_llama": warm50_llama,
-        "warm50_nunspark": warm50_nunspark,
-        "cold25_llama": cold25_llama,
-        "cold25_nunspark": cold25_nunspark,
-        "ceiling": ceiling,
-        "big": big,
-        "resident": resident,
-        "prefill": prefill,
-        "overlap": overlap,
-    }.items()
+ALL = {
+    "slots100-llama": slots100_llama,
+    "slots100-nunspark": slots100_nunspark,
+    "warm50-llama": warm50_llama,
+    "warm50-nunspark": warm50_nunspark,
+    "cold25-llama": cold25_llama,
+    "cold25-nunspark": cold25_nunspark,
+    "ceiling": ceiling,
+    "big": big,
+    "resident": resident,
+    "prefill": prefill,
+    "overlap": overlap,
+}
+
+
+def _of_olmoe(part: Any, run: Bench) -> list[Comparison]:
+    with measured("olmoe"):
+        return guarded(part, run)
+
+
+PARTS = {name: partial(guarded, part) for name, part in ALL.items()} | {
+    f"olmoe-{name}": partial(_of_olmoe, part) for name, part in ALL.items() if name != "big"
 }
 
 if __name__ == "__main__":

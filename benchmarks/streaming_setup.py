@@ -8,6 +8,7 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -24,6 +25,7 @@ from benchmarks.worker import Side as Worker
 
 PRECISION = "fast"
 MODEL = "qwen3-24"
+NAMES = {"olmoe": "OLMoE 1B-7B"}
 GENERATE = 16
 WORDS = (
     "time people water house light world music story day year hand book city school river night stone garden winter"
@@ -67,15 +69,38 @@ class Subject:
         return Task(prompt, prompt_ids, ids, self._tokenizer.decode(ids))
 
 
+_MEASURED: ContextVar[str] = ContextVar("measured", default=MODEL)
+
+
+@contextmanager
+def measured(name: str) -> Iterator[None]:
+    """Let all parts inside be about the model of another shape."""
+    token = _MEASURED.set(name)
+    try:
+        yield
+    finally:
+        _MEASURED.reset(token)
+
+
+def subject(name: str | None = None) -> Subject:
+    """Return the model of a shape, made once; by default the one that is being measured."""
+    return _made(name or _MEASURED.get())
+
+
 @cache
-def subject(name: str = MODEL) -> Subject:
-    """Return the model of a shape, made once."""
+def _made(name: str) -> Subject:
     return Subject(name)
+
+
+def label(what: str) -> str:
+    """Return what is compared, with the model's name where it is not the usual one."""
+    name = _MEASURED.get()
+    return what if name == MODEL else f"{NAMES[name]}, {what}"
 
 
 @contextmanager
 def edger1(
-    run: Bench, group: Limited, known: Path | None = None, of: str = MODEL, **arguments: Any
+    run: Bench, group: Limited, known: Path | None = None, of: str | None = None, **arguments: Any
 ) -> Iterator[Worker]:
     """Bring EdgeR1 up inside a group. Raises SideUnavailableError where it ends or is killed.
 
