@@ -268,7 +268,10 @@ def load(
     on_disk = {f"{layer.path}.{part.projection}.{part.name}" for layer in streamed for part in layer.parts}
     pages = None if on_gpu() else HugePages(total)
     yield done, total
-    for key, value in tree_flatten(model.parameters()):
+    unread = tree_flatten(model.parameters())[::-1]
+    while unread:
+        # Taken off the list, which would keep what was read beside its copy on huge pages.
+        key, value = unread.pop()
         if key in on_disk:
             continue
         loaded = value.astype(mx.float32) if _is_widened(value) else value

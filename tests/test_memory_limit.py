@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tiny import write_mixture
+from tiny import write_mixture, write_tiny_model
 
 import edger1
 from edger1 import kernels
@@ -91,6 +91,29 @@ def test_streamed_experts_stay_under_the_smallest_ceiling(tmp_path: Path, limite
     assert CONTEXT - 200 < prompt_tokens < CONTEXT
     assert read > 0
     assert peak_bytes < ceiling
+
+
+@pytest.mark.skipif(not kernels.state().available, reason="weights are not put on huge pages without the kernels")
+def test_loading_many_small_matrices_takes_the_models_size_once(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 512, "intermediate_size": 4096, "num_hidden_layers": 32, "head_dim": 64}
+    folder = write_tiny_model(tmp_path / "many", **sizes, num_attention_heads=8, num_key_value_heads=8)
+    nbytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    assert nbytes > 150e6
+    program = """
+import sys, edger1
+def peak():
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM"))
+edger1.load(sys.argv[1]).close()
+before = peak()
+with edger1.load(sys.argv[2]) as m:
+    print(peak() - before)
+"""
+    small = write_tiny_model(tmp_path / "small")
+    given = [sys.executable, "-c", program, str(small), str(folder)]
+    done = subprocess.run(given, capture_output=True, text=True, timeout=300, check=True)
+    # Beside it: MLX's cache of freed memory, and an arena that is being filled.
+    assert int(done.stdout) < nbytes + 150e6
 
 
 def test_large_blocks_go_back_to_the_system_whatever_was_freed_before() -> None:
