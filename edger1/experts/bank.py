@@ -18,9 +18,11 @@ import numpy.typing as npt
 from edger1.experts import page_cache
 from edger1.experts.anatomy import LayerExperts, mlx_dtype
 from edger1.experts.policy import Policy
-from edger1.experts.store import Bytes, Read, Store
+from edger1.experts.store import DIRECT_BLOCK, Bytes, Read, Store
 
 ABSENT = -1
+_ALIGNED = 8
+"""What begins at another number of bytes is not read in place: vectors of no dtype may begin there."""
 
 
 class Bank:
@@ -222,9 +224,20 @@ def _allocate(slots: int, part: Any) -> Any:
 
     from edger1.kernels.pages import use_huge_pages
 
-    array = mx.zeros((slots, *part.shape), dtype=getattr(mx, mlx_dtype(part)))
+    dtype = getattr(mx, mlx_dtype(part))
+    if part.nbytes % DIRECT_BLOCK or part.offset % _ALIGNED:
+        array = mx.zeros((slots, *part.shape), dtype=dtype)
+        mx.eval(array)
+        use_huge_pages([array])
+        return array
+    # Every expert lies to a block of the disk as the first does. Where the slots do as well, direct reads come straight
+    # into them.
+    room = mx.zeros(slots * part.nbytes + DIRECT_BLOCK, dtype=mx.uint8)
+    mx.eval(room)
+    use_huge_pages([room])
+    first = (part.offset - np.array(room, copy=False).ctypes.data) % DIRECT_BLOCK
+    array = room[first : first + slots * part.nbytes].view(dtype).reshape(slots, *part.shape)
     mx.eval(array)
-    use_huge_pages([array])
     return array
 
 

@@ -34,7 +34,8 @@ Bytes = npt.NDArray[np.uint8]
 
 THREADS = 4
 """Reads under way at once: on the disks that were measured more bring nothing."""
-_ALIGNMENT = 4096
+DIRECT_BLOCK = 4096
+"""Direct reads begin and end at a multiple of so many bytes, in the file and in memory."""
 _HUGE = 2 << 20
 _HUGE_FROM = 128 << 10
 """Parts from this size on are read through huge pages. A direct read goes to the disk as a list of pieces of memory, a
@@ -325,23 +326,47 @@ class Store:
             self.counts.direct_bytes += part.nbytes if direct else 0
 
     def _read_direct(self, file: _File, offset: int, into: Bytes, staging: Any) -> None:
-        first = offset // _ALIGNMENT * _ALIGNMENT
+        if into.ctypes.data % DIRECT_BLOCK == offset % DIRECT_BLOCK and _read_in_place(file, offset, into, staging):
+            return
+        first = offset // DIRECT_BLOCK * DIRECT_BLOCK
         ahead = offset - first
-        length = -(-(ahead + into.size) // _ALIGNMENT) * _ALIGNMENT
+        length = -(-(ahead + into.size) // DIRECT_BLOCK) * DIRECT_BLOCK
         assert file.direct is not None
         needed, done = ahead + into.size, 0
         while done < needed:
             got = os.preadv(file.direct, [memoryview(staging)[done:length]], first + done)
             if got == 0:
                 raise _ended(file, first + done)
-            if done + got < needed and got < _ALIGNMENT:
+            if done + got < needed and got < DIRECT_BLOCK:
                 # Less than a block: direct reads cannot go on from there.
                 _read_buffered(file, first + done, staging[done:needed])
                 break
             done += got
             if done < needed:
-                done -= done % _ALIGNMENT
+                done -= done % DIRECT_BLOCK
         np.copyto(into, staging[ahead : ahead + into.size])
+
+
+def _read_in_place(file: _File, offset: int, into: Bytes, staging: Bytes) -> bool:
+    """Read directly into memory that lies to a block as the file does; only the blocks at its ends pass by `staging`.
+
+    Returns False where it did not get all, for which there is another way.
+    """
+    assert file.direct is not None
+    ahead, end = offset % DIRECT_BLOCK, (offset + into.size) % DIRECT_BLOCK
+    before = DIRECT_BLOCK - ahead if ahead else 0
+    if into.size <= before + end:
+        return False
+    first, last = staging[:DIRECT_BLOCK], staging[DIRECT_BLOCK : 2 * DIRECT_BLOCK]
+    middle = into[before : into.size - end]
+    pieces = [*([first] if before else []), middle, *([last] if end else [])]
+    if os.preadv(file.direct, pieces, offset - ahead) < ahead + into.size:
+        return False
+    if before:
+        into[:before] = first[ahead:]
+    if end:
+        into[into.size - end :] = last[:end]
+    return True
 
 
 def _ended(file: _File, at: int) -> StreamError:
@@ -362,8 +387,8 @@ def _read_buffered(file: _File, offset: int, into: Bytes) -> None:
 
 def read_buffer_bytes(largest: int) -> int:
     """Return what one thread reads through where reads are direct and no part is above `largest` bytes."""
-    page = _ALIGNMENT if largest < _HUGE_FROM else _HUGE
-    return -(-(largest + 2 * _ALIGNMENT) // page) * page
+    page = DIRECT_BLOCK if largest < _HUGE_FROM else _HUGE
+    return -(-(largest + 2 * DIRECT_BLOCK) // page) * page
 
 
 def _staging(largest: int) -> Bytes:
@@ -420,7 +445,7 @@ def _open_direct(path: Path) -> int | None:
     except OSError:
         return None
     try:
-        os.preadv(descriptor, [mmap.mmap(-1, _ALIGNMENT)], 0)
+        os.preadv(descriptor, [mmap.mmap(-1, DIRECT_BLOCK)], 0)
     except OSError:
         os.close(descriptor)
         return None
