@@ -69,6 +69,8 @@ class KVStore:
         self._budget_bytes = budget_bytes
         self._nbytes_of = nbytes_of
         self._max_entries = max_entries
+        self.on_claim: Callable[[int], None] = lambda nbytes: None
+        """Told of all bytes held and set aside whenever these became more, before anything is allocated."""
 
     @property
     def nbytes(self) -> int:
@@ -119,6 +121,7 @@ class KVStore:
             holds[id(holder)].nbytes = padded if i < count else alone[id(holder)]
         while self.nbytes > self._budget_bytes and self._entries:
             self._entries.pop(0)
+        self.on_claim(self.nbytes)
         return shortest[:count]
 
     def take(self, holder: Holder, ids: list[int]) -> tuple[list[Any] | None, int] | None:
@@ -150,6 +153,7 @@ class KVStore:
         self._entries.append(entry)
         while self._entries and (len(self._entries) > self._max_entries or self.nbytes > self._budget_bytes):
             self._entries.pop(0)
+        self.on_claim(self.nbytes)
 
     def clear(self) -> None:
         """Drop every entry."""
@@ -170,6 +174,10 @@ class KVStore:
         return True
 
     def _make_room(self, holder: Holder) -> None:
+        self._dismiss(holder)
+        self.on_claim(self.nbytes)
+
+    def _dismiss(self, holder: Holder) -> None:
         while self.nbytes > self._budget_bytes and self._entries:
             self._entries.pop(0)
         for hold in reversed(self._holds):

@@ -12,7 +12,7 @@ import gc
 import json
 from collections.abc import Collection, Generator
 from dataclasses import asdict, dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -301,7 +301,8 @@ def load(
     streaming = None
     if plan.stream is not None:
         popularity = Popularity(path, [layer.experts for layer in streamed])
-        streaming = Streaming(streamed, plan.stream.slots, popularity=popularity, miss_costs=MissCosts(path, streamed))
+        costs = MissCosts(path, streamed)
+        streaming = Streaming(streamed, plan.stream.lent_slots, popularity=popularity, miss_costs=costs)
         streaming.attach(model)
         for nbytes in streaming.fill():
             done += nbytes
@@ -332,8 +333,15 @@ def load(
         installed=replaced,
         account=Account(),
     )
+    if streaming is not None and plan.stream is not None and not plan.stream.by_hand:
+        live.kv.on_claim = partial(_lend, streaming, plan.stream.bank_bytes + plan.kv_bytes)
     runs.note(path, live.installed.report())
     return live
+
+
+def _lend(streaming: Streaming, nbytes: int, kv_bytes: int) -> None:
+    """Let banks and KV caches hold `nbytes` together, of which the caches ask for `kv_bytes`."""
+    streaming.allow(nbytes - kv_bytes)
 
 
 @cache

@@ -121,6 +121,19 @@ def test_staging_counts_readers_and_what_prefill_keeps_of_a_chunk() -> None:
     assert staging_bytes([x, layer(hidden=6)], 10) == staging_bytes([x], 10)
 
 
+def test_banks_are_lent_what_the_context_does_not_take_yet() -> None:
+    layers = [layer(experts=64), layer(experts=64)]
+    size = layers[0].expert_bytes
+    # What arrays take beyond their values is as much as two experts.
+    room = staging_bytes(layers, 1) + 22 * size
+    plan = plan_stream(layers, room, prefill_tokens=1, lent_bytes=10 * size)
+    assert sum(plan.slots) == 20
+    assert sum(plan.lent_slots) == 30
+    assert plan.bank_bytes == plan_stream(layers, room, prefill_tokens=1).bank_bytes
+    by_hand = plan_stream(layers, room, prefill_tokens=1, lent_bytes=10 * size, expert_slots=4)
+    assert by_hand.slots == by_hand.lent_slots == (4, 4)
+
+
 def test_large_parts_are_read_through_whole_huge_pages() -> None:
     large = layer(top_k=2, hidden=512, inner=512)
     assert max(part.nbytes for part in large.parts) == 1 << 20
@@ -237,7 +250,7 @@ def test_a_dense_model_has_no_slots() -> None:
 
 def test_predicted_speed_overlaps_reads_with_what_hits_compute() -> None:
     assert predict_tokens_per_s(10 * MB, 1e9) == pytest.approx(100)
-    stream = StreamPlan((2,), (4,), (4,), (MB,), 0, 0, 0, (0.5,), 0.5, known=True, by_hand=False)
+    stream = StreamPlan((2,), (2,), (4,), (4,), (MB,), 0, 0, 0, (0.5,), 0.5, known=True, by_hand=False)
     # 10 ms of other weights; 2 experts compute in 2 ms while 2 are read in 20 ms, and compute in 2 ms.
     assert predict_tokens_per_s(10 * MB, 1e9, stream, 1e8) == pytest.approx(1 / 0.032)
     # A disk so fast that the reads hide.

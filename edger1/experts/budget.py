@@ -37,13 +37,15 @@ Popularity = Sequence[Sequence[float]]
 class StreamPlan:
     """The banks of a model, a value a layer, and what they take.
 
-    `bank_bytes` are all slots together, `staging_bytes` what reading and prefill hold beside them,
+    `lent_slots` are how many there are while the context is empty: the KV cache's memory is lent to the banks until it
+    is asked for. `bank_bytes` are all `slots` together, `staging_bytes` what reading and prefill hold beside them,
     `least_bank_bytes` the banks at the fewest slots that work. `hit_rates` are the expected shares of a layer's
     requests that find their expert in a slot, `hit_rate` that of all layers; `known` says whether they come from saved
     popularity, and not from every expert being used alike.
     """
 
     slots: tuple[int, ...]
+    lent_slots: tuple[int, ...]
     experts: tuple[int, ...]
     top_k: tuple[int, ...]
     expert_bytes: tuple[int, ...]
@@ -190,6 +192,7 @@ def plan_stream(
     room_bytes: int,
     *,
     prefill_tokens: int,
+    lent_bytes: int = 0,
     popularity: Popularity | None = None,
     miss_cost_s: Sequence[float] | None = None,
     expert_slots: str | int | None = None,
@@ -197,20 +200,22 @@ def plan_stream(
 ) -> StreamPlan:
     """Divide `room_bytes`, what the ceiling leaves beside everything else, among the banks of `layers`.
 
-    `expert_slots` sets them by hand instead, whether they fit or not. Banks are never smaller than what works: whoever
-    asked checks whether they fit.
+    `lent_bytes` more are theirs for as long as nobody else needs them. `expert_slots` sets the banks by hand instead,
+    whether they fit or not. Banks are never smaller than what works: whoever asked checks whether they fit.
     """
     ranked = shares(layers, popularity)
     staging = staging_bytes(layers, prefill_tokens, read_threads)
     if expert_slots is None:
         slots = allocate(layers, room_bytes - staging, ranked, miss_cost_s)
+        lent = allocate(layers, room_bytes - staging + lent_bytes, ranked, miss_cost_s)
     else:
-        slots = slots_by_hand(layers, expert_slots)
+        slots = lent = slots_by_hand(layers, expert_slots)
     rates = [list(accumulate(each))[n - 1] for each, n in zip(ranked, slots, strict=True)]
     rates = [1.0 if n == layer.experts else min(1.0, r) for layer, n, r in zip(layers, slots, rates, strict=True)]
     requests = sum(layer.top_k for layer in layers)
     return StreamPlan(
         slots=slots,
+        lent_slots=tuple(map(max, slots, lent)),
         experts=tuple(layer.experts for layer in layers),
         top_k=tuple(layer.top_k for layer in layers),
         expert_bytes=tuple(layer.expert_bytes for layer in layers),
@@ -250,6 +255,7 @@ def with_experts(
         layers,
         plan.ceiling_bytes - beside.beside_banks_bytes,
         prefill_tokens=prefill_tokens,
+        lent_bytes=plan.kv_bytes,
         popularity=popularity,
         miss_cost_s=miss_cost_s,
         expert_slots=expert_slots,

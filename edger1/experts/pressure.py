@@ -163,7 +163,9 @@ class Pressure:
         read: Callable[[], Reading] = read,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._planned, self._least, self._expert = planned_bytes, least_bytes, expert_bytes
+        self.planned_bytes = planned_bytes
+        """What the banks may hold at most."""
+        self.least_bytes, self._expert = least_bytes, expert_bytes
         self._read, self._clock = read, clock
         self._looked = self._gave = float("-inf")
 
@@ -173,7 +175,7 @@ class Pressure:
         if now - self._looked < LOOK_S:
             return 0
         self._looked = now
-        banks = Banks(held_bytes, self._planned, self._least, self._expert)
+        banks = Banks(held_bytes, self.planned_bytes, self.least_bytes, self._expert)
         change = decide(self._read(), banks, now - self._gave)
         if change < 0:
             self._gave = now

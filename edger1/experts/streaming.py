@@ -72,6 +72,7 @@ class Streaming:
             sum(least_slots(layer) * layer.expert_bytes for layer in layers),
             max((layer.expert_bytes for layer in layers), default=0),
         )
+        self._most_bytes = self.nbytes
         self.store.look_for_plenty(free_bytes())
         self._at = time.perf_counter()
         self._stalled = 0.0
@@ -228,6 +229,17 @@ class Streaming:
     def following(self, layer: int) -> StreamedExperts | None:
         """Return the layer after one, if its experts are to be read ahead."""
         return self.layers[layer + 1] if self.prefetch.on and layer + 1 < len(self.layers) else None
+
+    def allow(self, nbytes: int) -> None:
+        """Let the banks hold `nbytes` at most from here on, and give back what is above that.
+
+        Called between the steps of a model, before anyone takes what is given back.
+        """
+        allowed = max(nbytes, self.pressure.least_bytes)
+        self.pressure.planned_bytes = min(allowed, self._most_bytes)
+        if self.nbytes > allowed:
+            self.device.finish()
+            adjust(self.banks, allowed - self.nbytes)
 
     def breathe(self) -> int:
         """Let banks give memory back where other programs need it, or take it again; returns the change in bytes.
