@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -38,12 +38,24 @@ Importance = Callable[[str, int, int], "np.ndarray | None"]
 class Supply(Protocol):
     """Where the source's bytes come from when they are not all there at the start."""
 
+    def begin(self, names: Sequence[str]) -> None:
+        """Hear which tensors will be needed, in the order of their first use."""
+        ...
+
     def need(self, names: tuple[str, ...]) -> None:
         """Return when these tensors can be read; raises what hinders that. Called from any thread."""
         ...
 
     def passed(self, names: frozenset[str]) -> None:
         """Hear that these tensors are not needed any more, in this run or a later one."""
+        ...
+
+    def waiting(self) -> int:
+        """Return how many threads wait in `need`."""
+        ...
+
+    def press(self) -> None:
+        """Hear that all threads wait although everything that could be passed was."""
         ...
 
     def stop(self) -> None:
@@ -54,8 +66,13 @@ class Supply(Protocol):
 class Local:
     """The supply of what lies on the disk: there is nothing to do."""
 
+    def begin(self, names: Sequence[str]) -> None: ...  # noqa: D102
     def need(self, names: tuple[str, ...]) -> None: ...  # noqa: D102
     def passed(self, names: frozenset[str]) -> None: ...  # noqa: D102
+    def press(self) -> None: ...  # noqa: D102
+    def waiting(self) -> int:  # noqa: D102
+        return 0
+
     def stop(self) -> None: ...  # noqa: D102
 
 
@@ -81,6 +98,7 @@ def run(plan: Plan, folder: Path, begun: Journal, options: Options, supply: Supp
     with _small_cache(), Writer(folder, (*plan.shards, *plan.ahead)) as writer:
         ledger = _Ledger(plan, folder, begun, writer, supply)
         ledger.settle(begun.units, ())
+        supply.begin(ledger.upcoming())
         workers = _Workers(plan, begun.units, options, supply, writer)
         at = begun.units
         try:
@@ -90,9 +108,12 @@ def run(plan: Plan, folder: Path, begun: Journal, options: Options, supply: Supp
                     upto = workers.wait(at)
                     fresh = sum(sizes[at:upto])
                     written, unsettled, at = written + fresh, unsettled + fresh, upto
-                    if unsettled >= SYNC_BYTES:
+                    starved = 0 < workers.active() <= supply.waiting()
+                    if unsettled >= SYNC_BYTES or (starved and unsettled):
                         ledger.settle(at, workers.zeroed)
                         unsettled = 0
+                    elif starved:
+                        supply.press()
         finally:
             # Also where it was stopped: what is done need not be done again.
             ledger.settle(workers.prefix, workers.zeroed)
@@ -127,6 +148,13 @@ class _Ledger:
         passed = frozenset(name for name, number in self._last_use.items() if before <= number < upto)
         self._supply.passed(passed)
 
+    def upcoming(self) -> list[str]:
+        """Return the tensors that the units left to do are made of, in the order of their first use."""
+        found: dict[str, None] = {}
+        for unit in self._plan.units[self.journal.units :]:
+            found |= dict.fromkeys(self._plan.jobs[unit.job].target.sources(unit.start, unit.stop))
+        return list(found)
+
     def _shard(self, unit: Unit) -> Shard:
         return self._shard_of[next(iter(self._plan.jobs[unit.job].outputs.values())).name]
 
@@ -158,6 +186,10 @@ class _Workers:
         self._supply.stop()
         for thread in self._threads:
             thread.join()
+
+    def active(self) -> int:
+        """Return how many threads are at work or waiting."""
+        return sum(thread.is_alive() for thread in self._threads)
 
     @property
     def prefix(self) -> int:

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections import namedtuple
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -338,6 +339,15 @@ class Watched:
         self.needed: list[str] = []
         self.gone: list[frozenset[str]] = []
 
+    def begin(self, names: Sequence[str]) -> None:
+        self.coming = list(names)
+
+    def waiting(self) -> int:
+        return 0
+
+    def press(self) -> None:
+        raise AssertionError
+
     def need(self, names: tuple[str, ...]) -> None:
         assert not any(set(names) & gone for gone in self.gone)
         self.needed.extend(names)
@@ -355,5 +365,7 @@ def test_a_supply_hears_what_is_needed_and_what_is_safely_past(tmp_path: Path, m
     source = FakeSource()
     converted(source, tmp_path, supply=supply, threads=1)
     assert supply.needed == sorted(supply.needed, key=list(source.tensors).index)
+    assert supply.needed[0] == supply.coming[0]
+    assert set(supply.coming) == source.tensors.keys()
     assert frozenset().union(*supply.gone) == source.tensors.keys()
     assert len([gone for gone in supply.gone if gone]) > 1
