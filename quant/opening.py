@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from edger1.errors import FormatError, UnknownModelError
+from edger1.quant.formats import awq, fp4, fp8, gptq, mlx, packed, plain, safetensors
 from edger1.quant.formats import folder as folders
-from edger1.quant.formats import fp8, mlx, plain, safetensors
 from edger1.quant.formats.files import WeightFiles
 from edger1.quant.formats.safetensors import Header
 from edger1.quant.formats.tensor import Context, Raw
@@ -23,11 +23,22 @@ from edger1.quant.source import Source, Tensor
 
 Claim = Callable[[Raw, Context], dict[str, Tensor]]
 
-_CLAIMS: tuple[Claim, ...] = (mlx.claim, fp8.claim, plain.claim)
+_CLAIMS: tuple[Claim, ...] = (
+    mlx.claim,
+    gptq.claim,
+    awq.claim,
+    packed.claim,
+    fp4.claim,
+    fp8.claim,
+    plain.claim,
+)
+_METHODS = ("fp8", "fbgemm_fp8", "compressed-tensors", "modelopt", "mxfp4", "mxfp8", "gptq", "awq", "auto-round")
+"""What quant_method may say. The other methods' codes have names and layouts of their own."""
 _DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+_SPLIT = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
 _ACTIVATIONS = re.compile(
-    r"\.(input_scale|input_global_scale|input_zero_point|output_scale|activation_scale|[kvq]_scale|kv_scale|"
-    r"prob_output_scale)$"
+    r"([._](input_scale|activation_scale)|\.(input_global_scale|input_zero_point|output_scale|[kvq]_scale|kv_scale|"
+    r"prob_output_scale))$"
 )
 """Settings of how activations and caches were to be quantized, which say nothing about the weights."""
 _PARTS = re.compile(
@@ -85,7 +96,17 @@ def open_source(path: Path, *, allow_nonfinite: bool = False, coming: Iterable[H
     if not path.exists():
         raise UnknownModelError(f"{path} does not exist; expected a folder with config.json and model*.safetensors.")
     if path.is_dir():
-        return _open_folder(path, allow_nonfinite, {header.path.name: header for header in coming})
+        ggufs = sorted(path.glob("*.gguf")) if not (path / "config.json").exists() else []
+        if not ggufs:
+            return _open_folder(path, allow_nonfinite, {header.path.name: header for header in coming})
+        if len(ggufs) > 1 and not _SPLIT.search(ggufs[0].name):
+            names = ", ".join(gguf.name for gguf in ggufs[:12])
+            raise FormatError(f"{path} holds {len(ggufs)} GGUF files; name the one that is meant, of {names}.")
+        path = ggufs[0]
+    if path.suffix.lower() == ".gguf":
+        from edger1.quant.formats.gguf_source import open_gguf
+
+        return open_gguf(path)
     raise FormatError(f"{path} is a file; expected a folder with config.json and model*.safetensors, or a .gguf file.")
 
 
@@ -99,6 +120,7 @@ def _open_folder(folder: Path, allow_nonfinite: bool, coming: Mapping[str, Heade
     if not any(header.entries for header in headers):
         raise FormatError(f"{folder} has weight files that hold no tensors; fetch the model again.")
     settings = _settings(folder, config)
+    _check_method(folder, settings)
     weights = WeightFiles(headers)
     left = weights.tensors()
     ignored = tuple(name for name in left if settings and _ACTIVATIONS.search(name))
@@ -132,6 +154,15 @@ def _settings(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
             inner = settings.get("quantization")
             return inner if isinstance(inner, dict) else settings
     return {}
+
+
+def _check_method(folder: Path, settings: Mapping[str, Any]) -> None:
+    method = settings.get("quant_method")
+    if method is not None and method not in _METHODS:
+        raise FormatError(
+            f"{folder} is quantized by {str(method)[:40]!r}, which cannot be read; {', '.join(_METHODS)}, MLX's own and "
+            "unquantized weights can. Get the model in one of those."
+        )
 
 
 def _unquantized(config: dict[str, Any]) -> dict[str, Any]:

@@ -36,6 +36,7 @@ class WeightFiles:
 
     def __init__(self, headers: Iterable[Header]):
         self._headers = {header.path: header for header in headers}
+        self._coming = {path for path, header in self._headers.items() if header.modified_ns is None}
         self._fds: dict[Path, int] = {}
         self._lock = threading.Lock()
         digest = hashlib.sha256()
@@ -55,6 +56,10 @@ class WeightFiles:
                     )
                 found[name] = RawTensor(self, path, entry)
         return found
+
+    def was_present(self, path: Path) -> bool:
+        """Whether the file was there when this was made, rather than its header alone."""
+        return path not in self._coming
 
     def read_into(self, path: Path, offset: int, out: np.ndarray, stride: int = 0) -> None:
         """Fill `out` (contiguous) with the bytes of the file from `offset` on.
@@ -143,6 +148,11 @@ class RawTensor:
     def nbytes(self) -> int:
         """The bytes in the file."""
         return self.entry.nbytes
+
+    @property
+    def present(self) -> bool:
+        """Whether the file was there when the source was opened."""
+        return self.files.was_present(self.path)
 
     def all(self) -> np.ndarray:
         """Return the whole tensor."""

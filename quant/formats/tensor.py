@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -91,6 +90,10 @@ def check_dtype(tensor: RawTensor, allowed: tuple[str, ...]) -> None:
         )
 
 
-def elements(shape: tuple[int, ...]) -> int:
-    """Return how many numbers a tensor of this shape has."""
-    return math.prod(shape)
+def check_matrix(tensor: RawTensor) -> None:
+    """Raise FormatError unless the tensor has two axes."""
+    if len(tensor.shape) != 2:
+        raise FormatError(
+            f"{tensor.path}: tensor {tensor.name[:80]!r} has {len(tensor.shape)} dimensions instead of 2; the file is "
+            "damaged, or of an unknown variant."
+        )
