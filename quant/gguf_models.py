@@ -18,6 +18,7 @@ import numpy as np
 
 from edger1.errors import FormatError
 from edger1.quant.formats.gguf import Header
+from edger1.quant.formats.gguf_parts import GGUFParts
 
 ARCHITECTURES = {
     "llama": ("llama", "LlamaForCausalLM"),
@@ -34,11 +35,15 @@ _ROPE_FACTORS = "rope_freqs.weight"
 
 @dataclass(frozen=True)
 class Placement:
-    """Tensor `source` of the file becomes `target`; `heads` is the number of heads whose rows are to be put back."""
+    """Tensor `source` of the file becomes `target`.
+
+    `heads` is the number of heads whose rows are to be put back, `shift` is to be added to each number.
+    """
 
     source: str
     target: str
     heads: int | None = None
+    shift: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -72,11 +77,6 @@ def plan(header: Header, rope_factors: np.ndarray | None = None) -> Plan:
             f"{header.name} has the architecture {name[:40]!r}; GGUF files of {', '.join(ARCHITECTURES)} can be "
             "converted. Get this model as an MLX folder instead."
         )
-    if header.integer("split.count", 1) > 1:
-        raise FormatError(
-            f"{header.name} is one of {header.integer('split.count')} parts of a model, which cannot be converted one "
-            "by one; join them with llama-gguf-split --merge first."
-        )
     sizes = _sizes(header, name)
     _refuse_variants(header, name, sizes)
     shapes = _expected(header, name, sizes)
@@ -106,9 +106,16 @@ def plan(header: Header, rope_factors: np.ndarray | None = None) -> Plan:
     return Plan(config, tuple(placement for placement, _ in shapes))
 
 
-def rope_factors_name(header: Header) -> str | None:
-    """Return the name of the tensor with RoPE frequency factors, if the file has one."""
-    return _ROPE_FACTORS if _ROPE_FACTORS in header.tensors else None
+def read_rope_factors(file: GGUFParts) -> np.ndarray | None:
+    """Return the RoPE frequency factors of a file, or None where it has none."""
+    tensor = file.header.tensors.get(_ROPE_FACTORS)
+    if tensor is None:
+        return None
+    if tensor.type.name != "F32" or tensor.nbytes > 1 << 20:
+        raise FormatError(
+            f"{file.path.name}: tensor {tensor.name!r} should be a short F32 vector; the file is damaged."
+        )
+    return file.read(tensor).view("<f4")
 
 
 def restored_rows(rows: int, heads: int) -> np.ndarray:

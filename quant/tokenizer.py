@@ -73,6 +73,13 @@ class BuiltTokenizer:
     eos_ids: tuple[int, ...]
     pad_id: int | None
 
+    def token_ids(self) -> dict[str, int]:
+        """Return what config.json says of the tokens that begin and end a text."""
+        ids = {"eos_token_id": self.eos_ids[0]}
+        if self.bos_id is not None:
+            ids["bos_token_id"] = self.bos_id
+        return ids
+
     def write(self, folder: Path) -> None:
         """Write tokenizer.json, tokenizer_config.json and generation_config.json into `folder`."""
         (folder / "tokenizer.json").write_text(self.tokenizer.to_str(pretty=False), encoding="utf-8")

@@ -228,7 +228,7 @@ def test_what_cannot_be_converted_is_refused(tmp_path: Path, name: str) -> None:
 def test_a_type_that_would_lose_is_named(tmp_path: Path) -> None:
     tiny = tiny_model(hidden=256)
     rows, columns = tiny.weights["model.layers.0.mlp.up_proj.weight"].shape
-    with pytest.raises(FormatError, match=r"'blk.0.ffn_up.weight' has the type Q4_K.*Q4_0, Q4_1, Q8_0 are"):
+    with pytest.raises(FormatError, match=r"'blk.0.ffn_up.weight' has the type Q4_K.*Q5_0, Q5_1, Q8_0, MXFP4 are"):
         convert(changed(tiny, tensors={"blk.0.ffn_up.weight": (12, (rows, columns), bytes(rows * 144))}), tmp_path)
 
 
