@@ -12,7 +12,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -61,7 +61,7 @@ class Model:
     """What is to be converted, in mlx-lm's terms.
 
     `modules` holds the paths that can be quantized: True where any way will do, False where mlx-lm wants the module left
-    alone, a Spec where it wants one of its own (routers). `ahead` are the arrays of multi-token prediction layers and
+    alone, a Spec where it wants one of its own (routers); `roles` says what they do ("experts", "head"). `ahead` are the arrays of multi-token prediction layers and
     `ahead_modules` their modules. `dropped` names the source's tensors that nothing is made of.
     """
 
@@ -70,6 +70,7 @@ class Model:
     layers: int
     ahead: Sequence[Target] = ()
     dropped: tuple[str, ...] = ()
+    roles: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -104,11 +105,15 @@ class Job:
 
 @dataclass(frozen=True)
 class Unit:
-    """Rows [start, stop) of job number `job`; of a target without axes, start 0 and stop 1."""
+    """Rows [start, stop) of job number `job`; of a target without axes, start 0 and stop 1.
+
+    `sources` names the source's tensors that they are made of.
+    """
 
     job: int
     start: int
     stop: int
+    sources: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -164,8 +169,7 @@ def plan(model: Model, recipe: Recipe, order: Mapping[str, int], shard_bytes: in
     sequence = sorted(range(len(jobs)), key=lambda i: (ranks[i], jobs[i].target.name))
     jobs = [jobs[i] for i in sequence]
     units = [unit for number, job in enumerate(jobs) for unit in _windows(number, job.target)]
-    needs = [_last(jobs[unit.job].target.sources(unit.start, unit.stop), order) for unit in units]
-    units = [units[i] for i in sorted(range(len(units)), key=lambda i: (needs[i], units[i].job, units[i].start))]
+    units.sort(key=lambda unit: (_last(unit.sources, order), unit.job, unit.start))
     grouped = [tuple(job.outputs.values()) for job in jobs if job.target.name in inside]
     ahead = [output for job in jobs if job.target.name not in inside for output in job.outputs.values()]
     return Plan(
@@ -199,7 +203,7 @@ def _choice(target: Target, model: Model, recipe: Recipe) -> tuple[Spec | None, 
     wish = model.modules.get(path, False) if suffix == "weight" else False
     if wish is False or len(target.shape) < 2 or target.dtype not in quantizing.PLAIN:
         return None, ""
-    spec = recipe.spec(path, model.layers)
+    spec = recipe.spec(path, model.layers, model.roles.get(path, "linear"))
     if spec is None:
         return None, "as the recipe says"
     if isinstance(wish, Spec):
@@ -216,13 +220,14 @@ def _outputs(target: Target, shapes: Mapping[str, tuple[str, tuple[int, ...]]]) 
 
 def _windows(number: int, target: Target) -> Iterable[Unit]:
     if not target.shape:
-        return [Unit(number, 0, 1)]
+        return [Unit(number, 0, 1, target.sources(0, 1))]
     rows = target.shape[0]
     row_bytes = 4 * math.prod(target.shape[1:])
     step = max(1, WINDOW_BYTES // max(row_bytes, 1))
     if len(target.shape) == 2 and step > ROWS_TOGETHER:
         step -= step % ROWS_TOGETHER
-    return [Unit(number, start, min(start + step, rows)) for start in range(0, rows, step)]
+    spans = [(start, min(start + step, rows)) for start in range(0, rows, step)]
+    return [Unit(number, start, stop, target.sources(start, stop)) for start, stop in spans]
 
 
 def _rank(target: Target, order: Mapping[str, int]) -> int:

@@ -1,7 +1,8 @@
 """Recipes: which weights get how many bits. A recipe is data, a list of rules of which the first that matches counts.
 
-A rule names modules by shell patterns over their path in mlx-lm's model ("model.layers.3.mlp.switch_mlp.down_proj"),
-and may hold for a part of the depth only. It gives them bits, group size and mode, or keeps them as they are. Sizes: an
+A rule names modules by shell patterns over their path in mlx-lm's model ("model.layers.3.mlp.switch_mlp.down_proj"), or
+over their role and path ("experts:*.down_proj", of the roles experts, router, embedding, head and linear), and may hold
+for a part of the depth only. It gives them bits, group size and mode, or keeps them as they are. Sizes: an
 affine weight takes bits + 32 / group_size bits with its bf16 scale and bias, so 4.5 at 4 bits in groups of 64.
 
 Why the mixed ones are as they are: attention, the shared expert and the first layers are a small share of a mixture of
@@ -72,9 +73,9 @@ class Rule:
     spec: Spec | None
     depth: tuple[float, float] | None = None
 
-    def holds(self, path: str, layers: int) -> bool:
+    def holds(self, path: str, layers: int, role: str) -> bool:
         """Tell whether the rule is about the module `path` of a model of so many layers."""
-        if not any(fnmatchcase(path, pattern) for pattern in self.patterns):
+        if not any(fnmatchcase(f"{role}:{path}" if ":" in one else path, one) for one in self.patterns):
             return False
         if self.depth is None:
             return True
@@ -90,19 +91,17 @@ class Recipe:
     purpose: str
     rules: tuple[Rule, ...]
 
-    def spec(self, path: str, layers: int) -> Spec | None:
+    def spec(self, path: str, layers: int, role: str = "linear") -> Spec | None:
         """Return how the weight of the module `path` is quantized, None to keep it."""
         for rule in self.rules:
-            if rule.holds(path, layers):
+            if rule.holds(path, layers, role):
                 return rule.spec
         return None
 
 
 EVERYTHING = ("*",)
-EMBEDDING = ("*embed_tokens", "*wte", "*word_embeddings", "*tok_embeddings")
-HEAD = ("*lm_head", "*output_layer")
-ROUTED_DOWN = ("*.switch_mlp.down_proj", "*.experts.down_proj", "*.experts.*.down_proj", "*.switch_mlp.fc2")
-ROUTED = ("*.switch_mlp.*", "*.switch_glu.*", "*.experts.*")
+EMBEDDING, HEAD, ROUTER, ROUTED = ("embedding:*",), ("head:*",), ("router:*",), ("experts:*",)
+ROUTED_DOWN = ("experts:*.down_proj", "experts:*.fc2", "experts:*.w2")
 DOWN = ("*.down_proj", "*.fc2", "*.w2")
 ATTENTION = ("*attn.*", "*attention.*", "*mixer.*")
 NARROW = ("*.v_proj", "*.kv_a_proj_with_mqa", "*.kv_b_proj", "*.embed_q", "*.unembed_out")
@@ -122,6 +121,7 @@ BALANCED = Recipe(
     "close to the original at about 4.8 bits a weight; the one to take where memory allows it",
     (
         Rule(EMBEDDING + HEAD, Spec(6)),
+        Rule(ROUTER, Spec(8)),
         Rule(NARROW, Spec(6)),
         Rule(DOWN, Spec(6), FIRST),
         Rule(DOWN, Spec(6), LAST),
@@ -135,6 +135,7 @@ SMALL = Recipe(
     (
         Rule(EMBEDDING, Spec(4)),
         Rule(HEAD, Spec(6)),
+        Rule(ROUTER, Spec(8)),
         Rule(NARROW, Spec(6)),
         Rule(ROUTED, Spec(3)),
         Rule(DOWN, Spec(4)),
@@ -148,7 +149,7 @@ R1_SMALL = Recipe(
     "r1-small",
     "large mixtures of experts: routed experts at 2 and 3 bits, attention, shared expert and first layers at 6 and 8",
     (
-        Rule(NARROW, Spec(8)),
+        Rule(NARROW + ROUTER, Spec(8)),
         Rule(ROUTED_DOWN, Spec(3)),
         Rule(ROUTED, Spec(2)),
         Rule(EVERYTHING, Spec(6)),

@@ -132,7 +132,7 @@ class _Ledger:
         self._unfinished = {shard.file: shard for shard in (*plan.shards, *plan.ahead)}
         self._last_use: dict[str, int] = {}
         for number, unit in enumerate(plan.units):
-            for name in plan.jobs[unit.job].target.sources(unit.start, unit.stop):
+            for name in unit.sources:
                 self._last_use[name] = number
 
     def settle(self, upto: int, zeroed: tuple[str, ...]) -> None:
@@ -152,7 +152,7 @@ class _Ledger:
         """Return the tensors that the units left to do are made of, in the order of their first use."""
         found: dict[str, None] = {}
         for unit in self._plan.units[self.journal.units :]:
-            found |= dict.fromkeys(self._plan.jobs[unit.job].target.sources(unit.start, unit.stop))
+            found |= dict.fromkeys(unit.sources)
         return list(found)
 
     def _shard(self, unit: Unit) -> Shard:
@@ -238,7 +238,7 @@ class _Workers:
 
     def _do(self, unit: Unit) -> None:
         job = self._plan.jobs[unit.job]
-        self._supply.need(job.target.sources(unit.start, unit.stop))
+        self._supply.need(unit.sources)
         try:
             parts = self._parts(job, unit)
         except FormatError as error:
