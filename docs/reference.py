@@ -13,6 +13,7 @@ COMMANDS = (
     ("run",),
     ("demo",),
     ("pull",),
+    ("convert",),
     ("models",),
     ("models", "list"),
     ("models", "show"),

@@ -12,14 +12,13 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from edger1.errors import EdgeR1Error, FormatError, UsageError
 from edger1.quant import journal
-from edger1.quant.planning import Job, Model, Plan, plan
+from edger1.quant.planning import Model, Plan, plan
 from edger1.quant.recipes import Recipe
 from edger1.quant.running import Importance, Local, OnProgress, Options, Supply, run
 from edger1.quant.source import Source
@@ -98,10 +97,7 @@ def convert(
     settings = settings or Settings()
     if os.path.lexists(destination):
         raise UsageError(f"{destination} exists already; remove it or choose another folder.")
-    order = {name: rank for rank, name in enumerate(source.tensors)}
-    made = plan(model, recipe, order, settings.shard_bytes)
-    if not made.jobs:
-        raise FormatError(f"{source.name} holds nothing that mlx-lm's {source.config.get('model_type')} is made of.")
+    made = planned(source, model, recipe, settings.shard_bytes)
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
         with journal.working(destination, restart=settings.restart) as folder:
@@ -126,6 +122,15 @@ def convert(
             ) from error
         raise EdgeR1Error(f"{destination} cannot be written: {(error.strerror or str(error)).lower()}.") from error
     return report
+
+
+def planned(source: Source, model: Model, recipe: Recipe, shard_bytes: int = SHARD_BYTES) -> Plan:
+    """Return what `convert` would carry out. Raises FormatError where there is nothing to convert."""
+    order = {name: rank for rank, name in enumerate(source.tensors)}
+    made = plan(model, recipe, order, shard_bytes)
+    if not made.jobs:
+        raise FormatError(f"{source.name} holds nothing that mlx-lm's {source.config.get('model_type')} is made of.")
+    return made
 
 
 def default_threads() -> int:
@@ -180,7 +185,7 @@ def _report(source: Source, made: Plan, destination: Path, recipe: Recipe, zeroe
     inside = {output.name for shard in made.shards for output in shard.outputs}
     tensors, ahead = [], []
     for job in made.jobs:
-        one = Made(job.target.name, _kind(source.tensors, job), job.how, job.carried)
+        one = Made(job.target.name, job.kind(source.tensors), job.how, job.carried)
         (tensors if next(iter(job.outputs.values())).name in inside else ahead).append(one)
     return Report(
         folder=destination,
@@ -193,9 +198,3 @@ def _report(source: Source, made: Plan, destination: Path, recipe: Recipe, zeroe
         bits_per_weight=made.bits_per_weight,
         weight_bytes=made.output_bytes,
     )
-
-
-def _kind(tensors: Mapping[str, Any], job: Job) -> str:
-    names = job.target.sources(0, job.target.shape[0] if job.target.shape else 1)
-    kinds = dict.fromkeys(tensors[name].kind for name in names if name in tensors)
-    return " and ".join(kinds) or "computed"

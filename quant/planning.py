@@ -20,7 +20,7 @@ import numpy as np
 
 from edger1.quant import quantizing
 from edger1.quant.recipes import Recipe, Spec
-from edger1.quant.source import Codes, Coding
+from edger1.quant.source import Codes, Coding, Tensor
 from edger1.quant.writing import Output, Shard, lay_out
 
 WINDOW_BYTES = 24 << 20
@@ -92,6 +92,11 @@ class Job:
         """Return the bytes that rows [start, stop) take in each of its arrays."""
         return [output.row_bytes * (stop - start) for output in self.outputs.values()]
 
+    def kind(self, tensors: Mapping[str, Tensor]) -> str:
+        """Return how the source stores what it is made of."""
+        names = self.target.sources(0, self.target.shape[0] if self.target.shape else 1)
+        return " and ".join(dict.fromkeys(tensors[name].kind for name in names if name in tensors)) or "computed"
+
     @property
     def how(self) -> str:
         """What becomes of it, in a few words for the report."""
@@ -151,6 +156,10 @@ class Plan:
         units = [(unit.job, unit.start, unit.stop) for unit in self.units]
         files = [shard.file for shard in (*self.shards, *self.ahead)]
         return hashlib.sha256(json.dumps([said, units, files]).encode()).hexdigest()
+
+    def kinds(self, tensors: Mapping[str, Tensor]) -> list[tuple[str, str]]:
+        """Return of each array how the source stores it and what becomes of it."""
+        return [(job.kind(tensors), job.how) for job in self.jobs]
 
     def quantization(self) -> dict[str, Any] | None:
         """Return config.json's table of it: what most modules have, and each one's own where it differs."""

@@ -1,8 +1,8 @@
 """Quantizes rows of a weight as MLX lays them out, and brings plain rows into the dtype that they are kept in.
 
-Plain rounding is MLX's own `quantize` on float32, whose scales and biases are rounded to the weight's dtype afterwards:
-on the CPU that gives the arrays which mlx-lm's converter makes of a bf16 model, number by number. MLX binds arrays to the
-thread whose stream made them, so each thread has a stream of its own and hands out NumPy arrays.
+Plain rounding is MLX's own `quantize` on float32, whose scales and biases are rounded to the weight's dtype afterwards.
+On the CPU that gives the arrays which mlx-lm's converter makes of a bf16 model, number by number. MLX binds arrays to
+the thread whose stream made them, so each thread has a stream of its own and hands out NumPy arrays.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def quantize(rows: np.ndarray, spec: Spec, dtype: str, importance: np.ndarray | 
     """
     if importance is not None:
         raise NotImplementedError("weighted quantization is not there yet")
-    with mx.stream(_stream()):
+    with mx.stream(thread_stream()):
         arrays = mx.quantize(mx.array(rows), group_size=spec.group_size, bits=spec.bits, mode=spec.mode)
         if spec.mode != "affine":
             weight, scales = arrays[:2]
@@ -77,7 +77,7 @@ def plain(rows: np.ndarray, dtype: str) -> Array:
     if dtype in INTEGERS:
         return Array(dtype, np.ascontiguousarray(rows.astype(INTEGERS[dtype], copy=False)))
     if dtype == "BF16":
-        with mx.stream(_stream()):
+        with mx.stream(thread_stream()):
             cast = _cast(mx.array(np.ascontiguousarray(rows, np.float32)), dtype)
             mx.eval(cast)
             return Array(dtype, _numpy(cast))
@@ -106,7 +106,8 @@ def _numpy(array: Any) -> np.ndarray:
     return np.array(array, copy=False)
 
 
-def _stream() -> Any:
+def thread_stream() -> Any:
+    """Return this thread's own stream of MLX, for what is computed in it."""
     if not hasattr(_own, "stream"):
         _own.stream = mx.new_stream(mx.default_device())
     return _own.stream

@@ -1,8 +1,8 @@
 """Carries out a plan: a few threads read, quantize and write units; the calling thread sees them onto the disk.
 
 Threads take the units in order, each reading its next one while others compute and write, so that the source, the
-processor and the destination are busy at the same time. Memory holds as many units as there are threads. What is done is
-journaled whenever about `SYNC_BYTES` more of it are on the disk, and at most that much is done again after a stop.
+processor and the destination are busy at the same time. Memory holds as many units as there are threads. What is done
+is journaled whenever about `SYNC_BYTES` more of it are on the disk, and at most that much is done again after a stop.
 """
 
 from __future__ import annotations
@@ -223,7 +223,8 @@ class _Workers:
                 number = self._next
                 self._next += 1
             try:
-                self._do(self._plan.units[number])
+                with mx.stream(quantizing.thread_stream()):
+                    self._do(self._plan.units[number])
             except BaseException as error:  # raised again in the calling thread
                 with self._changed:
                     self._errors[number] = error

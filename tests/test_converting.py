@@ -299,7 +299,7 @@ def test_what_is_written_already_needs_no_room(tmp_path: Path, monkeypatch: pyte
     usage = namedtuple("usage", "total used free")
     source = FakeSource()
     model = fake_model(source)
-    whole = planning.plan(model, uniform(4), {name: 0 for name in source.tensors}, SHARD_BYTES).output_bytes
+    whole = planning.plan(model, uniform(4), dict.fromkeys(source.tensors, 0), SHARD_BYTES).output_bytes
     free = converting.SMALL_FILES_BYTES + whole - 100_000
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage(10**9, 0, free))
     with pytest.raises(EdgeR1Error, match="Converting needs"):

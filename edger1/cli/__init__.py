@@ -11,6 +11,7 @@ import typer
 
 import edger1
 from edger1.cli.chat import chat_command
+from edger1.cli.convert import convert_command
 from edger1.cli.demo import demo_command
 from edger1.cli.doctor import doctor_command
 from edger1.cli.finetune import finetune_command
@@ -54,6 +55,7 @@ app.command("chat")(chat_command)
 app.command("run")(run_command)
 app.command("demo")(demo_command)
 app.command("pull")(pull_command)
+app.command("convert")(convert_command)
 app.add_typer(models_app, name="models")
 app.command("plan")(plan_command)
 app.command("finetune")(finetune_command)

@@ -1,9 +1,9 @@
 """Converting a hub repository while it is being fetched: weight files come one ahead and go when they are past.
 
-Of every weight file the header is fetched first, which is enough to plan the conversion. The files then come in the order
-in which the converter needs them, each as hub.py fetches it (resumed, checked); two of them are on the disk at a time,
-the one being read and the next. A file is removed when all that was made of it is on the disk and journaled, so that a
-pull that was stopped fetches no file twice.
+Of every weight file the header is fetched first, which is enough to plan the conversion. The files then come in the
+order in which the converter needs them, each as hub.py fetches it (resumed, checked); two of them are on the disk at a
+time, the one being read and the next. A file is removed when all that was made of it is on the disk and journaled, so
+that a pull that was stopped fetches no file twice.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,11 @@ class StoredTensor:
     kind: str
     nbytes: int
     only_finite: bool
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """The files that reading it touches."""
+        return tuple(dict.fromkeys(value.path for value in vars(self).values() if isinstance(value, RawTensor)))
 
     @property
     def coding(self) -> Coding | None:
