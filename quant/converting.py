@@ -1,8 +1,8 @@
 """Converts a source of any format into a model folder that mlx-lm loads, a window of rows in memory at a time.
 
-What becomes of each array is planned first (quant/planning.py), then carried out unit by unit into a hidden folder beside
-the destination (quant/running.py), which takes its name when it is whole; a stop at any moment leaves it hidden, and the
-same conversion started again goes on from there. The source is only ever read.
+What becomes of each array is planned first (quant/planning.py), then carried out unit by unit into a hidden folder
+beside the destination (quant/running.py), which takes its name when it is whole; a stop at any moment leaves it hidden,
+and the same conversion started again goes on from there. The source is only ever read.
 """
 
 from __future__ import annotations
@@ -117,8 +117,8 @@ def convert(
     except OSError as error:
         if error.errno in _FULL:
             raise EdgeR1Error(
-                f"The disk under {destination.parent} became full while {source.name} was being converted. What was done "
-                "is kept: make room and start the same conversion again."
+                f"The disk under {destination.parent} became full while {source.name} was being converted. What was "
+                "done is kept: make room and start the same conversion again."
             ) from error
         raise EdgeR1Error(f"{destination} cannot be written: {(error.strerror or str(error)).lower()}.") from error
     return report

@@ -1,8 +1,8 @@
 """What a conversion will do, before it does anything: which array becomes what, where it lies, in what order.
 
-A target is an array of mlx-lm's model. It is carried over (its codes as they are), quantized, or kept. All of it is cut into
-units of some rows, and the units are put into the order in which the source's bytes lie, so that a source is read once
-from front to back, a file of it is no longer needed once the units pass it, and a stop loses only what is under way.
+A target is an array of mlx-lm's model. It is carried over (its codes as they are), quantized, or kept. All of it is cut
+into units of some rows, and the units are put into the order in which the source's bytes lie, so that a source is read
+once from front to back, and a file of it is no longer needed once the units pass it.
 """
 
 from __future__ import annotations
@@ -60,9 +60,10 @@ class Target(Protocol):
 class Model:
     """What is to be converted, in mlx-lm's terms.
 
-    `modules` holds the paths that can be quantized: True where any way will do, False where mlx-lm wants the module left
-    alone, a Spec where it wants one of its own (routers); `roles` says what they do ("experts", "head"). `ahead` are the arrays of multi-token prediction layers and
-    `ahead_modules` their modules. `dropped` names the source's tensors that nothing is made of.
+    `modules` holds the paths that can be quantized: True where any way will do, False where mlx-lm wants the module
+    left alone, a Spec where it wants one of its own (routers); `roles` says what they do ("experts", "head"). `ahead`
+    are the arrays of multi-token prediction layers, whose modules are among `modules`. `dropped` names the source's
+    tensors that nothing is made of.
     """
 
     targets: Sequence[Target]

@@ -144,7 +144,7 @@ def _layer_ahead(
     ahead: _Ahead,
     number: int,
 ) -> None:
-    """Let an MTP layer's tensors `own`, by their names within it, stand for the layer `donor` and take what it becomes."""
+    """Let an MTP layer's tensors `own`, by their names within it, stand for the layer `donor`; take what it becomes."""
     usual = {name.removeprefix(donor) for name in source.tensors if name.startswith(donor)}
     rest = {name: tensor for name, tensor in own.items() if name not in usual}
     if usual and usual <= own.keys():

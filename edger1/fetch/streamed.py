@@ -62,7 +62,11 @@ def _header(found: Listing, file: RemoteFile, path: Path, kept: Path) -> safeten
         aside = kept.with_name(kept.name + ".new")
         aside.write_bytes(raw[8 : 8 + length])
         aside.replace(kept)
-    return safetensors.parse_header(path, kept.read_bytes(), file.size)
+    try:
+        return safetensors.parse_header(path, kept.read_bytes(), file.size)
+    except FormatError:
+        kept.unlink()
+        raise
 
 
 class ShardSupply:
