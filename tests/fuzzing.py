@@ -275,7 +275,7 @@ def seeds(name: str) -> list[bytes]:
 
 
 def answers(target: Callable[[bytes], bool], data: bytes) -> bool:
-    """Give the input to the target: whether it came to anything. Raises where the answer is neither model nor sentence."""
+    """Give the input to the target: whether it came to anything. Raises where the answer is no model or sentence."""
     try:
         return target(data)
     except EdgeR1Error as error:
