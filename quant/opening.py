@@ -122,11 +122,20 @@ def _open_folder(folder: Path, allow_nonfinite: bool, coming: Mapping[str, Heade
     settings = _settings(folder, config)
     _check_method(folder, settings)
     weights = WeightFiles(headers)
+    try:
+        return _describe(folder, config, settings, weights, Context(settings, _dtype(config), not allow_nonfinite))
+    except BaseException:
+        weights.close()
+        raise
+
+
+def _describe(
+    folder: Path, config: dict[str, Any], settings: Mapping[str, Any], weights: WeightFiles, context: Context
+) -> FolderSource:
     left = weights.tensors()
     ignored = tuple(name for name in left if settings and _ACTIVATIONS.search(name))
     for name in ignored:
         del left[name]
-    context = Context(settings, _dtype(config), not allow_nonfinite)
     found: dict[str, Tensor] = {}
     for claim in _CLAIMS:
         if claim is plain.claim:
@@ -160,8 +169,8 @@ def _check_method(folder: Path, settings: Mapping[str, Any]) -> None:
     method = settings.get("quant_method")
     if method is not None and method not in _METHODS:
         raise FormatError(
-            f"{folder} is quantized by {str(method)[:40]!r}, which cannot be read; {', '.join(_METHODS)}, MLX's own and "
-            "unquantized weights can. Get the model in one of those."
+            f"{folder} is quantized by {str(method)[:40]!r}, which cannot be read; {', '.join(_METHODS)}, MLX's own "
+            "and unquantized weights can. Get the model in one of those."
         )
 
 

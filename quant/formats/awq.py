@@ -46,7 +46,7 @@ def _outputs(packed: RawTensor, start: int, stop: int) -> np.ndarray:
     """Return outputs [start, stop) of each packed row, in their order: uint8."""
     first = start // 8
     codes = unpack(packed.columns(first, -(-stop // 8)).view(np.uint32), 4)
-    ordered = codes.reshape(len(codes), -1, 8)[:, :, _PLACE].reshape(codes.shape)
+    ordered = codes.reshape(len(codes), codes.shape[1] // 8, 8)[:, :, _PLACE].reshape(codes.shape)
     return ordered[:, start - first * 8 : stop - first * 8]
 
 

@@ -99,7 +99,7 @@ def weight_files(folder: Path, index: Mapping[str, str] | None, coming: Iterable
             f"such as {missing[0]!r}. Fetch the model again."
         )
     if not named:
-        raise _no_weights(folder)
+        raise no_weights(folder)
     return tuple(folder / name for name in sorted(named | ({MTP_NAME} & present)))
 
 
@@ -142,7 +142,8 @@ def _parts(names: Iterable[str]) -> set[str]:
     return found
 
 
-def _no_weights(folder: Path) -> FormatError:
+def no_weights(folder: Path) -> FormatError:
+    """Return the error for a folder without weight files, which says so where there are pickles in their place."""
     if any(next(folder.glob(pattern), None) for pattern in _PICKLES):
         return FormatError(
             f"{folder} holds its weights as Python pickles only, which can run code when read and are refused. "

@@ -43,8 +43,7 @@ class FP4Tensor(StoredTensor):
         scales = decode_e8m0(raw) if self.group_size == 32 else decode_fp8(raw, "F8_E4M3")
         if self.whole is not None:
             whole = self.whole.all().reshape(-1)[0]
-            with np.errstate(divide="ignore", invalid="ignore"):
-                scales = scales / whole if self.divides else scales * whole
+            scales = scales / whole if self.divides else scales * whole
         grouped = out.reshape(*scales.shape, self.group_size)
         grouped *= scales[..., None]
         return out

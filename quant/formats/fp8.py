@@ -74,7 +74,7 @@ class ScaledTensor(StoredTensor):
         return out
 
     def _matrices(self, out: np.ndarray, start: int, stop: int) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
-        """Yield the matrices of `out`, rows [start, stop), each with its scales and the first row's place in its block."""
+        """Yield the matrices of `out`, rows [start, stop), with its scales and its first row's place in a block."""
         assert self.block is not None
         rows = self.block[0]
         if len(self.shape) == 2:
@@ -127,7 +127,7 @@ def claim(left: Raw, context: Context) -> dict[str, Tensor]:
             continue
         raw, scale = left.pop(name), left.pop(name + suffix)
         check_dtype(scale, _SCALE_DTYPES)
-        block = None if _stretches(raw.shape, scale.shape) else _block(raw, scale, context.settings)
+        block = _block(raw, scale, context.settings)
         if block is not None:
             form = f"{block[0]}x{block[1]}"
         else:
@@ -146,12 +146,17 @@ def _stretches(shape: tuple[int, ...], scale: tuple[int, ...]) -> bool:
     return len(shape) == len(scale) and all(have in (1, full) for have, full in zip(scale, shape, strict=True))
 
 
-def _block(raw: RawTensor, scale: RawTensor, settings: Any) -> tuple[int, int]:
-    block = block_size(settings) or (128, 128)
-    if len(raw.shape) < 2:
-        raise FormatError(f"{raw.path}: tensor {raw.name[:80]!r} has {len(raw.shape)} dimensions but scales by block.")
-    *lead, rows, columns = raw.shape
-    check_shape(scale, [(*lead, -(-rows // block[0]), -(-columns // block[1]))], raw)
+def _block(raw: RawTensor, scale: RawTensor, settings: Any) -> tuple[int, int] | None:
+    """Return the size of a block, None where the scales are stretched. Raises FormatError where they fit in no way."""
+    given = block_size(settings)
+    block = given or (128, 128)
+    fitting = None
+    if len(raw.shape) > 1:
+        *lead, rows, columns = raw.shape
+        fitting = (*lead, -(-rows // block[0]), -(-columns // block[1]))
+    if _stretches(raw.shape, scale.shape) and not (given and scale.shape == fitting):
+        return None
+    check_shape(scale, [fitting] if fitting is not None else [(), (1,), raw.shape], raw)
     return block
 
 

@@ -56,13 +56,13 @@ def unpack(words: np.ndarray, bits: int) -> np.ndarray:
         out = np.empty((*data.shape, 2), np.uint8)
         np.bitwise_and(data, 15, out=out[..., 0])
         np.right_shift(data, 4, out=out[..., 1])
-        return out.reshape(*data.shape[:-1], -1)
+        return out.reshape(*data.shape[:-1], data.shape[-1] * 2)
     # Eight codes take `bits` bytes, whatever the number of bits.
     count = data.shape[-1] * 8 // bits
     spare = -data.shape[-1] % bits
     if spare:
         data = np.concatenate([data, np.zeros((*data.shape[:-1], spare), np.uint8)], axis=-1)
-    grouped = data.reshape(*data.shape[:-1], -1, bits)
+    grouped = data.reshape(*data.shape[:-1], data.shape[-1] // bits, bits)
     out = np.empty((*grouped.shape[:-1], 8), np.uint8)
     mask = np.uint8((1 << bits) - 1)
     for index in range(8):
@@ -71,7 +71,7 @@ def unpack(words: np.ndarray, bits: int) -> np.ndarray:
         if shift + bits > 8:
             code = code | grouped[..., byte + 1] << np.uint8(8 - shift)
         out[..., index] = code & mask
-    return out.reshape(*data.shape[:-1], -1)[..., :count]
+    return out.reshape(*data.shape[:-1], grouped.shape[-2] * 8)[..., :count]
 
 
 def pack(codes: np.ndarray, bits: int) -> np.ndarray:
@@ -84,17 +84,17 @@ def pack(codes: np.ndarray, bits: int) -> np.ndarray:
     if bits == 4:
         return (codes[..., 0::2] | codes[..., 1::2] << np.uint8(4)).view("<u4")
     if bits == 2:
-        quads = codes.reshape(*codes.shape[:-1], -1, 4)
+        quads = codes.reshape(*codes.shape[:-1], codes.shape[-1] // 4, 4)
         shifted = (quads[..., index] << np.uint8(2 * index) for index in range(4))
         return np.ascontiguousarray(functools.reduce(np.bitwise_or, shifted)).view("<u4")
-    grouped = codes.reshape(*codes.shape[:-1], -1, 8)
+    grouped = codes.reshape(*codes.shape[:-1], codes.shape[-1] // 8, 8)
     out = np.zeros((*grouped.shape[:-1], bits), np.uint8)
     for index in range(8):
         byte, shift = divmod(index * bits, 8)
         out[..., byte] |= grouped[..., index] << np.uint8(shift)
         if shift + bits > 8:
             out[..., byte + 1] |= grouped[..., index] >> np.uint8(8 - shift)
-    return out.reshape(*codes.shape[:-1], -1).view("<u4")
+    return out.reshape(*codes.shape[:-1], grouped.shape[-2] * bits).view("<u4")
 
 
 def check_finite(name: str, values: np.ndarray) -> np.ndarray:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -57,7 +57,7 @@ def _rows(tensor: RawTensor, rows: int, start: int, stop: int) -> np.ndarray:
     """Return rows [start, stop) of [n, groups], or of one number that stands for all of them."""
     if tensor.shape[:1] == (rows,):
         part = tensor.rows(start, stop)
-        return part.reshape(len(part), -1)
+        return part.reshape(len(part), tensor.shape[1] if len(tensor.shape) > 1 else 1)
     return np.broadcast_to(tensor.all().reshape(1, 1), (stop - start, 1)).copy()
 
 
@@ -110,7 +110,7 @@ def _scheme(settings: Mapping[str, Any], packed: RawTensor, scale: RawTensor) ->
         if not isinstance(weights, dict) or weights.get("type", "int") != "int":
             continue
         bits, size = weights.get("num_bits"), weights.get("group_size") or -1
-        if not (_is_within(bits, 1, 8) and (size == -1 or _is_within(size, 1, 1 << 20))):
+        if not _is_within(bits, 1, 8) or not (size == -1 or _is_within(size, 1, 1 << 20)):
             raise FormatError(
                 f"config.json gives {str(bits)[:20]} bits in groups of {str(size)[:20]}; expected 1 to 8 bits, in "
                 "groups of a positive size or none for whole rows."
@@ -118,7 +118,8 @@ def _scheme(settings: Mapping[str, Any], packed: RawTensor, scale: RawTensor) ->
         most = packed.shape[1] * 32 // bits
         count = scale.shape[1] if len(scale.shape) == 2 else 1
         columns = min(most, count * size) if size > 0 else most
-        if -(-columns * bits // 32) == packed.shape[1]:
+        in_groups = -(-columns // size) == count if size > 0 else count == 1
+        if in_groups and -(-columns * bits // 32) == packed.shape[1]:
             fitting.add((bits, size if size > 0 else max(columns, 1), columns))
     if len(fitting) != 1:
         raise FormatError(
@@ -129,7 +130,7 @@ def _scheme(settings: Mapping[str, Any], packed: RawTensor, scale: RawTensor) ->
     return fitting.pop()
 
 
-def _is_within(value: object, least: int, most: int) -> bool:
+def _is_within(value: object, least: int, most: int) -> TypeGuard[int]:
     return type(value) is int and least <= value <= most
 
 

@@ -31,8 +31,7 @@ def decode(raw: np.ndarray, dtype: str) -> np.ndarray:
         case "F8_E4M3" | "F8_E5M2":
             return decode_fp8(raw, dtype)
         case "F16" | "F32" | "F64":
-            with np.errstate(over="ignore"):
-                return raw.astype(np.float32, copy=False)
+            return raw.astype(np.float32, copy=False)
         case _:
             return raw
 

@@ -54,7 +54,9 @@ class StoredTensor:
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Return rows [start, stop) as float32, integers as they are."""
-        values = self.values(start, stop)
+        # What comes of NaN and infinities is looked at below, or was allowed.
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+            values = self.values(start, stop)
         return check_finite(self.name, values) if self.only_finite and values.dtype == np.float32 else values
 
     def codes(self, start: int, stop: int) -> Codes:

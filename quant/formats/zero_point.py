@@ -70,7 +70,7 @@ class ZeroPointTensor(StoredTensor):
             out -= zeros[:, groups]
             out *= scales[:, groups]
         else:
-            grouped = out.reshape(*scales.shape, -1)
+            grouped = out.reshape(*scales.shape, self.group_size)
             grouped -= zeros[..., None]
             grouped *= scales[..., None]
         return out
