@@ -14,6 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from edger1.errors import FormatError
 from edger1.quant import gguf_layers as layers
 from edger1.quant.gguf_outline import Outline
@@ -253,6 +255,19 @@ def _gemma_config(outline: Outline, large: int | None) -> None:
         raise outline.refuse("an output matrix of its own")
 
 
+def _period(outline: Outline, default: int) -> int:
+    """Return after how many layers one attends to everything; the others look through the window."""
+    key = outline.key("attention.sliding_window_pattern")
+    pattern = outline.header.metadata.get(key)
+    if not isinstance(pattern, np.ndarray):
+        return outline.count("attention.sliding_window_pattern", default)
+    slides = [bool(value) for value in pattern]
+    period = slides.index(False) + 1 if False in slides else len(slides) + 1
+    if slides != [(layer + 1) % period != 0 for layer in range(outline.layers)]:
+        raise outline.refuse("windows over layers that follow no period")
+    return period
+
+
 def _gemma(outline: Outline) -> None:
     _gemma_config(outline, None)
     del outline.config["query_pre_attn_scalar"]
@@ -273,11 +288,10 @@ def _gemma3(outline: Outline) -> None:
     _gemma_config(outline, 62)
     if outline.key("final_logit_softcapping") in outline.header.metadata:
         raise outline.refuse("capped logits")
-    pattern = outline.header.metadata.get(outline.key("attention.sliding_window_pattern"), 6)
     outline.config |= {
         "rope_local_base_freq": outline.number("rope.freq_base_swa", 10000.0),
         "sliding_window": outline.count("attention.sliding_window"),
-        "sliding_window_pattern": pattern if isinstance(pattern, int) else 6,
+        "sliding_window_pattern": _period(outline, 6),
     }
     outline.each_layer(lambda outline, here, there: _gemma_layer(outline, here, there, norms=True, around=True))
 

@@ -15,6 +15,7 @@ from gguf_conventions import ARCHITECTURES, write_gguf
 from test_gguf_source import by_mlx
 
 from edger1.errors import FormatError
+from edger1.quant.convert import convert_gguf
 from edger1.quant.formats.gguf_source import GGUFSource, open_gguf
 from edger1.quant.gguf_families import FAMILIES
 
@@ -210,3 +211,42 @@ def test_variants_that_mlx_lm_has_not_are_refused(
     write_gguf(tmp_path / "m.gguf", config | changes, weights)
     with pytest.raises(FormatError, match=message):
         open_gguf(tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize("model_type", ["gpt_oss", "qwen2_moe", "gemma3_text", "deepseek_v3", "mixtral", "phi3"])
+def test_files_of_types_that_mlx_has_become_folders_without_loss(tmp_path: Path, model_type: str) -> None:
+    import mlx_lm
+
+    config, weights, _ = tiny(model_type)
+    kinds = {"_exps.weight": GGMLQuantizationType.MXFP4, "attn_output.weight": GGMLQuantizationType.Q5_0}
+    kinds |= {f"attn_{half}_b.weight": GGMLQuantizationType.Q8_0 for half in "kv"}
+    kinds |= {"ffn_down.weight": GGMLQuantizationType.Q4_1, "token_embd.weight": GGMLQuantizationType.Q8_0}
+    write_gguf(tmp_path / "m.gguf", config, weights, kinds)
+    source = open_gguf(tmp_path / "m.gguf")
+    assert not source.requantized()
+    expected = logits(model_of(source.config), numbers(source))
+    convert_gguf(tmp_path / "m.gguf", tmp_path / "model")
+    model, _ = mlx_lm.load(str(tmp_path / "model"))
+    # Scales in f32 are the same numbers, and what is computed from them is rounded less.
+    model.set_dtype(mx.float32)
+    np.testing.assert_allclose(np.array(model(mx.array([PROMPT]))), np.array(expected), rtol=1e-4, atol=1e-4)
+
+
+def test_what_must_be_computed_is_not_carried(tmp_path: Path) -> None:
+    config, weights, _ = tiny("deepseek_v2")
+    write_gguf(tmp_path / "m.gguf", config, weights)
+    with pytest.raises(FormatError, match="'blk.0.attn_k_b.weight' cannot be carried over without computing"):
+        convert_gguf(tmp_path / "m.gguf", tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"), [([True, False], 2), ([True, True], 3), (2, 2), ([False, True], None)]
+)
+def test_the_period_of_gemmas_windows(tmp_path: Path, pattern: Any, expected: int | None) -> None:
+    config, weights, _ = tiny("gemma3_text")
+    write_gguf(tmp_path / "m.gguf", config | {"sliding_window_pattern": pattern}, weights)
+    if expected is None:
+        with pytest.raises(FormatError, match="windows over layers that follow no period"):
+            open_gguf(tmp_path / "m.gguf")
+    else:
+        assert open_gguf(tmp_path / "m.gguf").config["sliding_window_pattern"] == expected

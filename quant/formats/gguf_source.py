@@ -7,6 +7,7 @@ gives it. The tokenizer, which lies in the metadata, is written into a temporary
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,13 +28,26 @@ NUMBERS_DTYPE = "F16"
 """What a quantized tensor counts as unquantized: its scales are f16, so that no number in it is beyond that."""
 
 
-def open_gguf(path: Path) -> GGUFSource:
+_KEPT = ("F32", "F16", "BF16")
+"""What safetensors hold as it is."""
+
+
+def open_gguf(path: Path, *, allow_nonfinite: bool = False) -> GGUFSource:
     """Open the GGUF file `path`, or the split model that it is a part of.
 
+    `allow_nonfinite` lets NaN and infinities through; otherwise reading a tensor that holds one raises FormatError.
     Raises FormatError for a file that is damaged, incomplete, or of an architecture, a type or a tokenizer that cannot
     be converted.
     """
-    return GGUFSource(path)
+    return GGUFSource(path, allow_nonfinite)
+
+
+def _check_finite(parts: GGUFParts, info: TensorInfo, numbers: np.ndarray) -> None:
+    if numbers.dtype.kind == "f" and not np.isfinite(numbers).all():
+        raise FormatError(
+            f"{parts.path.name}: tensor {info.name!r} ({info.type.name}) holds NaN or infinities; the file is damaged, "
+            "or the model is. Fetch it again or get another conversion of it."
+        )
 
 
 def _plain_dtype(kind: ggml.GGMLType) -> str:
@@ -49,6 +63,7 @@ class GGUFTensor:
     parts: GGUFParts
     info: TensorInfo
     placement: Placement
+    allow_nonfinite: bool = False
 
     @property
     def name(self) -> str:
@@ -93,6 +108,8 @@ class GGUFTensor:
         else:
             raw = self._raw_rows(start, stop)
             numbers = ggml.dequantize(self.info.type, raw, (stop - start, *self.shape[1:]))
+        if not self.allow_nonfinite:
+            _check_finite(self.parts, self.info, numbers)
         # llama.cpp adds to f32, so that the f32 difference is the number it began with.
         return numbers + np.float32(self.placement.shift) if self.placement.shift else numbers
 
@@ -127,6 +144,7 @@ class JoinedTensor:
     keys: TensorInfo
     values: TensorInfo
     name: str
+    allow_nonfinite: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -166,6 +184,9 @@ class JoinedTensor:
             ggml.dequantize(info.type, self.parts.read(info, first, last), (last - first, *info.shape[1:]))
             for info in (self.keys, self.values)
         )
+        if not self.allow_nonfinite:
+            _check_finite(self.parts, self.keys, keys)
+            _check_finite(self.parts, self.values, values)
         rows = np.concatenate([keys.swapaxes(1, 2), values], axis=1).reshape(-1, self.shape[1])
         return rows[start - first * self._head_rows : stop - first * self._head_rows]
 
@@ -177,7 +198,8 @@ class JoinedTensor:
 class GGUFSource:
     """An open GGUF model; see `source.Source`."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, allow_nonfinite: bool = False):
+        self._allow_nonfinite = allow_nonfinite
         self._parts = GGUFParts(path)
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         try:
@@ -211,6 +233,12 @@ class GGUFSource:
         """Every tensor, in the order of the layers."""
         return self._tensors
 
+    def requantized(self) -> Counter[str]:
+        """Count the tensors, by their type in the file, that no format of MLX holds as they are."""
+        return Counter(
+            tensor.kind for tensor in self._tensors.values() if tensor.coding is None and tensor.kind not in _KEPT
+        )
+
     @cached_property
     def companions(self) -> tuple[Path, ...]:
         """The tokenizer's files and generation_config.json; they are gone when the source is closed."""
@@ -227,8 +255,8 @@ class GGUFSource:
     def _tensor(self, placement: Placement) -> Tensor:
         infos = [self._parts.header.tensors[name] for name in placement.sources]
         if len(infos) > 1:
-            return JoinedTensor(self._parts, infos[0], infos[1], placement.target)
-        return GGUFTensor(self._parts, infos[0], placement)
+            return JoinedTensor(self._parts, infos[0], infos[1], placement.target, self._allow_nonfinite)
+        return GGUFTensor(self._parts, infos[0], placement, self._allow_nonfinite)
 
     def close(self) -> None:
         """Close the files and remove the companions."""
