@@ -20,11 +20,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edger1.errors import EdgeR1Error, UsageError
-from edger1.quant import gguf_models, shards, tokenizer
+import numpy as np
+
+from edger1.errors import EdgeR1Error, FormatError, UsageError
+from edger1.quant import gguf_models, gguf_rope, shards, tokenizer
 from edger1.quant.formats import ggml
 from edger1.quant.formats.gguf import Header
 from edger1.quant.formats.gguf_parts import GGUFParts
+from edger1.quant.gguf_outline import Placement
 
 SMALL_FILES_BYTES = 64 << 20
 """What is set aside for tokenizer and configuration when the free space is checked."""
@@ -66,7 +69,7 @@ def convert_gguf(source: Path, destination: Path, on_progress: Callable[[int, in
     if os.path.lexists(destination):
         raise UsageError(f"{destination} exists already; remove it or choose another folder.")
     with GGUFParts(source) as file:
-        layout = gguf_models.plan(file.header, gguf_models.read_rope_factors(file))
+        layout = gguf_models.plan(file.header, gguf_rope.read_factors(file))
         units = _plan_units(file.header, layout)
         built = tokenizer.build(file.header, layout.config["vocab_size"])
         try:
@@ -102,15 +105,14 @@ def _write(
         done = 0
         for placement, tensor in zip(layout.placements, tensors, strict=True):
             result = ggml.carry(tensor.name, tensor.type, file.read(tensor), tensor.shape)
-            parts = result.parts
-            if placement.heads is not None:
-                rows = gguf_models.restored_rows(tensor.shape[0], placement.heads)
-                parts = {suffix: ggml.Array(part.dtype, part.data[rows]) for suffix, part in parts.items()}
+            parts = {suffix: _arranged(part, placement) for suffix, part in result.parts.items()}
             if result.bits is not None and result.mode is not None:
                 formats[placement.target.removesuffix(".weight")] = result.bits, result.mode
             how = "copied" if result.bits is None else f"codes kept, {result.bits} bits in groups of {ggml.GROUP_SIZE}"
             if placement.heads is not None:
                 how += ", rows reordered"
+            if placement.shift:
+                how = f"plus {placement.shift:g}"
             carried.append(CarriedTensor(tensor.name, placement.target, tensor.type.name, how))
             done += tensor.nbytes
             if on_progress is not None:
@@ -133,11 +135,26 @@ def _write(
     return Report(destination, layout.config["model_type"], tuple(carried), tuple(files), weight_bytes)
 
 
+def _arranged(part: ggml.Array, placement: Placement) -> ggml.Array:
+    """Put an array into the order, range and shape that the target has."""
+    data = part.data
+    if placement.heads is not None:
+        data = data[gguf_models.restored_rows(len(data), placement.heads)]
+    if placement.shift:
+        data = data + np.float32(placement.shift)
+    return ggml.Array(part.dtype, data[None] if placement.one_row else data)
+
+
 def _plan_units(header: Header, layout: gguf_models.Plan) -> list[shards.Planned]:
     units = []
     for placement in layout.placements:
         tensor = header.tensors[placement.source]
         ggml.check_type(tensor.name, tensor.type, tensor.shape)
+        if placement.values is not None or (placement.shift and tensor.type.name != "F32"):
+            raise FormatError(
+                f"{header.name}: tensor {tensor.name!r} cannot be carried over without computing with its numbers; "
+                "convert the file with a recipe."
+            )
         suffixes = ggml.part_names(tensor.type)
         names = tuple(_part_name(placement.target, suffix) for suffix in suffixes)
         units.append(shards.Planned(names, ggml.carried_bytes(tensor.type, tensor.shape)))

@@ -249,3 +249,34 @@ def test_reading_part_of_a_tensor_reads_only_that(tmp_path: Path, monkeypatch: p
     )
     source.tensors[UP].read(10, 12)
     assert asked == [2 * 210]
+
+
+@pytest.mark.parametrize(
+    ("kind", "at"), [("Q4_K", 0), ("F32", None), ("Q8_0", 0), ("BF16", None), ("MXFP4", 0), ("IQ4_XS", 0)]
+)
+def test_numbers_that_are_not_finite_are_named(tmp_path: Path, kind: str, at: int | None) -> None:
+    tiny, numbers = with_tensor(kind)
+    type_id, shape, data = tiny.tensors["blk.1.ffn_up.weight"]
+    raw = np.frombuffer(data, np.uint8).reshape(shape[0], -1).copy()
+    if kind == "MXFP4":
+        raw[7, 0] = 255
+    elif at is not None:
+        raw[7, at : at + 2] = np.array([np.inf], "<f2").view(np.uint8)
+    else:
+        raw[7, : len(raw[7]) // shape[1]] = 255
+    tiny.tensors["blk.1.ffn_up.weight"] = (type_id, shape, raw.tobytes())
+    path = tiny.write(tmp_path / "tiny.gguf")
+    tensor = open_gguf(path).tensors[UP]
+    np.testing.assert_array_equal(tensor.read(8, 20), numbers[8:20])
+    if kind != "MXFP4":
+        with pytest.raises(FormatError, match=rf"tensor 'blk.1.ffn_up.weight' \({kind}\) holds NaN or infinities"):
+            tensor.read(0, 8)
+        assert not np.isfinite(open_gguf(path, allow_nonfinite=True).tensors[UP].read(7, 8)).all()
+    if tensor.coding is not None:
+        with pytest.raises(FormatError, match="scales that are not finite"):
+            tensor.codes(0, 8)
+
+
+def test_what_no_format_of_mlx_holds_is_counted(tmp_path: Path) -> None:
+    assert not opened(tiny_model(matrix=GGMLQuantizationType.Q5_1), tmp_path).requantized()
+    assert opened(with_tensor("Q4_K")[0], tmp_path).requantized() == {"Q4_K": 1}
