@@ -170,6 +170,27 @@ RECIPES: dict[str, Recipe] = {
 """The recipes that have a name."""
 
 
+_NEAR = {
+    "Q2_K": 3, "Q3_K": 4, "Q4_K": 5, "Q5_K": 6, "Q6_K": 8, "Q8_K": 8, "IQ4_NL": 5, "IQ4_XS": 5, "IQ3_S": 4, "IQ3_XXS": 4,
+    "IQ2_S": 3, "IQ2_XS": 3, "IQ2_XXS": 3, "IQ1_S": 2, "IQ1_M": 2, "TQ1_0": 2, "TQ2_0": 2, "Q1_0": 2,
+}  # fmt: skip
+"""A bit more than what a type of ggml's holds that MLX has no like of."""
+
+
+def near(kinds: Mapping[str, str]) -> Recipe:
+    """Return a recipe for modules whose weights are in ggml's types `kinds`: next to no loss on top of theirs.
+
+    Types that MLX has no like of have to be rounded once more; with a bit more than theirs, in groups of 32, that adds
+    little to the error which is there. What is not quantized stays as it is.
+    """
+    by_bits: dict[int, list[str]] = {}
+    for path, kind in kinds.items():
+        if kind in _NEAR:
+            by_bits.setdefault(_NEAR[kind], []).append(path)
+    rules = tuple(Rule(tuple(paths), Spec(bits, 32)) for bits, paths in sorted(by_bits.items()))
+    return Recipe("near", "types that MLX has no like of with a bit more than they have", rules)
+
+
 def find(text: str) -> Recipe:
     """Return the recipe that `text` names, or that the JSON file `text` holds.
 

@@ -12,7 +12,10 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from gguf.constants import GGMLQuantizationType
+from gguf.quants import dequantize
 from hub_server import Hub
+from model_files import Tiny, tiny_model
 from pulling import home, in_progress, server
 from safetensors.numpy import save
 
@@ -262,3 +265,30 @@ def test_the_command(home: Path, tmp_path: Path) -> None:
     both = subprocess.run([*run, "--bits", "8", "--recipe", "small"], capture_output=True, text=True, check=False)
     assert both.returncode == 2
     assert "--recipe and --bits were both given" in both.stderr
+
+
+def test_a_gguf_of_types_that_mlx_lacks_is_quantized_again_and_says_so(home: Path, tmp_path: Path) -> None:
+    tiny = tiny_model(hidden=256)
+    shape = tiny.weights["model.layers.1.mlp.up_proj.weight"].shape
+    raw = np.random.default_rng(0).integers(0, 256, (shape[0], shape[1] // 256, 144), dtype=np.uint8)
+    # The two f16 scales of a block, kept small.
+    raw[..., 1:4:2] = 0x20
+    raw = raw.reshape(shape[0], -1)
+    numbers = dequantize(raw, GGMLQuantizationType.Q4_K)
+    entry = int(GGMLQuantizationType.Q4_K), shape, raw.tobytes()
+    mixed = Tiny(tiny.weights, tiny.metadata, tiny.tensors | {"blk.1.ffn_up.weight": entry})
+    notes: list[str] = []
+    folder = pull(mixed.write(tmp_path / "mixed.gguf"), on_note=notes.append)
+    assert any("weights of Q4_K, which MLX has no like of" in note for note in notes)
+    found = arrays(folder)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["quantization"]["model.layers.1.mlp.up_proj"] == {"group_size": 32, "bits": 5, "mode": "affine"}
+    parts = (found[f"model.layers.1.mlp.up_proj.{part}"] for part in ("weight", "scales", "biases"))
+    restored = np.array(mx.dequantize(*parts, group_size=32, bits=5).astype(mx.float32))
+    assert np.abs(restored - numbers).max() < 0.1 * np.abs(numbers).max()
+    lossless = pull(tiny.write(tmp_path / "plain.gguf"), on_note=notes.append)
+    expected = arrays(lossless)
+    for name in expected:
+        if not name.startswith("model.layers.1.mlp.up_proj"):
+            assert mx.array_equal(found[name], expected[name]), name
+    assert not (lossless / "conversion.json").exists()
