@@ -30,7 +30,7 @@ import numpy as np
 from edger1.errors import FormatError
 from edger1.quant import expressions
 from edger1.quant.architecture import Classes, Linear, build, linears_of
-from edger1.quant.expressions import Expression, Leaf, dtype_name, mlx_dtype, to_mlx, to_numpy
+from edger1.quant.expressions import MLX_DTYPES, Expression, Leaf, dtype_name, mlx_dtype, to_mlx, to_numpy
 from edger1.quant.source import Tensor
 from edger1.quant.targets import Packed, Plain, Target
 
@@ -130,10 +130,14 @@ def _record(config: dict[str, Any], tensors: Mapping[str, Tensor], classes: Clas
 
 
 def _unfollowed(family: str, error: Exception) -> FormatError:
-    what = f"{type(error).__name__}: {error}" if isinstance(error, KeyError) else str(error)
+    if isinstance(error, KeyError) and error.args and isinstance(error.args[0], str):
+        return FormatError(
+            f"This is no whole {family} model as mlx-lm has it: it lacks {error.args[0]}. "
+            "Check that config.json and all shards belong together."
+        )
     return FormatError(
-        f"mlx-lm's sanitize for {family} could not be followed on these tensors ({what}). "
-        "Either they are not those of such a model, or it does what cannot be recorded; convert it with mlx_lm.convert."
+        f"mlx-lm's sanitize for {family} could not be followed on these tensors ({error}). Either they are not those "
+        "of such a model, or it does what cannot be recorded; try mlx_lm.convert."
     )
 
 
@@ -164,10 +168,21 @@ def _run(
                 names.append(name)
         return [outputs[name] for name in names]
 
-    placeholders = [mx.zeros(leaves[name].shape, mlx_dtype(leaves[name].dtype)) for name in unknown]
+    placeholders = [_placeholder(leaves[name].tensor) for name in unknown]
     with _contiguous_left_out():
         mx.export_function(events.append, traced, *placeholders)
     return names, direct
+
+
+def _placeholder(tensor: Tensor) -> Any:
+    """Return an array of the tensor's shape and dtype, which takes no memory unless something looks at it."""
+    import mlx.core as mx
+
+    if tensor.dtype not in MLX_DTYPES:
+        raise FormatError(
+            f"{tensor.name!r} is of dtype {tensor.dtype}, which MLX has not; expected one of {', '.join(MLX_DTYPES)}."
+        )
+    return mx.zeros(tensor.shape, mlx_dtype(tensor.dtype))
 
 
 @contextlib.contextmanager
@@ -200,8 +215,6 @@ def _compute(
     needed: Sequence[Leaf],
 ) -> np.ndarray:
     """Run `sanitize` on the tensors that the array `name` depends on, and placeholders for the rest."""
-    import mlx.core as mx
-
     real = {leaf.name for leaf in needed}
     given = {}
     for key, tensor in tensors.items():
@@ -209,8 +222,7 @@ def _compute(
             numbers = tensor.read(0, expressions.height(tensor.shape)).reshape(tensor.shape)
             given[key] = to_mlx(numbers, tensor.dtype)
         else:
-            # Lazy: it takes no memory unless something looks at it, and nothing does.
-            given[key] = mx.zeros(tensor.shape, mlx_dtype(tensor.dtype))
+            given[key] = _placeholder(tensor)
     return to_numpy(build(config, classes).sanitize(given)[name])
 
 
@@ -254,7 +266,7 @@ class _Graph:
             if nbytes > MAX_WHOLE_BYTES:
                 raise FormatError(
                     f"mlx-lm computes {name!r} with {error}, for which all of {len(leaves)} tensors have to be in "
-                    f"memory, {nbytes:,} bytes; {MAX_WHOLE_BYTES:,} are allowed. Convert it with mlx_lm.convert."
+                    f"memory, {nbytes:,} bytes; {MAX_WHOLE_BYTES:,} are allowed. Try mlx_lm.convert."
                 ) from None
             return expressions.Whole(tuple(shape), dtype_name(dtype), leaves, lambda: self._compute(name, leaves))
 
