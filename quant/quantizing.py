@@ -43,11 +43,14 @@ def part_shapes(shape: tuple[int, ...], spec: Spec, dtype: str) -> dict[str, tup
 def quantize(rows: np.ndarray, spec: Spec, dtype: str, importance: np.ndarray | None = None) -> Codes:
     """Quantize `rows` (float32 [..., n, k]); scales and biases come in `dtype` ("F32", "F16" or "BF16").
 
-    `importance` holds what an error in a column costs, as the second moment of that input: [k], or [E, k] for a stack
-    of experts [E, n, k]; None is plain rounding. Raises FormatError where a scale does not fit into `dtype`.
+    `importance` holds the second moments of the inputs, from calibrating: [k, k] or [k], for a stack of experts
+    [E, n, k] one for each; None is plain rounding, and so is any mode but affine. Raises FormatError where a scale does
+    not fit into `dtype`.
     """
-    if importance is not None:
-        raise NotImplementedError("weighted quantization is not there yet")
+    if importance is not None and spec.mode == "affine":
+        from edger1.quant import fitting_codes
+
+        return fitting_codes.quantize(rows, spec.bits, spec.group_size, dtype, importance)
     with mx.stream(thread_stream()):
         arrays = mx.quantize(mx.array(rows), group_size=spec.group_size, bits=spec.bits, mode=spec.mode)
         if spec.mode != "affine":
