@@ -183,7 +183,8 @@ def _record(source: Source, report: Report, settings: Settings) -> dict[str, Any
 
 def _report(source: Source, made: Plan, destination: Path, recipe: Recipe, zeroed: tuple[str, ...]) -> Report:
     inside = {output.name for shard in made.shards for output in shard.outputs}
-    tensors, ahead = [], []
+    tensors: list[Made] = []
+    ahead: list[Made] = []
     for job in made.jobs:
         one = Made(job.target.name, job.kind(source.tensors), job.how, job.carried)
         (tensors if next(iter(job.outputs.values())).name in inside else ahead).append(one)

@@ -22,7 +22,7 @@ def needed(node: Expression, start: int, stop: int) -> Iterator[str]:
             begin = end - part.shape[0]
             if max(start, begin) < min(stop, end):
                 yield from needed(part, max(start, begin) - begin, min(stop, end) - begin)
-    elif isinstance(node, Reshaped) and node.shape and node.source.shape and math.prod(node.shape):
+    elif isinstance(node, Reshaped) and node.shape and node.source.shape and 0 not in node.shape:
         ours, theirs = math.prod(node.shape[1:]), math.prod(node.source.shape[1:])
         yield from needed(node.source, start * ours // theirs, -(-stop * ours // theirs))
     elif isinstance(node, Sliced) and node.picks[0][1] > 0 and start < stop:

@@ -18,7 +18,7 @@ from edger1.quant.formats import awq, fp4, fp8, gptq, mlx, packed, plain, safete
 from edger1.quant.formats import folder as folders
 from edger1.quant.formats.files import WeightFiles
 from edger1.quant.formats.safetensors import Header
-from edger1.quant.formats.tensor import Context, Raw
+from edger1.quant.formats.tensor import Context, Raw, StoredTensor
 from edger1.quant.source import Source, Tensor
 
 Claim = Callable[[Raw, Context], dict[str, Tensor]]
@@ -74,6 +74,11 @@ class FolderSource:
         digest.update(json.dumps([config, settings], sort_keys=True).encode())
         self.fingerprint = digest.hexdigest()
         self._files = files
+
+    def paths(self, name: str) -> tuple[Path, ...]:
+        """Return the files that reading the tensor `name` touches."""
+        tensor = self.tensors[name]
+        return tensor.paths if isinstance(tensor, StoredTensor) else ()
 
     def release(self, path: Path) -> None:
         """Close one weight file, which frees its space where it has been removed."""

@@ -137,7 +137,7 @@ class Writer:
             raise AssertionError(f"{name}: planned {output}, got {array.dtype} {data.shape}")
         fd = self._descriptor(shard)
         at = shard.offsets[name] + start * output.row_bytes
-        view = memoryview(data.reshape(-1)).cast("B") if data.size else memoryview(b"")
+        view = data.reshape(-1).data.cast("B") if data.size else memoryview(b"")
         while view:
             written = os.pwrite(fd, view, at)
             view, at = view[written:], at + written

@@ -26,7 +26,7 @@ def convert(source: Path, destination: Path, watch: Watch) -> Path:
     fresh = destination.with_name(f"{destination.name}.new")
     # From a pull that was killed between the two renames.
     shutil.rmtree(fresh, ignore_errors=True)
-    opened = open_source(source)
+    opened = open_source(source, allow_nonfinite=True)
     try:
         foreign = sorted({tensor.kind for tensor in opened.tensors.values()} - ggml.CARRIERS.keys())
         if foreign:

@@ -76,12 +76,14 @@ def hub_source(found: hub.Listing, origin: HubSource, folder: Path) -> Iterator[
     damaged.
     """
     from edger1.quant.converting import Settings
-    from edger1.quant.opening import open_source
+    from edger1.quant.opening import FolderSource, open_source
 
     coming = streamed.headers(found, folder)
-    source = open_source(folder, coming=coming)
+    # The converter looks at each number itself.
+    source = open_source(folder, coming=coming, allow_nonfinite=True)
+    assert isinstance(source, FolderSource)
     fetcher = hub.Fetcher(found, origin, folder)
-    files = {name: tuple(path.name for path in tensor.paths) for name, tensor in source.tensors.items()}
+    files = {name: tuple(path.name for path in source.paths(name)) for name in source.tensors}
     supply = streamed.ShardSupply(folder, files, lambda name: fetcher.fetch([name]), source.release)
     sizes = sorted((file.size or 0 for file in streamed.weight_files(found)), reverse=True)
     there = sum(path.stat().st_size for path in folder.glob("*.safetensors*"))
@@ -200,7 +202,7 @@ def _opened(wanted: Wanted, target: Target, work: Path, watch: Watch) -> Iterato
 
     path = target.path or _installed(wanted.text)
     if path is not None:
-        source = open_source(path)
+        source = open_source(path, allow_nonfinite=True)
         try:
             yield source, Manifest(name=target.name, source="path", repo=str(path)), Settings()
         finally:
@@ -215,7 +217,7 @@ def _opened(wanted: Wanted, target: Target, work: Path, watch: Watch) -> Iterato
     folder = work / f"{folder_name(origin.repo)}@{found.commit[:16]}"
     manifest = Manifest(name=target.name, source="hub", repo=origin.repo, revision=found.commit, file=origin.file)
     if found.is_gguf:
-        source = open_source(hub.download(found, origin, folder, watch))
+        source = open_source(hub.download(found, origin, folder, watch), allow_nonfinite=True)
         try:
             yield source, replace(manifest, file=found.files[0].name), Settings()
         finally:
