@@ -171,8 +171,8 @@ RECIPES: dict[str, Recipe] = {
 
 
 _NEAR = {
-    "Q2_K": 3, "Q3_K": 4, "Q4_K": 5, "Q5_K": 6, "Q6_K": 8, "Q8_K": 8, "IQ4_NL": 5, "IQ4_XS": 5, "IQ3_S": 4, "IQ3_XXS": 4,
-    "IQ2_S": 3, "IQ2_XS": 3, "IQ2_XXS": 3, "IQ1_S": 2, "IQ1_M": 2, "TQ1_0": 2, "TQ2_0": 2, "Q1_0": 2,
+    "Q2_K": 3, "Q3_K": 4, "Q4_K": 5, "Q5_K": 6, "Q6_K": 8, "Q8_K": 8, "IQ4_NL": 5, "IQ4_XS": 5, "IQ3_S": 4,
+    "IQ3_XXS": 4, "IQ2_S": 3, "IQ2_XS": 3, "IQ2_XXS": 3, "IQ1_S": 2, "IQ1_M": 2, "TQ1_0": 2, "TQ2_0": 2, "Q1_0": 2,
 }  # fmt: skip
 """A bit more than what a type of ggml's holds that MLX has no like of."""
 
