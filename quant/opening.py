@@ -5,7 +5,6 @@ Every format takes those tensors that it knows by their names and dtypes; what n
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import re
@@ -19,6 +18,7 @@ from edger1.quant.formats import folder as folders
 from edger1.quant.formats.files import WeightFiles
 from edger1.quant.formats.safetensors import Header
 from edger1.quant.formats.tensor import Context, Raw, StoredTensor
+from edger1.quant.model_config import for_mlx_lm
 from edger1.quant.source import Source, Tensor
 
 Claim = Callable[[Raw, Context], dict[str, Tensor]]
@@ -146,7 +146,7 @@ def _describe(
         if claim is plain.claim:
             _check_orphans(left)
         found |= claim(left, context)
-    return FolderSource(folder, _unquantized(config), weights, found, settings, ignored)
+    return FolderSource(folder, for_mlx_lm(config), weights, found, settings, ignored)
 
 
 def _settings(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -177,15 +177,6 @@ def _check_method(folder: Path, settings: Mapping[str, Any]) -> None:
             f"{folder} is quantized by {str(method)[:40]!r}, which cannot be read; {', '.join(_METHODS)}, MLX's own "
             "and unquantized weights can. Get the model in one of those."
         )
-
-
-def _unquantized(config: dict[str, Any]) -> dict[str, Any]:
-    bare = copy.deepcopy(config)
-    for place in (bare, bare.get("text_config")):
-        if isinstance(place, dict):
-            place.pop("quantization", None)
-            place.pop("quantization_config", None)
-    return bare
 
 
 def _dtype(config: Mapping[str, Any]) -> str:
