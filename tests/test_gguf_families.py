@@ -34,6 +34,8 @@ CHANGES: dict[str, dict[str, Any]] = {
     "llama": {"layer_types": None, "sliding_window": None, "rope_scaling": {"rope_type": "linear", "factor": 4.0}},
     "qwen3": {"rope_scaling": YARN},
     "olmoe": {"norm_topk_prob": False},
+    "smollm3": {"layer_types": None, "sliding_window": None, "rope_scaling": None, "num_hidden_layers": 4},
+    "olmo3": {"layer_types": ["sliding_attention", "full_attention"], "rope_scaling": YARN},
     "gemma2": {"attn_logit_softcapping": 20.0},
     "gpt_oss": {"rope_scaling": YARN},
     "glm4_moe": {"attention_bias": True},
