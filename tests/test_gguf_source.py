@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -290,8 +291,13 @@ def test_several_threads_read_at_once(tmp_path: Path) -> None:
     def read(name: str) -> bool:
         return all(np.array_equal(source.tensors[name].read(0, len(expected[name])), expected[name]) for _ in range(20))
 
-    with ThreadPoolExecutor(8) as pool:
-        assert all(pool.map(read, expected))
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            assert all(pool.map(read, expected))
+    finally:
+        sys.setswitchinterval(interval)
 
 
 def test_a_source_that_was_closed_says_so(tmp_path: Path) -> None:
