@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,13 @@ def test_every_architecture_is_tested() -> None:
     import gguf
 
     assert {gguf.MODEL_ARCH_NAMES[architecture] for architecture in ARCHITECTURES.values()} == FAMILIES.keys()
+
+
+def test_the_documentation_names_every_architecture() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "models.md").read_text(encoding="utf-8")
+    named = re.search(r"Architectures, by the names that the files give them: (.*?)Others,", text, re.DOTALL)
+    assert named is not None
+    assert set(re.findall(r"`([^`]+)`", named[1])) == FAMILIES.keys()
 
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
