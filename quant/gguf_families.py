@@ -14,8 +14,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from edger1.errors import FormatError
 from edger1.quant import gguf_layers as layers
 from edger1.quant.gguf_outline import Outline
@@ -46,6 +44,8 @@ def family(outline: Outline) -> Family:
     name = outline.name
     if name == "llama" and outline.header.integer("llama.expert_count", 0):
         return MIXTRAL
+    if name == "olmo2" and "olmo2.attention.sliding_window" in outline.header.metadata:
+        return OLMO3
     if name == "deepseek2" and (
         outline.header.integer("deepseek2.expert_gating_func", SOFTMAX) == SIGMOID
         or any(tensor.endswith(".exp_probs_b.bias") for tensor in outline.header.tensors)
@@ -63,6 +63,25 @@ def _llama(outline: Outline) -> None:
         layers.norms(outline, here, there)
         layers.attention(outline, here, there, biased, biased, interleaved=True)
         layers.mlp(outline, here, f"{there}.mlp", width, mlp_biased)
+
+    outline.each_layer(layer)
+
+
+def _smollm3(outline: Outline) -> None:
+    _llama(outline)
+    # The file does not say which layers rotate nothing; llama.cpp takes every fourth, too.
+    outline.config["no_rope_layer_interval"] = 4
+
+
+def _seed_oss(outline: Outline) -> None:
+    width = outline.count("feed_forward_length")
+    biased, out_biased = outline.has("blk.0.attn_q.bias"), outline.has("blk.0.attn_output.bias")
+    outline.config |= {"attention_bias": biased, "attention_out_bias": out_biased, "mlp_bias": False}
+
+    def layer(outline: Outline, here: str, there: str) -> None:
+        layers.norms(outline, here, there, "post_attention_norm")
+        layers.attention(outline, here, there, biased, out_biased)
+        layers.mlp(outline, here, f"{there}.mlp", width)
 
     outline.each_layer(layer)
 
@@ -153,8 +172,6 @@ def _olmoe(outline: Outline) -> None:
 
 def _olmo2(outline: Outline) -> None:
     width = outline.count("feed_forward_length")
-    if outline.key("attention.sliding_window") in outline.header.metadata:
-        raise outline.refuse("a sliding window (OLMo 3)")
     outline.config |= {"attention_bias": False}
 
     def layer(outline: Outline, here: str, there: str) -> None:
@@ -164,6 +181,45 @@ def _olmo2(outline: Outline) -> None:
             outline.add(f"{here}.{source}.weight", f"{there}.{target}_layernorm.weight", outline.hidden)
 
     outline.each_layer(layer)
+
+
+def _olmo3(outline: Outline) -> None:
+    _olmo2(outline)
+    period = layers.window_period(outline, 4)
+    kinds = ["full_attention" if (layer + 1) % period == 0 else "sliding_attention" for layer in range(outline.layers)]
+    outline.config |= {"sliding_window": outline.count("attention.sliding_window"), "layer_types": kinds}
+
+
+def _minimax(outline: Outline) -> None:
+    experts, width = layers.routing(outline, "num_local_experts", None)
+    normed = outline.has("blk.0.attn_q_norm.weight")
+    outline.config |= {
+        "intermediate_size": width,
+        "shared_intermediate_size": 0,
+        "scoring_func": "sigmoid",
+        "rotary_dim": outline.count("rope.dimension_count", outline.head_dim),
+        "use_qk_norm": normed,
+    }
+
+    def layer(outline: Outline, here: str, there: str) -> None:
+        layers.norms(outline, here, there)
+        layers.attention(outline, here, there, norms=(outline.wide, outline.narrow) if normed else None)
+        there = f"{there}.block_sparse_moe"
+        outline.linear(f"{here}.ffn_gate_inp", f"{there}.gate", experts, outline.hidden)
+        outline.add(f"{here}.exp_probs_b.bias", f"{there}.e_score_correction_bias", experts)
+        layers.expert_stack(outline, here, f"{there}.switch_mlp", experts, width)
+
+    outline.each_layer(layer)
+
+
+def _dots1(outline: Outline) -> None:
+    routing = layers.grouped_routing(outline)
+    outline.config |= {"attention_bias": False, "mlp_bias": False, "scoring_func": "noaux_tc"}
+    for index in range(outline.layers):
+        here, there = f"blk.{index}", f"model.layers.{index}"
+        layers.norms(outline, here, there)
+        layers.attention(outline, here, there, norms=(outline.head_dim, outline.head_dim))
+        layers.mixed_mlp(outline, here, f"{there}.mlp", index, routing, stack="experts")
 
 
 def _granite_scales(outline: Outline) -> None:
@@ -255,19 +311,6 @@ def _gemma_config(outline: Outline, large: int | None) -> None:
         raise outline.refuse("an output matrix of its own")
 
 
-def _period(outline: Outline, default: int) -> int:
-    """Return after how many layers one attends to everything; the others look through the window."""
-    key = outline.key("attention.sliding_window_pattern")
-    pattern = outline.header.metadata.get(key)
-    if not isinstance(pattern, np.ndarray):
-        return outline.count("attention.sliding_window_pattern", default)
-    slides = [bool(value) for value in pattern]
-    period = slides.index(False) + 1 if False in slides else len(slides) + 1
-    if slides != [(layer + 1) % period != 0 for layer in range(outline.layers)]:
-        raise outline.refuse("windows over layers that follow no period")
-    return period
-
-
 def _gemma(outline: Outline) -> None:
     _gemma_config(outline, None)
     del outline.config["query_pre_attn_scalar"]
@@ -291,7 +334,7 @@ def _gemma3(outline: Outline) -> None:
     outline.config |= {
         "rope_local_base_freq": outline.number("rope.freq_base_swa", 10000.0),
         "sliding_window": outline.count("attention.sliding_window"),
-        "sliding_window_pattern": _period(outline, 6),
+        "sliding_window_pattern": layers.window_period(outline, 6),
     }
     outline.each_layer(lambda outline, here, there: _gemma_layer(outline, here, there, norms=True, around=True))
 
@@ -396,6 +439,7 @@ def _glm4moe(outline: Outline) -> None:
             layers.further_tokens(outline, f"{here}.nextn", there)
 
 
+OLMO3 = Family("olmo3", "Olmo3ForCausalLM", _olmo3)
 MIXTRAL = Family("mixtral", "MixtralForCausalLM", _mixtral, even=True)
 DEEPSEEK_V3 = Family(
     "deepseek_v3", "DeepseekV3ForCausalLM", lambda outline: _deepseek(outline, absorbed=True), own_sizes=True
@@ -406,6 +450,10 @@ FAMILIES: dict[str, Family] = {
     "qwen2moe": Family("qwen2_moe", "Qwen2MoeForCausalLM", _qwen2moe, even=True),
     "qwen3": Family("qwen3", "Qwen3ForCausalLM", _qwen3),
     "qwen3moe": Family("qwen3_moe", "Qwen3MoeForCausalLM", _qwen3moe),
+    "smollm3": Family("smollm3", "SmolLM3ForCausalLM", _smollm3),
+    "seed_oss": Family("seed_oss", "SeedOssForCausalLM", _seed_oss),
+    "minimax-m2": Family("minimax", "MiniMaxM2ForCausalLM", _minimax, partial=True),
+    "dots1": Family("dots1", "Dots1ForCausalLM", _dots1),
     "olmo2": Family("olmo2", "Olmo2ForCausalLM", _olmo2),
     "olmoe": Family("olmoe", "OlmoeForCausalLM", _olmoe),
     "granite": Family("granite", "GraniteForCausalLM", _granite, even=True),
@@ -420,8 +468,8 @@ FAMILIES: dict[str, Family] = {
         "deepseek_v2", "DeepseekV2ForCausalLM", lambda outline: _deepseek(outline, absorbed=False), own_sizes=True
     ),
 }
-"""GGUF architecture -> family. A model of `llama` with experts, and one of `deepseek2` whose router is a sigmoid, are
-families of their own."""
+"""GGUF architecture -> family. Models of `llama` with experts, of `olmo2` with windows, and of `deepseek2` whose router
+is a sigmoid are families of their own."""
 
 
 def basics(outline: Outline, chosen: Family) -> dict[str, Any]:

@@ -6,6 +6,8 @@ mlx-lm follows. Experts lie stacked in GGUF and stay so, under the names that ml
 
 from __future__ import annotations
 
+import numpy as np
+
 from edger1.errors import FormatError
 from edger1.quant.gguf_outline import Outline
 
@@ -100,7 +102,9 @@ def grouped_routing(outline: Outline) -> tuple[int, int, int]:
     return experts, width, shared
 
 
-def mixed_mlp(outline: Outline, here: str, there: str, layer: int, routing: tuple[int, int, int]) -> None:
+def mixed_mlp(
+    outline: Outline, here: str, there: str, layer: int, routing: tuple[int, int, int], stack: str = "switch_mlp"
+) -> None:
     """A dense MLP in the first layers; routed and shared experts, and the choice's bias, in the others."""
     experts, width, shared = routing
     if layer < outline.config["first_k_dense_replace"]:
@@ -109,7 +113,7 @@ def mixed_mlp(outline: Outline, here: str, there: str, layer: int, routing: tupl
     outline.linear(f"{here}.ffn_gate_inp", f"{there}.gate", experts, outline.hidden)
     if outline.has(f"{here}.exp_probs_b.bias"):
         outline.add(f"{here}.exp_probs_b.bias", f"{there}.gate.e_score_correction_bias", experts)
-    expert_stack(outline, here, f"{there}.switch_mlp", experts, width)
+    expert_stack(outline, here, f"{there}.{stack}", experts, width)
     mlp(outline, here, f"{there}.shared_experts", shared * width, suffix="_shexp")
 
 
@@ -124,3 +128,16 @@ def further_tokens(outline: Outline, here: str, there: str) -> None:
     for source, target in (("embed_tokens", "embed_tokens"), ("shared_head_head", "shared_head.head")):
         if outline.has(f"{here}.{source}.weight"):
             outline.linear(f"{here}.{source}", f"{there}.{target}", outline.vocabulary, hidden)
+
+
+def window_period(outline: Outline, default: int) -> int:
+    """Return after how many layers one attends to everything; the others look through the window."""
+    key = outline.key("attention.sliding_window_pattern")
+    pattern = outline.header.metadata.get(key)
+    if not isinstance(pattern, np.ndarray):
+        return outline.count("attention.sliding_window_pattern", default)
+    slides = [bool(value) for value in pattern]
+    period = slides.index(False) + 1 if False in slides else len(slides) + 1
+    if slides != [(layer + 1) % period != 0 for layer in range(outline.layers)]:
+        raise outline.refuse("windows over layers that follow no period")
+    return period

@@ -26,7 +26,12 @@ ARCHITECTURES = {
     "qwen2_moe": gguf.MODEL_ARCH.QWEN2MOE,
     "qwen3": gguf.MODEL_ARCH.QWEN3,
     "qwen3_moe": gguf.MODEL_ARCH.QWEN3MOE,
+    "smollm3": gguf.MODEL_ARCH.SMOLLM3,
+    "seed_oss": gguf.MODEL_ARCH.SEED_OSS,
+    "minimax": gguf.MODEL_ARCH.MINIMAXM2,
+    "dots1": gguf.MODEL_ARCH.DOTS1,
     "olmo2": gguf.MODEL_ARCH.OLMO2,
+    "olmo3": gguf.MODEL_ARCH.OLMO2,
     "olmoe": gguf.MODEL_ARCH.OLMOE,
     "granite": gguf.MODEL_ARCH.GRANITE,
     "granitemoe": gguf.MODEL_ARCH.GRANITE_MOE,
@@ -39,13 +44,13 @@ ARCHITECTURES = {
     "deepseek_v2": gguf.MODEL_ARCH.DEEPSEEK2,
     "deepseek_v3": gguf.MODEL_ARCH.DEEPSEEK2,
 }
-INTERLEAVED = {"llama", "mixtral", "granite", "granitemoe"}
+INTERLEAVED = {"llama", "smollm3", "mixtral", "granite", "granitemoe"}
 STACKED = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
 
 
 def checkpoint_name(model_type: str, name: str) -> str:
     """Return what a parameter of mlx-lm's model is called where the gguf package looks its name up."""
-    if model_type in ("mixtral", "granitemoe"):
+    if model_type in ("mixtral", "granitemoe", "minimax"):
         name = re.sub(r"switch_mlp\.(\w+)", lambda found: f"experts.{STACKED[found[1]]}", name)
     name = name.replace("switch_mlp", "experts").replace("e_score_correction_bias", "e_score_correction.bias")
     name = name.replace("self_attn.embed_q", "self_attn.k_b_proj").replace(
@@ -131,6 +136,10 @@ def _write_sizes(writer: gguf.GGUFWriter, config: Config) -> None:
             writer.add_value_length(config["head_dim"])
     if config.get("sliding_window"):
         writer.add_sliding_window(config["sliding_window"])
+    if config["model_type"] == "olmo3":
+        writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in config["layer_types"]])
+    if "rotary_dim" in config:
+        writer.add_rope_dimension_count(config["rotary_dim"])
     if config.get("sliding_window_pattern"):
         writer.add_sliding_window_pattern(config["sliding_window_pattern"])
     if config.get("rope_local_base_freq"):
@@ -178,7 +187,7 @@ def _write_experts(writer: gguf.GGUFWriter, config: Config) -> None:
     writer.add_expert_used_count(config["num_experts_per_tok"])
     if width := config.get("moe_intermediate_size"):
         writer.add_expert_feed_forward_length(width)
-    if config["model_type"] == "gpt_oss":
+    if config["model_type"] in ("gpt_oss", "minimax"):
         writer.add_expert_feed_forward_length(config["intermediate_size"])
     if width := config.get("shared_expert_intermediate_size"):
         writer.add_expert_shared_feed_forward_length(width)

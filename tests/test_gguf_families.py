@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ CHANGES: dict[str, dict[str, Any]] = {
     "llama": {"layer_types": None, "sliding_window": None, "rope_scaling": {"rope_type": "linear", "factor": 4.0}},
     "qwen3": {"rope_scaling": YARN},
     "olmoe": {"norm_topk_prob": False},
+    "smollm3": {"layer_types": None, "sliding_window": None, "rope_scaling": None, "num_hidden_layers": 4},
+    "olmo3": {"layer_types": ["sliding_attention", "full_attention"], "rope_scaling": YARN},
     "gemma2": {"attn_logit_softcapping": 20.0},
     "gpt_oss": {"rope_scaling": YARN},
     "glm4_moe": {"attention_bias": True},
@@ -83,6 +86,13 @@ def test_every_architecture_is_tested() -> None:
     import gguf
 
     assert {gguf.MODEL_ARCH_NAMES[architecture] for architecture in ARCHITECTURES.values()} == FAMILIES.keys()
+
+
+def test_the_documentation_names_every_architecture() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "models.md").read_text(encoding="utf-8")
+    named = re.search(r"Architectures, by the names that the files give them: (.*?)Others,", text, re.DOTALL)
+    assert named is not None
+    assert set(re.findall(r"`([^`]+)`", named[1])) == FAMILIES.keys()
 
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)

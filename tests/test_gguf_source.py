@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -280,3 +282,26 @@ def test_numbers_that_are_not_finite_are_named(tmp_path: Path, kind: str, at: in
 def test_what_no_format_of_mlx_holds_is_counted(tmp_path: Path) -> None:
     assert not opened(tiny_model(matrix=GGMLQuantizationType.Q5_1), tmp_path).requantized()
     assert opened(with_tensor("Q4_K")[0], tmp_path).requantized() == {"Q4_K": 1}
+
+
+def test_several_threads_read_at_once(tmp_path: Path) -> None:
+    source = opened(wide_model(COLUMNS), tmp_path)
+    expected = {name: tensor.read(0, tensor.shape[0]) for name, tensor in source.tensors.items()}
+
+    def read(name: str) -> bool:
+        return all(np.array_equal(source.tensors[name].read(0, len(expected[name])), expected[name]) for _ in range(20))
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            assert all(pool.map(read, expected))
+    finally:
+        sys.setswitchinterval(interval)
+
+
+def test_a_source_that_was_closed_says_so(tmp_path: Path) -> None:
+    source = opened(tiny_model(), tmp_path)
+    source.close()
+    with pytest.raises(FormatError, match="'output_norm.weight' cannot be read: bad file descriptor"):
+        source.tensors["model.norm.weight"].read(0, 1)

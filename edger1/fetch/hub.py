@@ -44,8 +44,8 @@ class Listing:
 
     @property
     def is_gguf(self) -> bool:
-        """Tell whether the model is one GGUF file, to be converted."""
-        return len(self.files) == 1 and self.files[0].name.lower().endswith(".gguf")
+        """Tell whether the model is a GGUF file, or the parts of one, to be converted."""
+        return all(file.name.lower().endswith(".gguf") for file in self.files)
 
     @property
     def total_bytes(self) -> int:
@@ -121,7 +121,7 @@ def listing(source: HubSource) -> Listing:
 
 
 def download(found: Listing, source: HubSource, folder: Path, watch: Watch) -> Path:
-    """Fetch the files of `found` into `folder` and return it, or the GGUF file in it.
+    """Fetch the files of `found` into `folder` and return it, or the GGUF file in it (the first, if in parts).
 
     Goes on from what is there. Raises UnavailableError when the hub fails for good or a checksum is wrong (the bad
     file is removed), NoSpaceError when the disk is full or will be.
@@ -342,7 +342,8 @@ class _Transfer:
 
     def _verify(self, file: RemoteFile, partial: Path) -> None:
         size = _have(partial)
-        expected = self.source.sha256 if self.found.is_gguf and self.source.sha256 else file.sha256
+        alone = self.found.is_gguf and len(self.found.files) == 1
+        expected = self.source.sha256 if alone and self.source.sha256 else file.sha256
         problem = None
         if file.size is not None and size != file.size:
             problem = f"should have {file.size} bytes, but {size} came"

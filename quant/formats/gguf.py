@@ -11,7 +11,6 @@ of its own header.
 
 from __future__ import annotations
 
-import io
 import os
 import stat
 import struct
@@ -160,14 +159,17 @@ class GGUFFile:
         data = np.empty(((tensor.shape[0] if stop is None else stop) - start) * row_bytes, np.uint8)
         view = memoryview(data.data)
         done = 0
-        with io.FileIO(self._fd, closefd=False) as raw:
-            raw.seek(tensor.offset + start * row_bytes)
-            while done < len(data):
-                # Some systems refuse to read more than 2 GiB a call.
-                got = raw.readinto(view[done : done + (1 << 30)])
-                if not got:
-                    raise FormatError(f"{self.path.name} became shorter while tensor {tensor.name!r} was being read.")
-                done += got
+        while done < len(data):
+            # Several threads may read at once, so the file has no position. Some systems refuse more than 2 GiB a call.
+            wanted = view[done : done + (1 << 30)]
+            try:
+                got = os.preadv(self._fd, [wanted], tensor.offset + start * row_bytes + done)
+            except OSError as error:
+                reason = (error.strerror or str(error)).lower()
+                raise FormatError(f"{self.path.name}: tensor {tensor.name!r} cannot be read: {reason}.") from error
+            if not got:
+                raise FormatError(f"{self.path.name} became shorter while tensor {tensor.name!r} was being read.")
+            done += got
         return data
 
     def stamp(self) -> str:

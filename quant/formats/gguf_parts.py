@@ -7,7 +7,6 @@ The parts of a split model are named `<name>-00001-of-00003.gguf`. The first car
 from __future__ import annotations
 
 import hashlib
-import re
 from pathlib import Path
 from types import TracebackType
 
@@ -15,11 +14,7 @@ import numpy as np
 
 from edger1.errors import FormatError
 from edger1.quant.formats.gguf import GGUFFile, Header, TensorInfo
-
-MAX_PARTS = 1000
-"""More than any split has; each takes a file descriptor."""
-
-_PART_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.gguf)", re.IGNORECASE)
+from edger1.quant.formats.gguf_names import MAX_PARTS, part_paths, whole_name
 
 
 class GGUFParts:
@@ -46,8 +41,7 @@ class GGUFParts:
     @property
     def name(self) -> str:
         """The model's name: that of its file without the suffix and the number of the part."""
-        match = _PART_NAME.fullmatch(self.path.name)
-        return match["stem"] if match and len(self._files) > 1 else self.path.stem
+        return whole_name(self.path.name) if len(self._files) > 1 else self.path.stem
 
     @property
     def fingerprint(self) -> str:
@@ -74,17 +68,13 @@ class GGUFParts:
     def _open_all(self, count: int) -> None:
         given = self._files.pop()
         given.close()
-        match = _PART_NAME.fullmatch(self.path.name)
-        if match is None or int(match["count"]) != count or count > MAX_PARTS:
+        paths = part_paths(self.path)
+        if len(paths) != count:
             raise FormatError(
                 f"{self.path.name} is one of {count:,} parts of a model, which are to be named "
                 f"<name>-00001-of-{min(count, 99999):05d}.gguf and so on, {MAX_PARTS:,} at most. Give the files their "
                 "names back, or join them with llama-gguf-split --merge."
             )
-        paths = [
-            self.path.with_name(f"{match['stem']}-{number + 1:05d}-of-{match['count']}{match['suffix']}")
-            for number in range(count)
-        ]
         missing = [path.name for path in paths if not path.exists()]
         if missing:
             raise FormatError(
