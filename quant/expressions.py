@@ -16,6 +16,7 @@ bit. Between nodes floats are float32, which holds bf16 and f16 exactly.
 from __future__ import annotations
 
 import math
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -377,14 +378,16 @@ class Reduced(_Unary):
     axes: tuple[int, ...]
     function: Callable[..., Any]
     _whole: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def rows(self, start: int, stop: int, read: Read) -> Arrays:
         """Reduce the same rows; over the first axis, all of them, once."""
         if 0 not in self.axes:
             (array,) = self.source.rows(start, stop, read)
             return (to_numpy(self._reduce(to_mlx(array, self.source.dtype))),)
-        if "value" not in self._whole:
-            self._whole["value"] = self._all(read)
+        with self._lock:
+            if "value" not in self._whole:
+                self._whole["value"] = self._all(read)
         return (self._whole["value"][start:stop],)
 
     def _reduce(self, array: Any) -> Any:
@@ -413,6 +416,7 @@ class Whole(_Node):
     operands: tuple[Leaf, ...]
     compute: Callable[[], np.ndarray]
     _kept: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     @property
     def inputs(self) -> tuple[Expression, ...]:
@@ -421,9 +425,10 @@ class Whole(_Node):
 
     def rows(self, start: int, stop: int, read: Read) -> Arrays:
         """Compute all rows unless they are there, and return these."""
-        if "value" not in self._kept:
-            self._kept["value"] = self.compute()
-        value = self._kept["value"]
-        if stop == height(self.shape):
-            self._kept.clear()
+        with self._lock:
+            if "value" not in self._kept:
+                self._kept["value"] = self.compute()
+            value = self._kept["value"]
+            if stop == height(self.shape):
+                self._kept.clear()
         return (value[start:stop] if self.shape else value,)

@@ -10,6 +10,7 @@ import numpy as np
 from edger1.errors import FormatError
 from edger1.quant.expressions import Arrays, Expression, Leaf, to_mlx, to_numpy
 from edger1.quant.formats.ggml import Array
+from edger1.quant.quantizing import thread_stream
 from edger1.quant.source import Codes, Coding
 
 _FLOAT_DATA = {"F16": np.float16, "F32": np.float32}
@@ -76,8 +77,14 @@ class Plain(_Target):
         return same.pop() if len(same) == 1 else None
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Return rows [start, stop) as float32 (integers as they are), in memory that is a small multiple of them."""
-        return np.asarray(self.expression.rows(start, stop, _numbers)[0], order="C")
+        """Return rows [start, stop) as float32 (integers as they are), in memory that is a small multiple of them.
+
+        Any thread may read.
+        """
+        import mlx.core as mx
+
+        with mx.stream(thread_stream()):
+            return np.asarray(self.expression.rows(start, stop, _numbers)[0], order="C")
 
     def codes(self, start: int, stop: int) -> Codes:
         """Return the codes of rows [start, stop); only where `coding` is set."""
@@ -169,20 +176,21 @@ class Packed(_Target):
         """Return rows [start, stop) as float32."""
         import mlx.core as mx
 
-        weight, scales, *biases = (to_mlx(part.read(start, stop), part.dtype) for part in self._parts)
-        coding = self.coding
-        if biases:
-            scales, biases = scales.astype(mx.float32), [biases[0].astype(mx.float32)]
-        numbers = mx.dequantize(
-            weight,
-            scales,
-            biases[0] if biases else None,
-            group_size=coding.group_size,
-            bits=coding.bits,
-            mode=coding.mode,
-            dtype=mx.float32,
-        )
-        return to_numpy(numbers)
+        coding, parts = self.coding, [part.read(start, stop) for part in self._parts]
+        with mx.stream(thread_stream()):
+            weight, scales, *biases = (to_mlx(rows, part.dtype) for rows, part in zip(parts, self._parts, strict=True))
+            if biases:
+                scales, biases = scales.astype(mx.float32), [biases[0].astype(mx.float32)]
+            numbers = mx.dequantize(
+                weight,
+                scales,
+                biases[0] if biases else None,
+                group_size=coding.group_size,
+                bits=coding.bits,
+                mode=coding.mode,
+                dtype=mx.float32,
+            )
+            return to_numpy(numbers)
 
 
 Target = Plain | Packed

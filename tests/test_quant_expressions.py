@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import tracemalloc
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import mlx.core as mx
@@ -288,3 +289,17 @@ def test_a_window_takes_a_small_multiple_of_its_size(family: str) -> None:
     tracemalloc.stop()
     # The rows of two experts with those of gate_proj, where they lie together, and a copy.
     assert peak < 4.5 * 2 * rows * columns * 4
+
+
+def test_threads_read_what_another_recorded() -> None:
+    def computed(weights: dict[str, mx.array]) -> dict[str, mx.array]:
+        w = weights["w"]
+        return {"a": w + 1, "b": mx.log2(w), "c": w / mx.linalg.norm(w, axis=0, keepdims=True), "d": w.view(mx.uint32)}
+
+    array = mx.abs(mx.random.normal((40, 8))) + 1
+    expected = {name: to_numpy(value) for name, value in computed({"w": array}).items()}
+    targets = record(computed, {"w": array})
+    with ThreadPoolExecutor(3) as pool:
+        for name, target in targets.items():
+            rows = list(pool.map(lambda i, target=target: target.read(i, i + 4), range(0, 40, 4)))
+            assert np.array_equal(np.concatenate(rows), expected[name]), name
