@@ -33,8 +33,8 @@ None for a plain one, `inputs` is f32 [rows, columns] and valid during the call 
 class Pass:
     """Windows of tokens on their way through a model.
 
-    `tokens` is int32 [windows, length]; `hidden` is the hidden state f32 [windows, length, hidden size], before the first
-    layer that of the embedding. `own` is the source's, and nobody else's.
+    `tokens` is int32 [windows, length]; `hidden` is the hidden state f32 [windows, length, hidden size], before the
+    first layer that of the embedding. `own` is the source's, and nobody else's.
     """
 
     tokens: Array
