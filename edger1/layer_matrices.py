@@ -15,7 +15,6 @@ import numpy as np
 
 from edger1.errors import FormatError
 from edger1.quant.formats import safetensors
-from edger1.quant.formats.ggml import Array
 
 
 class Matrices(Protocol):
@@ -25,7 +24,7 @@ class Matrices(Protocol):
         """Return [rows, columns], or [experts, rows, columns] of a stack, of numbers and not of codes."""
         ...
 
-    def rows(self, path: str, module: Any, expert: int | None, start: int, stop: int) -> Array:
+    def rows(self, path: str, module: Any, expert: int | None, start: int, stop: int) -> np.ndarray:
         """Return rows [start, stop) of a matrix as f32; `expert` is the matrix of a stack, None where there is one."""
         ...
 
@@ -48,7 +47,7 @@ class FolderMatrices:
         held = tuple(module["weight"].shape)
         return held if "scales" not in module else (*held[:-1], held[-1] * 32 // module.bits)
 
-    def rows(self, path: str, module: Any, expert: int | None, start: int, stop: int) -> Array:
+    def rows(self, path: str, module: Any, expert: int | None, start: int, stop: int) -> np.ndarray:
         """See Matrices."""
         import mlx.core as mx
 
@@ -99,7 +98,7 @@ def _read(file: Path, entry: safetensors.Entry, expert: int | None, start: int, 
     return array.view(mx.bfloat16) if entry.dtype == "BF16" else array
 
 
-def _numpy(array: Any) -> Array:
+def _numpy(array: Any) -> np.ndarray:
     import mlx.core as mx
 
     return np.array(array.astype(mx.float32))

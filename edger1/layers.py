@@ -25,7 +25,6 @@ from edger1.experts import anatomy
 from edger1.folder import inspect
 from edger1.layer_matrices import FolderMatrices, Matrices
 from edger1.mlx_runtime import prepare
-from edger1.quant.formats.ggml import Array
 from edger1.quant.layers import Pass, Watch
 
 WINDOW_BYTES = 64 << 20
@@ -137,8 +136,8 @@ class ModelLayers:
             self._model(whole)
         if len(state.calls) != self.layers:
             raise FormatError(
-                f"{self._name}: {len(state.calls)} calls of its {self.layers} decoder layers were seen, so it cannot be "
-                f"run layer by layer."
+                f"{self._name}: {len(state.calls)} calls of its {self.layers} decoder layers were seen, so it cannot "
+                f"be run layer by layer."
             )
         return Pass(np.asarray(tokens, np.int32), _numpy(first[0]), state)
 
@@ -171,7 +170,7 @@ class ModelLayers:
                 waiting = [number for number, _ in asked]
         mx.clear_cache()
 
-    def logits(self, passing: Pass, watch: Watch | None = None) -> Array:
+    def logits(self, passing: Pass, watch: Watch | None = None) -> np.ndarray:
         """Return f32 [windows, length, vocabulary] after the last layer."""
         import mlx.core as mx
 
@@ -194,7 +193,7 @@ class ModelLayers:
         self._installed.uninstall()
         self._model, self._decoders, self._tokenizer = None, [], None
 
-    def product(self, module: Any, x: Array, expert: int | None, *, transposed: bool = False) -> Array:
+    def product(self, module: Any, x: np.ndarray, expert: int | None, *, transposed: bool = False) -> np.ndarray:
         """Return x @ W.T, or x @ W where `transposed`, of f32 x [rows, columns] with a module's matrix."""
         path = self._paths[id(module)]
         rows, columns = self._matrices.shape(path, module)[-2:]
@@ -237,7 +236,7 @@ class ModelLayers:
         chosen = [np.array(q.indices) for q in questions]
         x = np.concatenate([a.reshape(-1, a.shape[-1]) for a in xs])
         choices = np.concatenate([c.reshape(-1, c.shape[-1]) for c in chosen])
-        out: Array | None = None
+        out: np.ndarray | None = None
         for expert in range(anatomy.projections(switch)[0][1].num_experts):
             rows, ranks = np.nonzero(choices == expert)
             if not len(rows):
@@ -442,7 +441,7 @@ def _first(result: Any) -> Any:
     return result[0] if isinstance(result, tuple) else result
 
 
-def _numpy(array: Any) -> Array:
+def _numpy(array: Any) -> np.ndarray:
     import mlx.core as mx
 
     return np.array(array.astype(mx.float32))

@@ -20,9 +20,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from edger1.quant.formats.ggml import Array
 
-Watch = Callable[[str, int | None, Array], None]
+Watch = Callable[[str, int | None, np.ndarray], None]
 """Hears of the inputs of every linear: (path, expert, inputs).
 
 `path` is the module's in mlx-lm's model ("model.layers.0.self_attn.q_proj"), `expert` the row of a stacked linear and
@@ -37,8 +36,8 @@ class Pass:
     first layer that of the embedding. `own` is the source's, and nobody else's.
     """
 
-    tokens: Array
-    hidden: Array
+    tokens: np.ndarray
+    hidden: np.ndarray
     own: Any = field(default=None, repr=False)
 
 
@@ -73,7 +72,7 @@ class LayerSource(Protocol):
         """Take each pass through decoder layer `layer`; `hidden` becomes the layer's output."""
         ...
 
-    def logits(self, passing: Pass, watch: Watch | None = None) -> Array:
+    def logits(self, passing: Pass, watch: Watch | None = None) -> np.ndarray:
         """Return f32 [windows, length, vocabulary] after the last layer."""
         ...
 
