@@ -20,7 +20,6 @@ from typing import Any, Protocol
 
 import numpy as np
 
-
 Watch = Callable[[str, int | None, np.ndarray], None]
 """Hears of the inputs of every linear: (path, expert, inputs).
 
