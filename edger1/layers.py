@@ -25,7 +25,7 @@ from edger1.experts import anatomy
 from edger1.folder import inspect
 from edger1.layer_matrices import FolderMatrices, Matrices
 from edger1.mlx_runtime import prepare
-from edger1.quant.layers import Pass, Watch
+from edger1.quant.layers import Change, Pass, Watch
 
 WINDOW_BYTES = 64 << 20
 """Rows of a matrix that are in memory at once, as f32."""
@@ -82,9 +82,11 @@ class ModelLayers:
         self._decoders = _decoders(model)
         if not self._decoders:
             raise FormatError(f"{name} has no list of decoder layers, so it cannot be run layer by layer.")
-        self._paths = {id(module): path for path, module in anatomy.modules(model)}
+        self._by_path = dict(anatomy.modules(model))
+        self._paths = {id(module): path for path, module in self._by_path.items()}
         self._visit: Callable[[int, Any, tuple[Any, ...], dict[str, Any]], Any] | None = None
         self._watch: Watch | None = None
+        self._change: Change | None = None
         self._answers: list[Any] = []
         self._answered = 0
         _widen(model)
@@ -117,7 +119,16 @@ class ModelLayers:
             raise FormatError(f"{self._name} has no chat template, so chats cannot be rendered; give plain text.")
         return list(words.apply_chat_template(list(messages), tokenize=True))
 
-    def begin(self, tokens: np.ndarray) -> Pass:
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Return the text of token ids, special tokens as they are written."""
+        return str(self._words().decode(list(tokens)))
+
+    @property
+    def model(self) -> Any:
+        """mlx-lm's model, its weights lazy."""
+        return self._model
+
+    def begin(self, tokens: np.ndarray, change: Change | None = None) -> Pass:
         """Embed int [windows, length] tokens."""
         import mlx.core as mx
 
@@ -132,7 +143,7 @@ class ModelLayers:
             return self._decoders[index](x, *args, **kwargs)
 
         whole = mx.array(np.asarray(tokens, np.int32))
-        with self._embedding_by_rows(), self._visited(note):
+        with self._embedding_by_rows(change), self._visited(note):
             self._model(whole)
         if len(state.calls) != self.layers:
             raise FormatError(
@@ -141,13 +152,25 @@ class ModelLayers:
             )
         return Pass(np.asarray(tokens, np.int32), _numpy(first[0]), state)
 
-    def advance(self, layer: int, passes: Sequence[Pass], watch: Watch | None = None) -> None:
+    def linears(self, layer: int | None) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the linears in a decoder layer, outside of all layers for None, by path."""
+        found = self._outside() if layer is None else [m for _, m in anatomy.modules(self._decoders[layer])]
+        named = [(self._paths[id(module)], module) for module in found if type(module) in _kinds()]
+        return {path: self._matrices.shape(path, module) for path, module in named if "weight" in module}
+
+    def rows(self, path: str, expert: int | None, start: int, stop: int) -> np.ndarray:
+        """Return rows [start, stop) of a linear's matrix as f32."""
+        return self._matrices.rows(path, self._by_path[path], expert, start, stop)
+
+    def advance(
+        self, layer: int, passes: Sequence[Pass], watch: Watch | None = None, change: Change | None = None
+    ) -> None:
         """Take each pass through decoder layer `layer`; `hidden` becomes the layer's output."""
         import mlx.core as mx
 
         module = self._decoders[layer]
         answers: list[list[Any]] = [[] for _ in passes]
-        with self._by_rows(module, watch):
+        with self._by_rows(module, watch, change):
             waiting = list(range(len(passes)))
             while waiting:
                 asked = []
@@ -170,7 +193,7 @@ class ModelLayers:
                 waiting = [number for number, _ in asked]
         mx.clear_cache()
 
-    def logits(self, passing: Pass, watch: Watch | None = None) -> np.ndarray:
+    def logits(self, passing: Pass, watch: Watch | None = None, change: Change | None = None) -> np.ndarray:
         """Return f32 [windows, length, vocabulary] after the last layer."""
         import mlx.core as mx
 
@@ -183,9 +206,7 @@ class ModelLayers:
             hidden = mx.array(passing.hidden)
             return (hidden, *result[1:]) if isinstance(result, tuple) else hidden
 
-        inside = {id(module) for decoder in self._decoders for _, module in anatomy.modules(decoder)}
-        outside = [module for _, module in anatomy.modules(self._model) if id(module) not in inside]
-        with self._by_rows(self._model, watch, among=outside), self._visited(answer):
+        with self._by_rows(self._model, watch, change, among=self._outside()), self._visited(answer):
             return _numpy(self._model(mx.array(passing.tokens)))
 
     def close(self) -> None:
@@ -203,7 +224,7 @@ class ModelLayers:
         out = np.zeros((len(x), columns if transposed else rows), np.float32)
         for start in range(0, rows, step):
             stop = min(rows, start + step)
-            window = self._matrices.rows(path, module, expert, start, stop)
+            window = self._window(path, module, expert, start, stop)
             if transposed:
                 out += x[:, start:stop] @ window
             else:
@@ -224,8 +245,17 @@ class ModelLayers:
         path = self._paths[id(module)]
         wanted = np.array(tokens)
         unique, places = np.unique(wanted, return_inverse=True)
-        rows = [self._matrices.rows(path, module, None, int(row), int(row) + 1) for row in unique]
+        rows = [self._window(path, module, None, int(row), int(row) + 1) for row in unique]
         return mx.array(np.concatenate(rows)[places.reshape(-1)].reshape(*wanted.shape, -1))
+
+    def _window(self, path: str, module: Any, expert: int | None, start: int, stop: int) -> np.ndarray:
+        rows = self._matrices.rows(path, module, expert, start, stop)
+        changed = None if self._change is None else self._change(path, expert, start, rows)
+        return rows if changed is None else changed
+
+    def _outside(self) -> list[Any]:
+        inside = {id(module) for decoder in self._decoders for _, module in anatomy.modules(decoder)}
+        return [module for module in self._by_path.values() if id(module) not in inside]
 
     def _ask_experts(self, questions: Sequence[_Asked]) -> list[Any]:
         """Let each expert compute all rows that chose it, in every question; returns one answer a question."""
@@ -271,19 +301,21 @@ class ModelLayers:
                 module.__class__ = kind
 
     @contextlib.contextmanager
-    def _embedding_by_rows(self) -> Iterator[None]:
+    def _embedding_by_rows(self, change: Change | None) -> Iterator[None]:
         import mlx.nn as nn
 
         found = [m for _, m in anatomy.modules(self._model) if type(m) in (nn.Embedding, nn.QuantizedEmbedding)]
-        with self._by_rows(self._model, None, among=found):
+        with self._by_rows(self._model, None, change, among=found):
             yield
 
     @contextlib.contextmanager
-    def _by_rows(self, module: Any, watch: Watch | None, among: Sequence[Any] | None = None) -> Iterator[None]:
+    def _by_rows(
+        self, module: Any, watch: Watch | None, change: Change | None, among: Sequence[Any] | None = None
+    ) -> Iterator[None]:
         """Let the linears in `module` (or those `among` it) compute from rows that are read when needed."""
         kinds = _kinds()
         changed = []
-        self._watch = watch
+        self._watch, self._change = watch, change
         try:
             for part in [m for _, m in anatomy.modules(module)] if among is None else among:
                 kind = type(part)
@@ -293,7 +325,7 @@ class ModelLayers:
                     part.__class__ = kinds[kind](kind)
             yield
         finally:
-            self._watch = None
+            self._watch = self._change = None
             for part, kind in changed:
                 part.__class__ = kind
                 vars(part).pop("_by_rows", None)

@@ -1,11 +1,11 @@
 """Codes, scales and biases of affine groups, fitted to what a matrix does to its inputs instead of to its numbers.
 
-MLX's affine groups hold w ~ scale * code + bias with codes 0 .. 2^bits - 1. Plain rounding takes scale and bias from the
-least and the largest weight of a group. Here the error that counts is that of the product: with the inputs' second
-moments H = sum of x x^T, a row w that becomes v costs (v - w) H (v - w)^T. Three steps lower it, each as far as H is known:
+MLX's affine groups hold w ~ scale * code + bias with codes 0 .. 2^bits - 1. Plain rounding takes scale and bias from
+the least and the largest weight of a group. Here the error that counts is that of the product: with the inputs' second
+moments H = sum of x x^T, a row w that becomes v costs (v - w) H (v - w)^T. Three steps lower it, as far as H is known:
 
 1. `search`: for each group, ranges that clip more or less are tried; for each, scale and bias are the weighted least
-   squares of the weights on their codes, with the columns' second moments as weights. All that the diagonal of H allows.
+   squares of the weights on their codes, with the columns' second moments as weights. All that H's diagonal allows.
 2. Error feedback (GPTQ, arXiv 2210.17323): columns are rounded one after another, and each one's error is made up for
    in the columns to come, by H's inverse. Scale and bias of a group are searched on what the group has become by then.
 3. Descent: sweeps over groups, each refitting a group's scale and bias by the least squares of the whole row's error,
@@ -20,6 +20,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+
+from edger1.quant.formats.ggml import Array
+from edger1.quant.source import Codes
 
 SHRINKS = (1.0, 0.96, 0.92, 0.88, 0.83, 0.77, 0.7)
 """Parts of a group's range that are tried; narrower ones only ever won at two and three bits."""
@@ -68,27 +71,72 @@ class Grid:
         return ((raw + 0x7FFF + ((raw >> 16) & 1)) & np.uint32(0xFFFF0000)).view(np.float32)
 
 
-def fit(rows: np.ndarray, grid: Grid, moments: np.ndarray | None = None, *, sweeps: int = SWEEPS) -> Fitted:
+@dataclass(frozen=True)
+class Curvature:
+    """What a matrix of moments says of the cost, made once for many fits: `damped` H, and U of H^-1 = U^T U."""
+
+    damped: np.ndarray
+    upper: np.ndarray
+
+    @classmethod
+    def of(cls, moments: np.ndarray) -> Curvature:
+        """Make it of f32 moments [k, k], whose scale does not matter."""
+        damped = np.asarray(moments, np.float64) / max(float(np.diag(moments).mean()), 1e-30)
+        damped[np.diag_indices_from(damped)] += DAMPING
+        upper = np.linalg.cholesky(np.linalg.inv(damped)).T
+        return cls(damped.astype(np.float32), np.ascontiguousarray(upper, np.float32))
+
+
+def fit(rows: np.ndarray, grid: Grid, moments: np.ndarray | Curvature | None = None, *, sweeps: int = SWEEPS) -> Fitted:
     """Fit codes to f32 rows [n, k].
 
-    `moments` are the inputs' second moments: [k, k] for all three steps, [k] for the first alone; None weighs every
-    column alike. Their scale does not matter.
+    `moments` are the inputs' second moments: [k, k] or a Curvature for all three steps, [k] for the first alone; None
+    weighs every column alike. Their scale does not matter.
     """
     # Columns are worked on one at a time: side by side in memory they are contiguous.
     columns = np.ascontiguousarray(rows.T, np.float32)
-    if moments is None or moments.ndim == 1:
+    if moments is None or (isinstance(moments, np.ndarray) and moments.ndim == 1):
         weights = np.ones(len(columns), np.float32) if moments is None else _floored(moments)
         state = _search_all(columns, weights, grid)
     else:
-        curvature = _damped(moments)
-        state = _feed_back(columns, curvature, grid)
+        curvature = Curvature.of(moments) if isinstance(moments, np.ndarray) else moments
+        state = _feed_back(columns, curvature.upper, grid)
         for _ in range(sweeps):
-            _descend(columns, curvature, grid, state)
+            _descend(columns, curvature.damped, grid, state)
     return Fitted(
         np.ascontiguousarray(state.codes.T.astype(np.uint8)),
         np.ascontiguousarray(state.scales.T),
         np.ascontiguousarray(state.biases.T),
     )
+
+
+def quantize(
+    rows: np.ndarray, bits: int, group_size: int, dtype: str, moments: np.ndarray | None, *, sweeps: int = SWEEPS
+) -> Codes:
+    """Fit f32 rows [n, k], or a stack [E, n, k], and return them as MLX holds them; scales and biases come in `dtype`.
+
+    `moments` are [k, k] or [k], of a stack one for each expert.
+    """
+    grid = Grid(bits, group_size, dtype)
+    stack = rows if rows.ndim == 3 else rows[None]
+    each = [None] * len(stack) if moments is None else moments if rows.ndim == 3 else [moments]
+    fitted = [fit(matrix, grid, own, sweeps=sweeps) for matrix, own in zip(stack, each, strict=True)]
+
+    def whole(parts: list[np.ndarray]) -> np.ndarray:
+        return np.stack(parts) if rows.ndim == 3 else parts[0]
+
+    return Codes(
+        Array("U32", whole([pack(one.codes, bits) for one in fitted])),
+        Array(dtype, whole([stored(one.scales, dtype) for one in fitted])),
+        Array(dtype, whole([stored(one.biases, dtype) for one in fitted])),
+    )
+
+
+def stored(values: np.ndarray, dtype: str) -> np.ndarray:
+    """Return f32 values, already rounded, as the bytes of `dtype`: BF16 as uint16."""
+    if dtype == "BF16":
+        return (np.ascontiguousarray(values).view(np.uint32) >> 16).astype(np.uint16)
+    return values.astype({"F16": np.float16, "F32": np.float32}[dtype])
 
 
 def cost(rows: np.ndarray, values: np.ndarray, moments: np.ndarray | None = None) -> float:
@@ -121,13 +169,6 @@ class _State:
 def _floored(moments: np.ndarray) -> np.ndarray:
     """Let no column count for nothing: calibration has not seen everything."""
     return np.asarray(moments + max(float(moments.mean()) * DAMPING, 1e-30), np.float32)
-
-
-def _damped(moments: np.ndarray) -> np.ndarray:
-    scale = max(float(np.diag(moments).mean()), 1e-30)
-    damped = np.asarray(moments, np.float64) / scale
-    damped[np.diag_indices_from(damped)] += DAMPING
-    return damped
 
 
 def _empty(columns: np.ndarray, grid: Grid) -> _State:
@@ -181,10 +222,8 @@ def _smallest(grid: Grid) -> np.float32:
     return np.float32(2.0**-24 if grid.dtype == "F16" else 1e-30)
 
 
-def _feed_back(columns: np.ndarray, curvature: np.ndarray, grid: Grid) -> _State:
+def _feed_back(columns: np.ndarray, upper: np.ndarray, grid: Grid) -> _State:
     """Round columns in order, each one's error made up for in those to come."""
-    # curvature^-1 = U^T U with U upper triangular.
-    upper = np.linalg.cholesky(np.linalg.inv(curvature)).T.astype(np.float32)
     state, left = _empty(columns, grid), columns.copy()
     weights = np.diag(upper) ** -2
     for group, start in enumerate(range(0, len(columns), grid.size)):
@@ -203,9 +242,8 @@ def _feed_back(columns: np.ndarray, curvature: np.ndarray, grid: Grid) -> _State
     return state
 
 
-def _descend(columns: np.ndarray, curvature: np.ndarray, grid: Grid, state: _State) -> None:
+def _descend(columns: np.ndarray, h: np.ndarray, grid: Grid, state: _State) -> None:
     """Take one sweep of descent over groups: scale and bias, then code after code."""
-    h = curvature.astype(np.float32)
     values = np.repeat(state.scales, grid.size, 0) * state.codes + np.repeat(state.biases, grid.size, 0)
     gradient = h @ (values - columns)
     for group, start in enumerate(range(0, len(columns), grid.size)):

@@ -26,6 +26,10 @@ Watch = Callable[[str, int | None, np.ndarray], None]
 `path` is the module's in mlx-lm's model ("model.layers.0.self_attn.q_proj"), `expert` the row of a stacked linear and
 None for a plain one, `inputs` is f32 [rows, columns] and valid during the call only."""
 
+Change = Callable[[str, int | None, int, np.ndarray], np.ndarray | None]
+"""Changes a matrix on trial: (path, expert, start, rows) -> what to compute with instead of f32 rows [start, ...), or
+None where they stay as they are."""
+
 
 @dataclass
 class Pass:
@@ -52,6 +56,17 @@ class LayerSource(Protocol):
         """Number of decoder layers."""
         ...
 
+    def linears(self, layer: int | None) -> dict[str, tuple[int, ...]]:
+        """Return the linears in a decoder layer, outside of all layers for None, by path.
+
+        The shapes are [rows, columns], of a stack [experts, rows, columns].
+        """
+        ...
+
+    def rows(self, path: str, expert: int | None, start: int, stop: int) -> np.ndarray:
+        """Return rows [start, stop) of a linear's matrix as f32."""
+        ...
+
     def encode(self, text: str) -> list[int]:
         """Return the text's token ids, without special tokens before or after."""
         ...
@@ -63,15 +78,17 @@ class LayerSource(Protocol):
         """
         ...
 
-    def begin(self, tokens: np.ndarray) -> Pass:
+    def begin(self, tokens: np.ndarray, change: Change | None = None) -> Pass:
         """Embed int [windows, length] tokens."""
         ...
 
-    def advance(self, layer: int, passes: Sequence[Pass], watch: Watch | None = None) -> None:
+    def advance(
+        self, layer: int, passes: Sequence[Pass], watch: Watch | None = None, change: Change | None = None
+    ) -> None:
         """Take each pass through decoder layer `layer`; `hidden` becomes the layer's output."""
         ...
 
-    def logits(self, passing: Pass, watch: Watch | None = None) -> np.ndarray:
+    def logits(self, passing: Pass, watch: Watch | None = None, change: Change | None = None) -> np.ndarray:
         """Return f32 [windows, length, vocabulary] after the last layer."""
         ...
 
