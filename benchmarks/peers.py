@@ -30,7 +30,7 @@ from benchmarks.common import child_environment, instruction_sets
 LLAMA_CPP_PYTHON = "0.3.36"
 SMOLLM2_WHEEL = "0.1.2"
 QUANTIZATIONS = ("Q4_0", "Q4_1", "Q8_0")
-TOOLS = ("llama-bench", "llama-completion", "llama-quantize")
+TOOLS = ("llama-bench", "llama-completion", "llama-quantize", "llama-imatrix")
 
 CMAKE_OPTIONS = (
     "-DCMAKE_BUILD_TYPE=Release",
