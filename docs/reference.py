@@ -21,6 +21,7 @@ COMMANDS = (
     ("models", "rm"),
     ("plan",),
     ("finetune",),
+    ("eval",),
     ("doctor",),
 )
 TARGET = Path(__file__).with_name("cli.md")
