@@ -164,10 +164,15 @@ def calibrate(
             if share is not None:
                 shares[path] = share.tolist()
         on_progress(layer + 1, source.layers + 1)
-    digest = hashlib.sha256(tokens.tobytes() + source.name.encode()).hexdigest()[:16]
+    digest = digest_of(source, tokens)
     about = {"layout": _LAYOUT, "tokens": int(tokens.size), "digest": digest, "files": files, "shares": shares}
     (folder / INDEX).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
     return Statistics(folder, int(tokens.size), digest, files, shares)
+
+
+def digest_of(source: LayerSource, tokens: np.ndarray) -> str:
+    """Return the digest that statistics of these tokens in this model have."""
+    return hashlib.sha256(tokens.tobytes() + source.name.encode()).hexdigest()[:16]
 
 
 def load(folder: Path) -> Statistics:

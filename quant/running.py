@@ -20,7 +20,7 @@ import mlx.core as mx
 import numpy as np
 
 from edger1.errors import FormatError
-from edger1.quant import journal, quantizing
+from edger1.quant import journal, quantizing, threads
 from edger1.quant.formats.ggml import Array
 from edger1.quant.journal import Journal
 from edger1.quant.planning import Job, Plan, Unit
@@ -170,26 +170,22 @@ class _Workers:
         self._errors: dict[int, BaseException] = {}
         self._stopped = False
         self._changed = threading.Condition()
-        self._threads = [
-            threading.Thread(target=self._work, name=f"edger1-convert-{number}", daemon=True)
-            for number in range(options.threads)
-        ]
+        self._ended: list[threading.Event] = []
 
     def __enter__(self) -> Self:
-        for thread in self._threads:
-            thread.start()
+        self._ended = [threads.start(self._work) for _ in range(self._options.threads)]
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         with self._changed:
             self._stopped = True
         self._supply.stop()
-        for thread in self._threads:
-            thread.join()
+        for ended in self._ended:
+            ended.wait()
 
     def active(self) -> int:
         """Return how many threads are at work or waiting."""
-        return sum(thread.is_alive() for thread in self._threads)
+        return sum(not ended.is_set() for ended in self._ended)
 
     @property
     def prefix(self) -> int:

@@ -327,9 +327,17 @@ def test_a_disk_that_becomes_full_keeps_what_is_done(tmp_path: Path, monkeypatch
     converted(FakeSource(), tmp_path)
 
 
-def test_threads_do_not_outlive_a_failure(tmp_path: Path) -> None:
-    stopped_half_way(tmp_path)
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("edger1-convert")]
+def test_nothing_is_read_any_more_after_a_failure_and_threads_are_used_again(tmp_path: Path) -> None:
+    stopped_half_way(tmp_path / "1")
+    before = [thread for thread in threading.enumerate() if thread.name == "edger1-convert"]
+    source = FakeSource()
+    source.tensors[f"{DOWN}.weight"].values = np.full((5, 128, 192), np.nan, np.float32)
+    with pytest.raises(FormatError):
+        converted(source, tmp_path / "2")
+    read = sum(len(tensor.reads) for tensor in source.tensors.values())
+    time.sleep(0.05)
+    assert sum(len(tensor.reads) for tensor in source.tensors.values()) == read
+    assert [thread for thread in threading.enumerate() if thread.name == "edger1-convert"] == before
 
 
 class Watched:

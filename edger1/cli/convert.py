@@ -12,6 +12,8 @@ from edger1.cli.pull import INTERRUPTED, reporting
 from edger1.errors import UsageError
 
 if TYPE_CHECKING:
+    from edger1.fetch import Watch
+    from edger1.fetch.quantize import Wanted
     from edger1.quant.recipes import Recipe
 
 
@@ -31,6 +33,19 @@ def convert_command(
     group_size: Annotated[
         int | None, typer.Option(metavar="N", help="With --bits: weights that share a scale, 32, 64 or 128.")
     ] = None,
+    fit: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Bits by measured sensitivity, so that it runs under this much memory."),
+    ] = None,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Fit scales and codes to what a text makes of the inputs.")
+    ] = False,
+    text: Annotated[
+        Path | None, typer.Option("--text", metavar="FILE", help="The text or .jsonl data set for it.")
+    ] = None,
+    report: Annotated[
+        bool, typer.Option("--report", help="Measure afterwards what was lost; writes report.json beside the model.")
+    ] = False,
     plan: Annotated[bool, typer.Option("--plan", help="Print what would be made, and write nothing.")] = False,
     restart: Annotated[
         bool, typer.Option("--restart", help="Throw away what an interrupted conversion left, and begin anew.")
@@ -66,10 +81,14 @@ def convert_command(
     """
     chosen = _recipe(recipe, bits, group_size)
     from edger1.config import load_config
-    from edger1.fetch.quantize import Wanted, convert, describe
+    from edger1.fetch.quantize import Calibration, Wanted, convert, describe
     from edger1.quant.converting import Settings
+    from edger1.units import parse_size
 
-    wanted = Wanted(source, to, chosen, offline=offline or load_config().offline)
+    if fit is not None and chosen is not None:
+        raise UsageError("--fit chooses the bits itself; give it without --recipe and --bits.")
+    calibration = Calibration(text, None if fit is None else parse_size(fit)) if calibrate or fit or text else None
+    wanted = Wanted(source, to, chosen, offline or load_config().offline, calibration)
     if threads is not None and not 1 <= threads <= 64:
         raise UsageError(f"--threads is {threads}; expected 1 to 64.")
     settings = Settings(zero_nonfinite=zero_nonfinite, restart=restart, threads=threads)
@@ -80,6 +99,8 @@ def convert_command(
                     typer.echo(line)
                 return
             folder = convert(wanted, settings, watch)
+            if report:
+                _measure(wanted, folder, watch)
     except KeyboardInterrupt:
         typer.echo("Stopped. What was done is kept; start the same conversion again to go on.", err=True)
         raise typer.Exit(INTERRUPTED) from None
@@ -97,3 +118,19 @@ def _recipe(name: str | None, bits: int | None, group_size: int | None) -> Recip
     if bits is not None:
         return recipes.uniform(bits, group_size)
     return recipes.find(name) if name is not None else None
+
+
+def _measure(wanted: Wanted, folder: Path, watch: Watch) -> None:
+    """Measure the model in `folder` against what it was made from, and write and print the figures."""
+    import json
+
+    from edger1.fetch.quantize import source_of
+    from edger1.measuring import report
+    from edger1.quant.calibrate import TEXT
+    from edger1.quant.measure_report import table
+
+    words = TEXT if wanted.calibration is None or wanted.calibration.text is None else wanted.calibration.text
+    found = report(source_of(wanted), folder, words.read_text(encoding="utf-8"))
+    (folder / "report.json").write_text(json.dumps(found.as_json(), indent=1) + "\n", encoding="utf-8")
+    for line in table(found):
+        watch.note(line)

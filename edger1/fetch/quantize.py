@@ -135,6 +135,15 @@ class Wanted:
     to: Path | None = None
     recipe: Recipe | None = None
     offline: bool = False
+    calibration: Calibration | None = None
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Fit codes to a text (None is the one that comes along) and, with a ceiling, the recipe as well."""
+
+    text: Path | None = None
+    ceiling_bytes: int | None = None
 
 
 def convert(wanted: Wanted, settings: Settings, watch: Watch) -> Path:
@@ -156,6 +165,8 @@ def convert(wanted: Wanted, settings: Settings, watch: Watch) -> Path:
             shutil.rmtree(ready, ignore_errors=True)
         with _opened(wanted, target, work, watch) as (source, manifest, own):
             settings = replace(settings, supply=own.supply, extra_bytes=own.extra_bytes)
+            if wanted.calibration is not None:
+                settings, recipe = _calibrated(wanted.calibration, manifest, work, settings, recipe, watch)
             watch.note(f"Converting {source.name} with the recipe {recipe.name}: {recipe.purpose}.")
             convert_source(source, ready, recipe, watch, settings)
         for left in work.iterdir():
@@ -183,6 +194,28 @@ def describe(wanted: Wanted, watch: Watch) -> Iterator[str]:
             yield f"{count:6}  {kind}: {how}"
         yield f"{recipe.name}: {made.bits_per_weight:.2f} bits a weight, {format_bytes(made.output_bytes)}"
         empty(work)
+
+
+def _calibrated(
+    calibration: Calibration, manifest: Manifest, work: Path, settings: Settings, recipe: Recipe, watch: Watch
+) -> tuple[Settings, Recipe]:
+    """Run the source over the text and return settings, and a recipe, that go by what was seen."""
+    from edger1.calibration import prepare
+
+    if manifest.source != "path":
+        raise UsageError(
+            f"Calibrating runs all of {manifest.repo} over a text before it is converted, so it has to be on this "
+            f"machine: fetch it with `edger1 pull {manifest.repo}`, then convert that."
+        )
+    found = prepare(
+        Path(manifest.repo),
+        work,
+        calibration.text,
+        calibration.ceiling_bytes,
+        lambda stage, done, total: watch.progress(Step(stage, done, total)),
+    )
+    settings = replace(settings, importance=found.statistics.importance, calibration=found.digest)
+    return settings, found.recipe or recipe
 
 
 def _recipe(wanted: Wanted) -> Recipe:
@@ -226,6 +259,14 @@ def _opened(wanted: Wanted, target: Target, work: Path, watch: Watch) -> Iterato
     small_files(found, origin, folder)
     with hub_source(found, origin, folder) as (source, settings):
         yield source, manifest, settings
+
+
+def source_of(wanted: Wanted) -> Path:
+    """Return where the source lies on this machine. Raises UsageError for one that came from the hub in passing."""
+    path = parse(wanted.text).path or _installed(wanted.text)
+    if path is None:
+        raise UsageError(f"{wanted.text} is not on this machine, so the result cannot be measured against it.")
+    return path
 
 
 def _installed(text: str) -> Path | None:
