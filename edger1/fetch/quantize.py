@@ -30,16 +30,18 @@ def convert_source(
     source: Source, destination: Path, recipe: Recipe, watch: Watch, settings: Settings | None = None
 ) -> Report:
     """Convert an opened source into the folder `destination`; raises what quant.converting.convert raises."""
-    from edger1.mlx_runtime import prepare
+    from edger1.mlx_runtime import freed_kept, prepare
 
     prepare()
     from edger1.quant.converting import convert
     from edger1.quant.traced_model import model_of
 
+    def progress(done: int, total: int) -> None:
+        watch.progress(Step("convert", done, total))
+
     model = model_of(source)
-    report = convert(
-        source, model, destination, recipe, settings, lambda done, total: watch.progress(Step("convert", done, total))
-    )
+    with freed_kept():
+        report = convert(source, model, destination, recipe, settings, progress)
     for line in told(report):
         watch.note(line)
     return report
