@@ -41,6 +41,7 @@ bench: $(VENV)/.installed-dev ## Run the benchmarks, EdgeR1 beside its peers (ov
 	$(BIN)/python -m benchmarks.policy
 	$(BIN)/python -m benchmarks.streaming
 	$(BIN)/python -m benchmarks.windows
+	$(BIN)/python -m benchmarks.convert
 	$(BIN)/python -m benchmarks.readme
 
 sanitize: $(VENV)/.installed-dev ## Run the kernels' tests with address, undefined and thread sanitizers
