@@ -214,7 +214,7 @@ def _calibrated(
         work,
         calibration.text,
         calibration.ceiling_bytes,
-        lambda stage, done, total: watch.progress(Step(stage, done, total)),
+        lambda stage, done, total: watch.progress(Step(stage, done, total, "layers")),
     )
     settings = replace(settings, importance=found.statistics.importance, calibration=found.digest)
     return settings, found.recipe or recipe
