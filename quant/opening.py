@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from edger1.errors import FormatError, UnknownModelError
-from edger1.quant.formats import awq, fp4, fp8, gptq, mlx, packed, plain, safetensors
+from edger1.quant.formats import awq, fp4, fp8, gpt_oss, gptq, mlx, packed, plain, safetensors
 from edger1.quant.formats import folder as folders
 from edger1.quant.formats.files import WeightFiles
 from edger1.quant.formats.safetensors import Header
@@ -30,6 +30,7 @@ _CLAIMS: tuple[Claim, ...] = (
     packed.claim,
     fp4.claim,
     fp8.claim,
+    gpt_oss.claim,
     plain.claim,
 )
 _METHODS = ("fp8", "fbgemm_fp8", "compressed-tensors", "modelopt", "mxfp4", "mxfp8", "gptq", "awq", "auto-round")

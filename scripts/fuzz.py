@@ -26,7 +26,7 @@ from types import ModuleType
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = ("safetensors", "header", "tensors", "config", "index", "gguf")
 MEMORY_MB = 600
-TIMEOUT_S = 20
+TIMEOUT_S = 600
 LONGEST = 8192
 
 

@@ -14,7 +14,6 @@ import numpy as np
 from edger1.errors import FormatError
 from edger1.quant.formats.files import RawTensor
 from edger1.quant.formats.gptq import SCALES, WORDS, group_size_of
-from edger1.quant.formats.numbers import unpack
 from edger1.quant.formats.plain import decode
 from edger1.quant.formats.tensor import Context, Raw, check_dtype, check_matrix, check_shape, take
 from edger1.quant.formats.zero_point import ZeroPointTensor
@@ -34,20 +33,22 @@ class AWQTensor(ZeroPointTensor):
 
     def read_codes(self, start: int, stop: int) -> np.ndarray:
         """Return the codes of rows [start, stop)."""
-        return np.ascontiguousarray(_outputs(self.qweight, start, stop).T)
+        return _outputs(self.qweight, start, stop)
 
     def read_scales(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """Return scales and zero points of rows [start, stop)."""
         scales = decode(self.scale.columns(start, stop).T, self.scale.dtype)
-        return np.ascontiguousarray(scales), _outputs(self.qzeros, start, stop).T
+        return np.ascontiguousarray(scales), _outputs(self.qzeros, start, stop)
 
 
 def _outputs(packed: RawTensor, start: int, stop: int) -> np.ndarray:
-    """Return outputs [start, stop) of each packed row, in their order: uint8."""
+    """Return outputs [start, stop) of all packed rows: uint8 [stop - start, rows]."""
     first = start // 8
-    codes = unpack(packed.columns(first, -(-stop // 8)).view(np.uint32), 4)
-    ordered = codes.reshape(len(codes), codes.shape[1] // 8, 8)[:, :, _PLACE].reshape(codes.shape)
-    return ordered[:, start - first * 8 : stop - first * 8]
+    words = np.ascontiguousarray(packed.columns(first, -(-stop // 8)).T).view(np.uint32)
+    codes = np.empty((len(words), 8, words.shape[1]), np.uint8)
+    for output, place in enumerate(_PLACE):
+        np.bitwise_and(words >> np.uint32(4 * place), 15, out=codes[:, output], casting="unsafe")
+    return codes.reshape(len(words) * 8, words.shape[1])[start - first * 8 : stop - first * 8]
 
 
 def claim(left: Raw, context: Context) -> dict[str, Tensor]:

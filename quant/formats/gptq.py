@@ -38,8 +38,11 @@ class GPTQTensor(ZeroPointTensor):
 
     def read_codes(self, start: int, stop: int) -> np.ndarray:
         """Return the codes of rows [start, stop)."""
-        words = np.ascontiguousarray(self.qweight.columns(start, stop).T).view(np.uint32)
-        return unpack(words, self.bits)[:, : self.shape[1]]
+        return unpack(self.read_words(start, stop), self.bits)
+
+    def read_words(self, start: int, stop: int) -> np.ndarray:
+        """Return the codes of rows [start, stop) as MLX packs them, which is a column of them after the other."""
+        return np.ascontiguousarray(self.qweight.columns(start, stop).T).view(np.uint32)
 
     def read_scales(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """Return scales and zero points of rows [start, stop)."""

@@ -38,7 +38,12 @@ class PackedTensor(ZeroPointTensor):
         rows = self.packed.rows(start, stop)
         if self.packed.dtype == "I8":
             return rows.view(np.uint8) ^ np.uint8(0x80)
-        return np.ascontiguousarray(unpack(rows.view(np.uint32), self.bits)[:, : self.shape[1]])
+        return unpack(rows.view(np.uint32), self.bits)[:, : self.shape[1]]
+
+    def read_words(self, start: int, stop: int) -> np.ndarray:
+        """Return the codes of rows [start, stop), which are packed as MLX has them."""
+        rows = self.packed.rows(start, stop).view(np.uint32)
+        return rows ^ np.uint32(0x80808080) if self.packed.dtype == "I8" else rows
 
     def read_scales(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """Return scales and zero points of rows [start, stop)."""

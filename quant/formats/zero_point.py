@@ -24,15 +24,6 @@ MLX_GROUPS = (32, 64, 128)
 
 
 @dataclass(frozen=True)
-class Parts:
-    """Some rows: codes uint8 [n, k]; scales float32 [n, groups]; zeros uint8 [n, groups]."""
-
-    codes: np.ndarray
-    scales: np.ndarray
-    zeros: np.ndarray
-
-
-@dataclass(frozen=True)
 class ZeroPointTensor(StoredTensor):
     """A matrix [n, k] in groups along k. `scale` gives the dtype of the scales.
 
@@ -46,13 +37,13 @@ class ZeroPointTensor(StoredTensor):
     order: RawTensor | None
     said_ordered: bool
 
-    def parts(self, start: int, stop: int) -> Parts:
-        """Return the codes, scales and zero points of rows [start, stop)."""
-        return Parts(self.read_codes(start, stop), *self.read_scales(start, stop))
-
     def read_codes(self, start: int, stop: int) -> np.ndarray:
         """Return the codes of rows [start, stop): uint8 [n, k]."""
         raise NotImplementedError
+
+    def read_words(self, start: int, stop: int) -> np.ndarray:
+        """Return the codes of rows [start, stop) as MLX packs them: uint32 [n, k * bits / 32]."""
+        return pack(self.read_codes(start, stop), self.bits)
 
     def read_scales(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """Return scales (float32) and zero points (uint8) of rows [start, stop): [n, groups] each."""
@@ -60,9 +51,9 @@ class ZeroPointTensor(StoredTensor):
 
     def values(self, start: int, stop: int) -> np.ndarray:
         """Return rows [start, stop), dequantized."""
-        parts = self.parts(start, stop)
-        scales, zeros = parts.scales, parts.zeros.astype(np.float32)
-        out = parts.codes.astype(np.float32)
+        out = self.read_codes(start, stop).astype(np.float32)
+        scales, zeros = self.read_scales(start, stop)
+        zeros = zeros.astype(np.float32)
         groups = self._groups
         if groups is None and self.shape[1] % self.group_size:
             groups = self._plain_order()
@@ -94,14 +85,13 @@ class ZeroPointTensor(StoredTensor):
                 f"{self.scale.path}: tensor {self.name!r} has its columns in another order than config.json says "
                 "(desc_act); correct that there and convert again."
             )
-        parts = self.parts(start, stop)
-        check_finite(self.name, parts.scales)
-        biases = -parts.scales * parts.zeros
+        scales, zeros = self.read_scales(start, stop)
+        check_finite(self.name, scales)
         narrow = coding.scales
         return Codes(
-            Array("U32", pack(parts.codes, self.bits)),
-            Array(narrow, _narrowed(parts.scales, narrow)),
-            Array(narrow, _narrowed(biases, narrow)),
+            Array("U32", self.read_words(start, stop)),
+            Array(narrow, _narrowed(scales, narrow)),
+            Array(narrow, _narrowed(-scales * zeros, narrow)),
         )
 
     @cached_property
