@@ -260,3 +260,15 @@ def test_the_period_of_gemmas_windows(tmp_path: Path, pattern: Any, expected: in
             open_gguf(tmp_path / "m.gguf")
     else:
         assert open_gguf(tmp_path / "m.gguf").config["sliding_window_pattern"] == expected
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "deepseek_v2"])
+def test_models_in_parts(tmp_path: Path, model_type: str) -> None:
+    config, weights, _ = tiny(model_type)
+    write_gguf(tmp_path / "m.gguf", config, weights, part_tensors=7)
+    parts = sorted(tmp_path.iterdir())
+    assert [part.name for part in parts[:2]] == [f"m-0000{number}-of-{len(parts):05d}.gguf" for number in (1, 2)]
+    read = numbers(open_gguf(parts[1]))
+    assert read.keys() == weights.keys()
+    for name, weight in weights.items():
+        np.testing.assert_array_equal(read[name], weight)
