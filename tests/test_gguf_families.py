@@ -139,7 +139,7 @@ def test_windows_of_a_projection_joined_from_two(tmp_path: Path) -> None:
         for half, shape in (("k", (4, 64, 32)), ("v", (4, 32, 64)))
     )
     expected = np.concatenate([keys.swapaxes(1, 2), values], axis=1).reshape(256, 64)
-    assert (tensor.shape, tensor.kind, tensor.coding) == (expected.shape, "Q8_0", None)
+    assert (tensor.shape, tensor.kind, tensor.coding) == (expected.shape, "Q8_0 joined", None)
     for start, stop in ((0, 256), (0, 1), (31, 33), (63, 129), (200, 256), (7, 7)):
         np.testing.assert_array_equal(tensor.read(start, stop), expected[start:stop])
 
