@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import re
+import struct
+import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +17,13 @@ from families import PROMPT, tiny_config
 from gguf.constants import GGMLQuantizationType
 from gguf.quants import dequantize, quantize
 from gguf_conventions import ARCHITECTURES, write_gguf
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from test_gguf_source import by_mlx
 
 from edger1.errors import FormatError
 from edger1.quant.convert import convert_gguf
+from edger1.quant.formats.gguf import read_header
 from edger1.quant.formats.gguf_source import GGUFSource, open_gguf
 from edger1.quant.gguf_families import FAMILIES
 
@@ -272,3 +279,45 @@ def test_models_in_parts(tmp_path: Path, model_type: str) -> None:
     assert read.keys() == weights.keys()
     for name, weight in weights.items():
         np.testing.assert_array_equal(read[name], weight)
+
+
+@cache
+def whole(model_type: str) -> tuple[bytes, int]:
+    """The bytes of a file, and how many of them come before its tensors."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "m.gguf"
+        config, weights, _ = tiny(model_type)
+        write_gguf(path, config, weights, {"_exps.weight": GGMLQuantizationType.MXFP4})
+        return path.read_bytes(), min(info.offset for info in read_header(path).tensors.values())
+
+
+@st.composite
+def damaged(draw: st.DrawFn) -> bytes:
+    data, header_bytes = whole(draw(st.sampled_from(["deepseek_v2", "gpt_oss", "gemma3_text", "minimax"])))
+    changed = bytearray(data)
+    for _ in range(draw(st.integers(1, 3))):
+        at = draw(st.integers(0, header_bytes - 8))
+        telling = draw(st.sampled_from([0, 1, 2, 3, 31, 255, (1 << 31) - 1, 1 << 31, (1 << 32) - 1]))
+        match draw(st.sampled_from(["flip", "byte", "number"])):
+            case "flip":
+                changed[at] ^= 1 << draw(st.integers(0, 7))
+            case "byte":
+                changed[at] = draw(st.integers(0, 255))
+            case "number":
+                changed[at : at + 4] = struct.pack("<I", telling)
+    return bytes(changed)
+
+
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=damaged())
+def test_a_damaged_header_gives_a_format_error_or_a_source(tmp_path: Path, data: bytes) -> None:
+    path = tmp_path / "m.gguf"
+    path.write_bytes(data)
+    try:
+        source = open_gguf(path)
+    except FormatError:
+        return
+    for tensor in source.tensors.values():
+        with contextlib.suppress(FormatError):
+            assert tensor.read(0, 1).shape == (1, *tensor.shape[1:])
+    source.close()
