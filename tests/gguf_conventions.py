@@ -78,15 +78,21 @@ def converted(model_type: str, config: Config, name: str, weight: np.ndarray) ->
 
 
 def write_gguf(
-    path: Path, config: Config, weights: Weights, kinds: dict[str, GGMLQuantizationType] | None = None
+    path: Path,
+    config: Config,
+    weights: Weights,
+    kinds: dict[str, GGMLQuantizationType] | None = None,
+    part_tensors: int = 0,
 ) -> dict[str, np.ndarray]:
-    """Write the file. `kinds` gives a type to the tensors whose GGUF name ends in a key; the rest are F32.
+    """Write the file, or where `part_tensors` is set parts of so many tensors.
+
+    `kinds` gives a type to the tensors whose GGUF name ends in a key; the rest are F32.
 
     Returns the numbers of each GGUF tensor before it was quantized.
     """
     model_type = config["model_type"]
     architecture = ARCHITECTURES[model_type]
-    writer = gguf.GGUFWriter(str(path), gguf.MODEL_ARCH_NAMES[architecture])
+    writer = gguf.GGUFWriter(str(path), gguf.MODEL_ARCH_NAMES[architecture], split_max_tensors=part_tensors)
     _write_sizes(writer, config)
     _write_rope(writer, config)
     _write_experts(writer, config)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import re
+import struct
+import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +17,13 @@ from families import PROMPT, tiny_config
 from gguf.constants import GGMLQuantizationType
 from gguf.quants import dequantize, quantize
 from gguf_conventions import ARCHITECTURES, write_gguf
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from test_gguf_source import by_mlx
 
 from edger1.errors import FormatError
 from edger1.quant.convert import convert_gguf
+from edger1.quant.formats.gguf import read_header
 from edger1.quant.formats.gguf_source import GGUFSource, open_gguf
 from edger1.quant.gguf_families import FAMILIES
 
@@ -139,7 +146,7 @@ def test_windows_of_a_projection_joined_from_two(tmp_path: Path) -> None:
         for half, shape in (("k", (4, 64, 32)), ("v", (4, 32, 64)))
     )
     expected = np.concatenate([keys.swapaxes(1, 2), values], axis=1).reshape(256, 64)
-    assert (tensor.shape, tensor.kind, tensor.coding) == (expected.shape, "Q8_0", None)
+    assert (tensor.shape, tensor.kind, tensor.coding) == (expected.shape, "Q8_0 joined", None)
     for start, stop in ((0, 256), (0, 1), (31, 33), (63, 129), (200, 256), (7, 7)):
         np.testing.assert_array_equal(tensor.read(start, stop), expected[start:stop])
 
@@ -260,3 +267,57 @@ def test_the_period_of_gemmas_windows(tmp_path: Path, pattern: Any, expected: in
             open_gguf(tmp_path / "m.gguf")
     else:
         assert open_gguf(tmp_path / "m.gguf").config["sliding_window_pattern"] == expected
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "deepseek_v2"])
+def test_models_in_parts(tmp_path: Path, model_type: str) -> None:
+    config, weights, _ = tiny(model_type)
+    write_gguf(tmp_path / "m.gguf", config, weights, part_tensors=7)
+    parts = sorted(tmp_path.iterdir())
+    assert [part.name for part in parts[:2]] == [f"m-0000{number}-of-{len(parts):05d}.gguf" for number in (1, 2)]
+    read = numbers(open_gguf(parts[1]))
+    assert read.keys() == weights.keys()
+    for name, weight in weights.items():
+        np.testing.assert_array_equal(read[name], weight)
+
+
+@cache
+def whole(model_type: str) -> tuple[bytes, int]:
+    """The bytes of a file, and how many of them come before its tensors."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "m.gguf"
+        config, weights, _ = tiny(model_type)
+        write_gguf(path, config, weights, {"_exps.weight": GGMLQuantizationType.MXFP4})
+        return path.read_bytes(), min(info.offset for info in read_header(path).tensors.values())
+
+
+@st.composite
+def damaged(draw: st.DrawFn) -> bytes:
+    data, header_bytes = whole(draw(st.sampled_from(["deepseek_v2", "gpt_oss", "gemma3_text", "minimax"])))
+    changed = bytearray(data)
+    for _ in range(draw(st.integers(1, 3))):
+        at = draw(st.integers(0, header_bytes - 8))
+        telling = draw(st.sampled_from([0, 1, 2, 3, 31, 255, (1 << 31) - 1, 1 << 31, (1 << 32) - 1]))
+        match draw(st.sampled_from(["flip", "byte", "number"])):
+            case "flip":
+                changed[at] ^= 1 << draw(st.integers(0, 7))
+            case "byte":
+                changed[at] = draw(st.integers(0, 255))
+            case "number":
+                changed[at : at + 4] = struct.pack("<I", telling)
+    return bytes(changed)
+
+
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=damaged())
+def test_a_damaged_header_gives_a_format_error_or_a_source(tmp_path: Path, data: bytes) -> None:
+    path = tmp_path / "m.gguf"
+    path.write_bytes(data)
+    try:
+        source = open_gguf(path)
+    except FormatError:
+        return
+    for tensor in source.tensors.values():
+        with contextlib.suppress(FormatError):
+            assert tensor.read(0, 1).shape == (1, *tensor.shape[1:])
+    source.close()

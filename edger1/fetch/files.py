@@ -51,7 +51,7 @@ def choose(repo: str, files: list[RemoteFile], wanted: str | None = None) -> lis
     if ggufs:
         models = {_stem(file): file for file in sorted(ggufs, key=lambda file: file.name, reverse=True)}
         if len(models) == 1:
-            return _whole(repo, *models.values(), ggufs)
+            return _whole(repo, next(iter(models.values())), ggufs)
         raise UsageError(
             f"{repo} has {len(models)} models in GGUF; name one: `edger1 pull {repo}:FILE`, of "
             f"{_list(list(models.values()))}."

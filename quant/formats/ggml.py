@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from edger1.errors import FormatError
+from edger1.quant.formats import ggml_tables
 
 GROUP_SIZE = 32
 
@@ -165,6 +166,8 @@ CODE_BITS = {"Q4_0": 4, "Q4_1": 4, "Q5_0": 5, "Q5_1": 5, "Q8_0": 8, "MXFP4": 4}
 
 _PLAIN = {"F32": "<f4", "F16": "<f2", "F64": "<f8", "I8": "<i1", "I16": "<i2", "I32": "<i4", "I64": "<i8"}
 
+_TABLES = {"IQ4_NL": ggml_tables.iq4_nl, "IQ4_XS": ggml_tables.iq4_xs, "MXFP4": ggml_tables.mxfp4}
+
 _WITHOUT_NUMBERS = ("Q8_1", "Q8_K", "Q1_0")
 """What llama.cpp keeps activations in, and what the gguf package does not read."""
 
@@ -216,6 +219,8 @@ def dequantize(kind: GGMLType, raw: np.ndarray, shape: tuple[int, ...]) -> np.nd
         return (raw.view("<u2").astype(np.uint32) << np.uint32(16)).view(np.float32).reshape(shape)
     if not raw.size:
         return np.empty(shape, np.float32)
+    if kind.name in _TABLES:
+        return _TABLES[kind.name](raw).reshape(shape)
     # Importing it takes a quarter of a second, which a file without such types need not pay.
     from gguf.constants import GGMLQuantizationType
     from gguf.quants import dequantize as numbers

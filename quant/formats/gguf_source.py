@@ -159,9 +159,8 @@ class JoinedTensor:
 
     @property
     def kind(self) -> str:
-        """The GGUF types of both."""
-        names = (self.keys.type.name, self.values.type.name)
-        return names[0] if names[0] == names[1] else " and ".join(names)
+        """The GGUF types of both, and that the tensor is none of the file's own."""
+        return " and ".join(dict.fromkeys((self.keys.type.name, self.values.type.name))) + " joined"
 
     @property
     def nbytes(self) -> int:
