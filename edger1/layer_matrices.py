@@ -28,10 +28,6 @@ class Matrices(Protocol):
         """Return rows [start, stop) of a matrix as f32; `expert` is the matrix of a stack, None where there is one."""
         ...
 
-    def vector(self, path: str, module: Any, name: str) -> Any:
-        """Return another parameter of the module (a bias, a norm's weight) as an MLX array."""
-        ...
-
 
 class FolderMatrices:
     """The matrices of a model folder, whose modules mlx-lm has built lazily."""
@@ -69,10 +65,6 @@ class FolderMatrices:
         )
         return _numpy(plain)
 
-    def vector(self, path: str, module: Any, name: str) -> Any:
-        """See Matrices."""
-        return module[name]
-
     def _part(self, path: str, module: Any, name: str, expert: int | None, start: int, stop: int) -> Any:
         array = module[name]
         found = self._where.get(f"{path}.{name}")
@@ -102,3 +94,45 @@ def _numpy(array: Any) -> np.ndarray:
     import mlx.core as mx
 
     return np.array(array.astype(mx.float32))
+
+
+class Rows(Protocol):
+    """An array of mlx-lm's model that can be had in part: rows along its first axis, f32 [stop - start, ...]."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...  # noqa: D102
+
+    def read(self, start: int, stop: int) -> np.ndarray: ...  # noqa: D102
+
+
+class SourceMatrices:
+    """The matrices of a model that is still in its source's form: what mlx-lm would make of it, rows at a time.
+
+    `arrays` are those of mlx-lm's model by name, as `quant.tracing` makes them of any source. Row e of a stack is
+    expert e, which is read alone.
+    """
+
+    def __init__(self, arrays: Mapping[str, Rows]) -> None:
+        self._arrays = arrays
+        self._latest: tuple[str, int, np.ndarray] | None = None
+
+    def shape(self, path: str, module: Any) -> tuple[int, ...]:
+        """See Matrices."""
+        return tuple(self._arrays[f"{path}.weight"].shape)
+
+    def rows(self, path: str, module: Any, expert: int | None, start: int, stop: int) -> np.ndarray:
+        """See Matrices."""
+        array = self._arrays[f"{path}.weight"]
+        if expert is None:
+            return np.asarray(array.read(start, stop), np.float32)
+        # An expert is asked for in windows, and read whole.
+        if self._latest is None or self._latest[:2] != (path, expert):
+            self._latest = (path, expert, np.asarray(array.read(expert, expert + 1), np.float32)[0])
+        return self._latest[2][start:stop]
+
+    def whole(self, name: str) -> Any:
+        """Return another parameter, a bias or a norm's weight, as an MLX array."""
+        import mlx.core as mx
+
+        array = self._arrays[name]
+        return mx.array(np.asarray(array.read(0, array.shape[0] if array.shape else 1)).reshape(array.shape))

@@ -13,7 +13,7 @@ windows; each expert is read once and computes all rows that chose it; then the 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,8 @@ import numpy as np
 from edger1.errors import FormatError
 from edger1.experts import anatomy
 from edger1.folder import inspect
-from edger1.layer_matrices import FolderMatrices, Matrices
+from edger1.layer_matrices import FolderMatrices, Matrices, Rows, SourceMatrices
+from edger1.layer_modules import OWNER, kinds
 from edger1.mlx_runtime import prepare
 from edger1.quant.layers import Change, Pass, Watch
 
@@ -39,6 +40,27 @@ def open_layers(path: Path) -> ModelLayers:
     folder = inspect(path)
     model, config = build(folder, path.name)
     return ModelLayers(path.name, model, config, FolderMatrices(folder.weight_files), path)
+
+
+def open_source(
+    name: str, model: Any, config: dict[str, Any], arrays: Mapping[str, Rows], tokenizer: Path
+) -> ModelLayers:
+    """Open a model that is still in its source's form to be run layer by layer.
+
+    `model` is mlx-lm's of `config`, made and not loaded; `arrays` are its parameters, as `quant.tracing` makes them of
+    any source; `tokenizer` is the folder with the tokenizer's files. Norms and other small parameters are read at once,
+    matrices when they are needed and then again. Raises FormatError where parameters are missing.
+    """
+    from mlx.utils import tree_flatten, tree_unflatten
+
+    prepare()
+    matrices = SourceMatrices(arrays)
+    inside = {f"{path}.weight" for path, module in anatomy.modules(model) if type(module) in kinds()}
+    names = [name for name, _ in tree_flatten(model.parameters())]
+    if missing := [name for name in names if name not in arrays]:
+        raise FormatError(f"{name} lacks {missing[0]} and {len(missing) - 1} others that its model has.")
+    model.update(tree_unflatten([(each, matrices.whole(each)) for each in names if each not in inside]))
+    return ModelLayers(name, model, config, matrices, tokenizer)
 
 
 @dataclass
@@ -155,7 +177,7 @@ class ModelLayers:
     def linears(self, layer: int | None) -> dict[str, tuple[int, ...]]:
         """Return the shapes of the linears in a decoder layer, outside of all layers for None, by path."""
         found = self._outside() if layer is None else [m for _, m in anatomy.modules(self._decoders[layer])]
-        named = [(self._paths[id(module)], module) for module in found if type(module) in _kinds()]
+        named = [(self._paths[id(module)], module) for module in found if type(module) in kinds()]
         return {path: self._matrices.shape(path, module) for path, module in named if "weight" in module}
 
     def rows(self, path: str, expert: int | None, start: int, stop: int) -> np.ndarray:
@@ -245,8 +267,16 @@ class ModelLayers:
         path = self._paths[id(module)]
         wanted = np.array(tokens)
         unique, places = np.unique(wanted, return_inverse=True)
-        rows = [self._window(path, module, None, int(row), int(row) + 1) for row in unique]
-        return mx.array(np.concatenate(rows)[places.reshape(-1)].reshape(*wanted.shape, -1))
+        count, columns = self._matrices.shape(path, module)
+        if 4 * count * columns <= WINDOW_BYTES:
+            found = self._window(path, module, None, 0, count)[unique]
+        else:
+            found = np.concatenate([self._window(path, module, None, int(row), int(row) + 1) for row in unique])
+        return mx.array(found[places.reshape(-1)].reshape(*wanted.shape, -1))
+
+    def count(self, module: Any) -> int:
+        """Return how many matrices a stack has."""
+        return self._matrices.shape(self._paths[id(module)], module)[0]
 
     def _window(self, path: str, module: Any, expert: int | None, start: int, stop: int) -> np.ndarray:
         rows = self._matrices.rows(path, module, expert, start, stop)
@@ -267,7 +297,7 @@ class ModelLayers:
         x = np.concatenate([a.reshape(-1, a.shape[-1]) for a in xs])
         choices = np.concatenate([c.reshape(-1, c.shape[-1]) for c in chosen])
         out: np.ndarray | None = None
-        for expert in range(anatomy.projections(switch)[0][1].num_experts):
+        for expert in range(self.count(anatomy.projections(switch)[0][1])):
             rows, ranks = np.nonzero(choices == expert)
             if not len(rows):
                 continue
@@ -313,22 +343,22 @@ class ModelLayers:
         self, module: Any, watch: Watch | None, change: Change | None, among: Sequence[Any] | None = None
     ) -> Iterator[None]:
         """Let the linears in `module` (or those `among` it) compute from rows that are read when needed."""
-        kinds = _kinds()
+        known = kinds()
         changed = []
         self._watch, self._change = watch, change
         try:
             for part in [m for _, m in anatomy.modules(module)] if among is None else among:
                 kind = type(part)
-                if kind in kinds:
+                if kind in known:
                     changed.append((part, kind))
-                    object.__setattr__(part, "_by_rows", self)
-                    part.__class__ = kinds[kind](kind)
+                    object.__setattr__(part, OWNER, self)
+                    part.__class__ = known[kind](kind)
             yield
         finally:
             self._watch = self._change = None
             for part, kind in changed:
                 part.__class__ = kind
-                vars(part).pop("_by_rows", None)
+                vars(part).pop(OWNER, None)
 
     def _words(self) -> Any:
         if self._tokenizer is None:
@@ -371,102 +401,12 @@ def _widen(model: Any) -> None:
     import mlx.core as mx
 
     for _, module in anatomy.modules(model):
-        matrix = type(module) in _kinds()
+        matrix = type(module) in kinds()
         for name, value in list(module.items()):
             if not isinstance(value, mx.array) or value.dtype not in (mx.bfloat16, mx.float16):
                 continue
             if not matrix or name == "bias":
                 module[name] = value.astype(mx.float32)
-
-
-def _kinds() -> dict[type, Callable[[type], type]]:
-    """Return the classes whose products are computed by rows, with what makes the class that does."""
-    import mlx.nn as nn
-    from mlx_lm.models.mla import MultiLinear, QuantizedMultiLinear
-    from mlx_lm.models.switch_layers import (
-        QuantizedSwitchLinear,
-        SwitchGLU,
-        SwitchLinear,
-        SwitchMLP,
-    )
-
-    return {
-        nn.Linear: _linear,
-        nn.QuantizedLinear: _linear,
-        nn.Embedding: _embedding,
-        nn.QuantizedEmbedding: _embedding,
-        MultiLinear: _multi,
-        QuantizedMultiLinear: _multi,
-        SwitchLinear: _switch_linear,
-        QuantizedSwitchLinear: _switch_linear,
-        SwitchGLU: _switch,
-        SwitchMLP: _switch,
-    }
-
-
-def _linear(kind: type) -> type:
-    class RowsLinear(kind):  # type: ignore[misc]
-        def __call__(self, x: Any) -> Any:
-            out = _flat(self, x, None)
-            return out + self["bias"] if "bias" in self else out
-
-    return RowsLinear
-
-
-def _embedding(kind: type) -> type:
-    class RowsEmbedding(kind):  # type: ignore[misc]
-        def __call__(self, x: Any) -> Any:
-            return vars(self)["_by_rows"].take(self, x)
-
-        def as_linear(self, x: Any) -> Any:
-            return _flat(self, x, None)
-
-    return RowsEmbedding
-
-
-def _multi(kind: type) -> type:
-    class RowsMulti(kind):  # type: ignore[misc]
-        def __call__(self, x: Any, transpose: bool = True) -> Any:
-            import mlx.core as mx
-
-            owner = vars(self)["_by_rows"]
-            plain = _numpy(x)
-            heads = len(self["weight"])
-            found = []
-            for head in range(heads):
-                rows = plain[:, head if plain.shape[1] == heads else 0]
-                flat = owner.product(self, rows.reshape(-1, rows.shape[-1]), head, transposed=not transpose)
-                found.append(flat.reshape(*rows.shape[:-1], -1))
-            return mx.array(np.stack(found, axis=1))
-
-    return RowsMulti
-
-
-def _switch_linear(kind: type) -> type:
-    class RowsSwitchLinear(kind):  # type: ignore[misc]
-        def __call__(self, x: Any, indices: Any, sorted_indices: bool = False) -> Any:
-            # Only called for rows that have all chosen the same expert: see `_ask_experts`.
-            expert = int(np.array(indices).reshape(-1)[0])
-            out = _flat(self, x, expert)
-            return out + self["bias"][expert] if "bias" in self else out
-
-    return RowsSwitchLinear
-
-
-def _switch(kind: type) -> type:
-    class RowsSwitch(kind):  # type: ignore[misc]
-        def __call__(self, x: Any, indices: Any, *args: Any, **kwargs: Any) -> Any:
-            return vars(self)["_by_rows"].answer(self, x, indices)
-
-    return RowsSwitch
-
-
-def _flat(module: Any, x: Any, expert: int | None) -> Any:
-    import mlx.core as mx
-
-    plain = _numpy(x)
-    flat = vars(module)["_by_rows"].product(module, plain.reshape(-1, plain.shape[-1]), expert)
-    return mx.array(flat.reshape(*plain.shape[:-1], -1))
 
 
 def _first(result: Any) -> Any:
