@@ -321,13 +321,13 @@ class ModelLayers:
             module.__class__ = kind
             return visit(index, x, args, kwargs)
 
-        kinds = [type(module) for module in self._decoders]
+        own = [type(module) for module in self._decoders]
         for index, module in enumerate(self._decoders):
-            module.__class__ = _visiting(kinds[index], index, called)
+            module.__class__ = _visiting(own[index], index, called)
         try:
             yield
         finally:
-            for module, kind in zip(self._decoders, kinds, strict=True):
+            for module, kind in zip(self._decoders, own, strict=True):
                 module.__class__ = kind
 
     @contextlib.contextmanager
