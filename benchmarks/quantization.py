@@ -30,7 +30,7 @@ from edger1.quant import calibrate, fit  # type: ignore[import-untyped]
 from edger1.quant.calibrate import Document, Statistics  # type: ignore[import-untyped]
 from edger1.quant.fit import Option  # type: ignore[import-untyped]
 
-CALIBRATION_WINDOWS, MEASURED_WINDOWS, PROBED_WINDOWS = 128, 48, 4
+CALIBRATION_WINDOWS, MEASURED_WINDOWS, PROBED_WINDOWS = 128, 48, 2
 CALIBRATED_BAR, LLAMA_BAR, FIT_BAR = 0.7, 1.0, 0.8
 KINDS = (("Q4_K_M", 4.6), ("Q3_K_M", 3.5))
 """llama.cpp's kinds, and the bits a weight that ours may take beside them."""

@@ -13,7 +13,7 @@ windows; each expert is read once and computes all rows that chose it; then the 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ import numpy as np
 from edger1.errors import FormatError
 from edger1.experts import anatomy
 from edger1.folder import inspect
-from edger1.layer_matrices import FolderMatrices, Matrices, Rows, SourceMatrices
+from edger1.layer_matrices import FolderMatrices, Matrices
 from edger1.layer_modules import OWNER, kinds
 from edger1.mlx_runtime import prepare
 from edger1.quant.layers import Change, Pass, Watch
@@ -40,27 +40,6 @@ def open_layers(path: Path) -> ModelLayers:
     folder = inspect(path)
     model, config = build(folder, path.name)
     return ModelLayers(path.name, model, config, FolderMatrices(folder.weight_files), path)
-
-
-def open_source(
-    name: str, model: Any, config: dict[str, Any], arrays: Mapping[str, Rows], tokenizer: Path
-) -> ModelLayers:
-    """Open a model that is still in its source's form to be run layer by layer.
-
-    `model` is mlx-lm's of `config`, made and not loaded; `arrays` are its parameters, as `quant.tracing` makes them of
-    any source; `tokenizer` is the folder with the tokenizer's files. Norms and other small parameters are read at once,
-    matrices when they are needed and then again. Raises FormatError where parameters are missing.
-    """
-    from mlx.utils import tree_flatten, tree_unflatten
-
-    prepare()
-    matrices = SourceMatrices(arrays)
-    inside = {f"{path}.weight" for path, module in anatomy.modules(model) if type(module) in kinds()}
-    names = [name for name, _ in tree_flatten(model.parameters())]
-    if missing := [name for name in names if name not in arrays]:
-        raise FormatError(f"{name} lacks {missing[0]} and {len(missing) - 1} others that its model has.")
-    model.update(tree_unflatten([(each, matrices.whole(each)) for each in names if each not in inside]))
-    return ModelLayers(name, model, config, matrices, tokenizer)
 
 
 @dataclass
