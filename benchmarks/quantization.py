@@ -132,7 +132,7 @@ def llama(run: Bench) -> list[Comparison]:
     study = Study(run, "nano-dense", _texts(run))
     peers = []
     for kind, limit in KINDS:
-        folder, nbytes = quantized_nano.llama_quantized(study.source, study.work, kind, study.texts)
+        folder, nbytes = quantized_nano.llama_quantized(study.source, study.work, kind, study.texts, len(study.tokens))
         peers.append((kind, limit, nbytes, study.reference.divergence(folder)))
         run.notes.append(f"{kind}: {quantized_nano.llama_types(study.work / f'{kind}.gguf')}")
         _say(f"{kind}: {nbytes:,} bytes, KL {peers[-1][-1]:.5f}")
