@@ -70,7 +70,10 @@ def made_whole(target: Path) -> Iterator[Path]:
 
 def run(command: Sequence[str | Path], what: str) -> str:
     """Run a command; its output goes into the error when it fails. Returns its standard output."""
-    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False)
+    # llama.cpp prints tokens, which may be parts of characters.
+    done = subprocess.run(
+        [str(word) for word in command], capture_output=True, encoding="utf-8", errors="replace", check=False
+    )
     if done.returncode != 0:
         tail = "\n".join((done.stdout + done.stderr).strip().splitlines()[-8:])
         raise PeerMissingError(f"{what} failed (exit {done.returncode}): {tail}")

@@ -30,7 +30,7 @@ from edger1.quant import calibrate, fit  # type: ignore[import-untyped]
 from edger1.quant.calibrate import Document, Statistics  # type: ignore[import-untyped]
 from edger1.quant.fit import Option  # type: ignore[import-untyped]
 
-CALIBRATION_WINDOWS, MEASURED_WINDOWS, PROBED_WINDOWS = 192, 64, 8
+CALIBRATION_WINDOWS, MEASURED_WINDOWS, PROBED_WINDOWS = 64, 32, 2
 CALIBRATED_BAR, LLAMA_BAR, FIT_BAR = 0.7, 1.0, 0.8
 KINDS = (("Q4_K_M", 4.6), ("Q3_K_M", 3.5))
 """llama.cpp's kinds, and the bits a weight that ours may take beside them."""
@@ -130,15 +130,19 @@ def mixed(run: Bench, bits: int) -> list[Comparison]:
 def llama(run: Bench) -> list[Comparison]:
     """Ours against llama.cpp's K-quants with an importance matrix from the same text, at no more bytes."""
     study = Study(run, "nano-dense", _texts(run))
-    ways = study.ways()
-    found = []
+    peers = []
     for kind, limit in KINDS:
-        folder, nbytes = quantized_nano.llama_quantized(study.source, study.work, kind, study.texts)
-        peer = study.told(f"llama.cpp {kind} with imatrix", nbytes, study.reference.divergence(folder))
+        folder, nbytes = quantized_nano.llama_quantized(study.source, study.work, kind, study.texts, len(study.tokens))
+        peers.append((kind, limit, nbytes, study.reference.divergence(folder)))
         run.notes.append(f"{kind}: {quantized_nano.llama_types(study.work / f'{kind}.gguf')}")
-        kept = study.parameters - sum(int(np.prod(shape)) for shape in study.shapes.values())
+        _say(f"{kind}: {nbytes:,} bytes, KL {peers[-1][-1]:.5f}")
+    ways = study.ways()
+    kept = study.parameters - sum(int(np.prod(shape)) for shape in study.shapes.values())
+    found = []
+    for kind, limit, nbytes, divergence in peers:
         budget = min(nbytes, int(limit * study.parameters / 8)) - 2 * kept
-        ours = study.side("--fit, calibrated", fit.choose(ways, budget).options)
+        ours = study.side(f"--fit, calibrated, beside {kind}", fit.choose(ways, budget).options)
+        peer = study.told(f"llama.cpp {kind} with imatrix", nbytes, divergence)
         found.append(Comparison(f"KL of nano-dense: EdgeR1 / {kind}", ours, peer, LLAMA_BAR, form="share"))
     return found
 

@@ -150,8 +150,8 @@ def parameters(folder: Path) -> int:
     return sum(int(np.prod(entry.shape)) for entry in entries)
 
 
-def llama_quantized(source: Path, work: Path, kind: str, texts: Sequence[Document]) -> tuple[Path, int]:
-    """Quantize nano-dense with llama.cpp and an importance matrix from `texts`.
+def llama_quantized(source: Path, work: Path, kind: str, texts: Sequence[Document], windows: int) -> tuple[Path, int]:
+    """Quantize nano-dense with llama.cpp and an importance matrix from the first `windows` of `texts`.
 
     Returns a folder with the f32 numbers that the file's codes stand for, and the bytes of its tensors.
     """
@@ -167,7 +167,7 @@ def llama_quantized(source: Path, work: Path, kind: str, texts: Sequence[Documen
     if not importance.exists():
         text = work / "calibration.txt"
         text.write_text(_rendered(source, texts), encoding="utf-8")
-        options = ["-c", str(LENGTH), "-b", "2048", "--parse-special", "-t", "2", "-ngl", "0"]
+        options = ["-c", str(LENGTH), "-b", "2048", "--chunks", str(windows), "--parse-special", "-ngl", "0"]
         run([build.tool("llama-imatrix"), "-m", plain, "-f", text, "-o", importance, *options], "llama-imatrix")
     file = work / f"{kind}.gguf"
     run([build.tool("llama-quantize"), "--imatrix", importance, plain, file, kind, "2"], f"llama-quantize to {kind}")

@@ -28,10 +28,6 @@ class Matrices(Protocol):
         """Return rows [start, stop) of a matrix as f32; `expert` is the matrix of a stack, None where there is one."""
         ...
 
-    def vector(self, path: str, module: Any, name: str) -> Any:
-        """Return another parameter of the module (a bias, a norm's weight) as an MLX array."""
-        ...
-
 
 class FolderMatrices:
     """The matrices of a model folder, whose modules mlx-lm has built lazily."""
@@ -68,10 +64,6 @@ class FolderMatrices:
             dtype=mx.float32,
         )
         return _numpy(plain)
-
-    def vector(self, path: str, module: Any, name: str) -> Any:
-        """See Matrices."""
-        return module[name]
 
     def _part(self, path: str, module: Any, name: str, expert: int | None, start: int, stop: int) -> Any:
         array = module[name]

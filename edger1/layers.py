@@ -24,6 +24,7 @@ from edger1.errors import FormatError
 from edger1.experts import anatomy
 from edger1.folder import inspect
 from edger1.layer_matrices import FolderMatrices, Matrices
+from edger1.layer_modules import OWNER, kinds
 from edger1.mlx_runtime import prepare
 from edger1.quant.layers import Change, Pass, Watch
 
@@ -155,7 +156,7 @@ class ModelLayers:
     def linears(self, layer: int | None) -> dict[str, tuple[int, ...]]:
         """Return the shapes of the linears in a decoder layer, outside of all layers for None, by path."""
         found = self._outside() if layer is None else [m for _, m in anatomy.modules(self._decoders[layer])]
-        named = [(self._paths[id(module)], module) for module in found if type(module) in _kinds()]
+        named = [(self._paths[id(module)], module) for module in found if type(module) in kinds()]
         return {path: self._matrices.shape(path, module) for path, module in named if "weight" in module}
 
     def rows(self, path: str, expert: int | None, start: int, stop: int) -> np.ndarray:
@@ -245,8 +246,16 @@ class ModelLayers:
         path = self._paths[id(module)]
         wanted = np.array(tokens)
         unique, places = np.unique(wanted, return_inverse=True)
-        rows = [self._window(path, module, None, int(row), int(row) + 1) for row in unique]
-        return mx.array(np.concatenate(rows)[places.reshape(-1)].reshape(*wanted.shape, -1))
+        count, columns = self._matrices.shape(path, module)
+        if 4 * count * columns <= WINDOW_BYTES:
+            found = self._window(path, module, None, 0, count)[unique]
+        else:
+            found = np.concatenate([self._window(path, module, None, int(row), int(row) + 1) for row in unique])
+        return mx.array(found[places.reshape(-1)].reshape(*wanted.shape, -1))
+
+    def count(self, module: Any) -> int:
+        """Return how many matrices a stack has."""
+        return self._matrices.shape(self._paths[id(module)], module)[0]
 
     def _window(self, path: str, module: Any, expert: int | None, start: int, stop: int) -> np.ndarray:
         rows = self._matrices.rows(path, module, expert, start, stop)
@@ -267,7 +276,7 @@ class ModelLayers:
         x = np.concatenate([a.reshape(-1, a.shape[-1]) for a in xs])
         choices = np.concatenate([c.reshape(-1, c.shape[-1]) for c in chosen])
         out: np.ndarray | None = None
-        for expert in range(anatomy.projections(switch)[0][1].num_experts):
+        for expert in range(self.count(anatomy.projections(switch)[0][1])):
             rows, ranks = np.nonzero(choices == expert)
             if not len(rows):
                 continue
@@ -291,13 +300,13 @@ class ModelLayers:
             module.__class__ = kind
             return visit(index, x, args, kwargs)
 
-        kinds = [type(module) for module in self._decoders]
+        own = [type(module) for module in self._decoders]
         for index, module in enumerate(self._decoders):
-            module.__class__ = _visiting(kinds[index], index, called)
+            module.__class__ = _visiting(own[index], index, called)
         try:
             yield
         finally:
-            for module, kind in zip(self._decoders, kinds, strict=True):
+            for module, kind in zip(self._decoders, own, strict=True):
                 module.__class__ = kind
 
     @contextlib.contextmanager
@@ -313,22 +322,22 @@ class ModelLayers:
         self, module: Any, watch: Watch | None, change: Change | None, among: Sequence[Any] | None = None
     ) -> Iterator[None]:
         """Let the linears in `module` (or those `among` it) compute from rows that are read when needed."""
-        kinds = _kinds()
+        known = kinds()
         changed = []
         self._watch, self._change = watch, change
         try:
             for part in [m for _, m in anatomy.modules(module)] if among is None else among:
                 kind = type(part)
-                if kind in kinds:
+                if kind in known:
                     changed.append((part, kind))
-                    object.__setattr__(part, "_by_rows", self)
-                    part.__class__ = kinds[kind](kind)
+                    object.__setattr__(part, OWNER, self)
+                    part.__class__ = known[kind](kind)
             yield
         finally:
             self._watch = self._change = None
             for part, kind in changed:
                 part.__class__ = kind
-                vars(part).pop("_by_rows", None)
+                vars(part).pop(OWNER, None)
 
     def _words(self) -> Any:
         if self._tokenizer is None:
@@ -371,102 +380,12 @@ def _widen(model: Any) -> None:
     import mlx.core as mx
 
     for _, module in anatomy.modules(model):
-        matrix = type(module) in _kinds()
+        matrix = type(module) in kinds()
         for name, value in list(module.items()):
             if not isinstance(value, mx.array) or value.dtype not in (mx.bfloat16, mx.float16):
                 continue
             if not matrix or name == "bias":
                 module[name] = value.astype(mx.float32)
-
-
-def _kinds() -> dict[type, Callable[[type], type]]:
-    """Return the classes whose products are computed by rows, with what makes the class that does."""
-    import mlx.nn as nn
-    from mlx_lm.models.mla import MultiLinear, QuantizedMultiLinear
-    from mlx_lm.models.switch_layers import (
-        QuantizedSwitchLinear,
-        SwitchGLU,
-        SwitchLinear,
-        SwitchMLP,
-    )
-
-    return {
-        nn.Linear: _linear,
-        nn.QuantizedLinear: _linear,
-        nn.Embedding: _embedding,
-        nn.QuantizedEmbedding: _embedding,
-        MultiLinear: _multi,
-        QuantizedMultiLinear: _multi,
-        SwitchLinear: _switch_linear,
-        QuantizedSwitchLinear: _switch_linear,
-        SwitchGLU: _switch,
-        SwitchMLP: _switch,
-    }
-
-
-def _linear(kind: type) -> type:
-    class RowsLinear(kind):  # type: ignore[misc]
-        def __call__(self, x: Any) -> Any:
-            out = _flat(self, x, None)
-            return out + self["bias"] if "bias" in self else out
-
-    return RowsLinear
-
-
-def _embedding(kind: type) -> type:
-    class RowsEmbedding(kind):  # type: ignore[misc]
-        def __call__(self, x: Any) -> Any:
-            return vars(self)["_by_rows"].take(self, x)
-
-        def as_linear(self, x: Any) -> Any:
-            return _flat(self, x, None)
-
-    return RowsEmbedding
-
-
-def _multi(kind: type) -> type:
-    class RowsMulti(kind):  # type: ignore[misc]
-        def __call__(self, x: Any, transpose: bool = True) -> Any:
-            import mlx.core as mx
-
-            owner = vars(self)["_by_rows"]
-            plain = _numpy(x)
-            heads = len(self["weight"])
-            found = []
-            for head in range(heads):
-                rows = plain[:, head if plain.shape[1] == heads else 0]
-                flat = owner.product(self, rows.reshape(-1, rows.shape[-1]), head, transposed=not transpose)
-                found.append(flat.reshape(*rows.shape[:-1], -1))
-            return mx.array(np.stack(found, axis=1))
-
-    return RowsMulti
-
-
-def _switch_linear(kind: type) -> type:
-    class RowsSwitchLinear(kind):  # type: ignore[misc]
-        def __call__(self, x: Any, indices: Any, sorted_indices: bool = False) -> Any:
-            # Only called for rows that have all chosen the same expert: see `_ask_experts`.
-            expert = int(np.array(indices).reshape(-1)[0])
-            out = _flat(self, x, expert)
-            return out + self["bias"][expert] if "bias" in self else out
-
-    return RowsSwitchLinear
-
-
-def _switch(kind: type) -> type:
-    class RowsSwitch(kind):  # type: ignore[misc]
-        def __call__(self, x: Any, indices: Any, *args: Any, **kwargs: Any) -> Any:
-            return vars(self)["_by_rows"].answer(self, x, indices)
-
-    return RowsSwitch
-
-
-def _flat(module: Any, x: Any, expert: int | None) -> Any:
-    import mlx.core as mx
-
-    plain = _numpy(x)
-    flat = vars(module)["_by_rows"].product(module, plain.reshape(-1, plain.shape[-1]), expert)
-    return mx.array(flat.reshape(*plain.shape[:-1], -1))
 
 
 def _first(result: Any) -> Any:

@@ -85,7 +85,7 @@ def documents(path: Path | None) -> list[Document]:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8"
         raise UsageError(f"{path} cannot be read for calibration: {reason}.") from None
-    found = list(_rows(path, text)) if path.suffix == ".jsonl" else [text]
+    found: list[Document] = list(_rows(path, text)) if path.suffix == ".jsonl" else [text]
     if not any(found):
         raise UsageError(f"{path} holds no text to calibrate with.")
     return found

@@ -103,7 +103,7 @@ def sensitivities(
 
 def _probing(path: str) -> Change:
     def change(at: str, expert: int | None, start: int, rows: np.ndarray) -> np.ndarray | None:
-        return rounded(rows, PROBE) if at == path else None
+        return rounded(rows, _probe_of(rows.shape[1])) if at == path else None
 
     return change
 
