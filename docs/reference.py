@@ -20,6 +20,7 @@ COMMANDS = (
     ("models", "rm"),
     ("plan",),
     ("finetune",),
+    ("eval",),
     ("doctor",),
 )
 TARGET = Path(__file__).with_name("cli.md")

@@ -27,7 +27,10 @@ from edger1.quant.layers import LayerSource, Pass
 WINDOW = 512
 """Tokens of a window, where nothing else is asked for."""
 PASS_TOKENS = 2048
-"""Tokens that go through a layer at once."""
+"""Tokens of a pass."""
+CALL_BYTES = 64 << 20
+"""Hidden states that are given to a layer at once. A layer of experts holds a few times as many beside them, and reads
+its experts once for each such call."""
 HIDDEN_BYTES = 256 << 20
 """Hidden states that are kept in memory between layers; more of them go to a file."""
 LOGITS_BYTES = 128 << 20
@@ -214,8 +217,8 @@ class _Walk:
         for layer in range(self._model.layers):
             for alone, theirs in zip(self._alone, self._theirs, strict=True):
                 alone.hidden = theirs.hidden
-            self._source.advance(layer, self._theirs)
-            self._model.advance(layer, [*self._ours, *self._alone])
+            _advance(self._source, layer, self._theirs)
+            _advance(self._model, layer, [*self._ours, *self._alone])
             what = f"Layer {layer}"
             found.append(LayerError(layer, self._error(self._alone, what), self._error(self._ours, what)))
             self._on_step("layer", layer + 1, self._model.layers)
@@ -288,6 +291,12 @@ class _Walk:
             if np.isnan(logits).any():
                 raise FormatError(f"{name} gives logits that are no numbers; its output head is damaged.")
         return compare(source, model, targets)
+
+
+def _advance(side: LayerSource, layer: int, passes: Sequence[Pass]) -> None:
+    each = max(1, CALL_BYTES // passes[0].hidden.nbytes)
+    for first in range(0, len(passes), each):
+        side.advance(layer, passes[first : first + each])
 
 
 class _Keeper:

@@ -41,7 +41,7 @@ class Layered:
         self.heads_rows: list[int] = []
         """Positions of each call of `logits`."""
         self.longest = 0
-        """Tokens of the longest call of `advance`."""
+        """Most tokens in a call of `advance`."""
         self._shift = shift
 
     @property
@@ -63,8 +63,8 @@ class Layered:
         return hidden + np.tanh((hidden + mean) @ self.matrices[layer].T)
 
     def advance(self, layer: int, passes: Sequence[Any], watch: Watch | None = None) -> None:
+        self.longest = max(self.longest, sum(passing.tokens.size for passing in passes))
         for passing in passes:
-            self.longest = max(self.longest, passing.tokens.size)
             passing.hidden = self.layer(layer, passing.hidden)
 
     def logits(self, passing: Any, watch: Watch | None = None) -> Any:

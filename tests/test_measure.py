@@ -176,9 +176,10 @@ def test_nothing_depends_on_how_much_goes_together(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(module, "PASS_TOKENS", 64)
     monkeypatch.setattr(module, "LOGITS_BYTES", 4 * 40 * 5)
     monkeypatch.setattr(module, "HIDDEN_BYTES", 0)
+    monkeypatch.setattr(module, "CALL_BYTES", 4 * 16 * 64 * 2)
     source, model = Layered(), Layered("model", noise=0.05)
     pieces = measure(model, source, tokens, window=32, scratch=tmp_path)
-    assert source.longest == model.longest == 64
+    assert source.longest == model.longest == 128
     assert max(source.heads_rows) == max(model.heads_rows) == 5
     assert figures(pieces) == pytest.approx(figures(whole), rel=1e-5)
     for one, other in zip(pieces.layers, whole.layers, strict=True):
