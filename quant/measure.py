@@ -154,7 +154,7 @@ def measure(
     """Measure `model` against `source` on a text's tokens; see the module for what is measured and how.
 
     `leading` are the special tokens that every window begins with, beside its `window` tokens. Hidden states of a long
-    text, 12 bytes a token and entry, lie in a file in the folder `scratch`, or where temporary files lie.
+    text, 24 bytes a token and entry, lie in a file in the folder `scratch`, or where temporary files lie.
 
     Raises UsageError for windows and models that cannot be compared, FormatError where a layer gives numbers that are
     not finite, EdgeR1Error where there is no room for the hidden states.
