@@ -41,7 +41,7 @@ class Logits:
         import mlx.core as mx
 
         answers: list[Any] = []
-        kind = type(self._inner)
+        kind: Any = type(self._inner)
 
         def keep(*given: Any, **named: Any) -> Any:
             answers.append(kind.__call__(self._inner, *given, **named))
@@ -81,7 +81,7 @@ def _inner(model: Any) -> Any:
 @contextlib.contextmanager
 def _answered(module: Any, answer: Answer) -> Iterator[None]:
     """Let calls of a module be answered by `answer`."""
-    kind = type(module)
+    kind: Any = type(module)
     object.__setattr__(module, "_answer", answer)
     module.__class__ = _answering(kind)
     try:

@@ -6,14 +6,14 @@ of the weights alone and not that of int8 activations.
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 from edger1 import paths
-from edger1.errors import EdgeR1Error, UsageError
-from edger1.folder import inspect
-from edger1.layers import open_layers
-from edger1.quant.layers import LayerSource
+from edger1.errors import UsageError
+from edger1.layers import ModelLayers
 from edger1.quant.measure import WINDOW, Measurement, Step, measure, shared_tokens
+from edger1.source_layers import SourceLayers, open_any, size
 
 
 def evaluate(
@@ -25,16 +25,16 @@ def evaluate(
     most_tokens: int | None = None,
     on_step: Step = lambda *_: None,
 ) -> Measurement:
-    """Measure the model in the folder `model` against the one in `source` on a text, or its first `most_tokens` tokens.
+    """Measure the model at `model` against the one at `source` on a text, or on its first `most_tokens` tokens.
 
-    One layer of each is in memory at a time. Windows begin with the special tokens that the model's tokenizer puts
-    before a text. Runs on the thread that owns MLX. Raises what opening a model does, and UsageError where the two do
-    not belong together or the text has nothing to predict.
+    Either is a model folder, a GGUF file or what else can be converted. One layer of each is in memory at a time.
+    Windows begin with the special tokens that the model's tokenizer puts before a text. Runs on the thread that owns
+    MLX. Raises what opening a model does, and UsageError where the two do not belong together or the text has nothing
+    to predict.
     """
     if model.resolve() == source.resolve():
         raise UsageError(f"{model.name} would be measured against itself; name the model that it was made from.")
-    ours, theirs = open_layers(model), open_layers(source)
-    try:
+    with contextlib.closing(open_any(model)) as ours, contextlib.closing(open_any(source)) as theirs:
         tokens = shared_tokens(ours, theirs, text)[:most_tokens]
         folder = paths.data()
         folder.mkdir(parents=True, exist_ok=True)
@@ -47,10 +47,7 @@ def evaluate(
             scratch=folder,
             on_step=on_step,
         )
-    finally:
-        ours.close()
-        theirs.close()
-    return found.with_sizes(_sizes(model), _sizes(source))
+        return found.with_sizes(size(model, ours), size(source, theirs))
 
 
 def report(source: Path, folder: Path, text: str, *, on_step: Step = lambda *_: None) -> Measurement:
@@ -70,21 +67,14 @@ def read_text(file: Path) -> str:
         raise UsageError(f"{file} is not UTF-8 text ({error.reason} at byte {error.start}).") from None
 
 
-def _leading(folder: Path, model: LayerSource) -> list[int]:
+def _leading(folder: Path, model: ModelLayers) -> list[int]:
     """Return the ids that the tokenizer puts before a text."""
     from mlx_lm.utils import load_tokenizer
 
+    if isinstance(model, SourceLayers):
+        folder = model.tokenizer_folder
     sample = "a"
     bare = model.encode(sample)
     whole = list(load_tokenizer(folder).encode(sample, add_special_tokens=True))
     ends = [i for i in range(len(whole)) if whole[i : i + len(bare)] == bare]
     return whole[: ends[0]] if ends else []
-
-
-def _sizes(path: Path) -> tuple[int, float]:
-    """Return the bytes of a model's weights, and the bits a weight; 0 for what is not known."""
-    try:
-        folder = inspect(path)
-    except EdgeR1Error:
-        return (path.stat().st_size if path.is_file() else 0), 0.0
-    return folder.total_bytes, 8 * folder.total_bytes / folder.parameters if folder.parameters else 0.0

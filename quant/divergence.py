@@ -66,7 +66,7 @@ class _Side:
 
     def normaliser(self) -> Floats:
         """Return the logarithm of the sum of exponentials of all logits."""
-        return self.top + np.log(self.total)
+        return np.asarray(self.top + np.log(self.total), np.float64)
 
     def loss(self) -> Floats:
         """Return the negative log-likelihood of the targets."""

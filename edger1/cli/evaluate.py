@@ -14,10 +14,10 @@ from edger1.errors import UsageError
 
 
 def evaluate_command(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Alias, hub repository (owner/name) or folder.")],
-    against: Annotated[
-        str, typer.Option("--against", metavar="SOURCE", help="What it was made from: likewise, or a .gguf file.")
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Alias, hub repository (owner/name), folder or .gguf file.")
     ],
+    against: Annotated[str, typer.Option("--against", metavar="SOURCE", help="What it was made from; likewise.")],
     text: Annotated[Path, typer.Option("--text", metavar="FILE", help="The text to predict, UTF-8.")],
     window: Annotated[int, typer.Option(metavar="TOKENS", help="Tokens of a window of the text.")] = 512,
     tokens: Annotated[
@@ -45,7 +45,7 @@ def evaluate_command(
       edger1 eval ./my-4bit --against ./my-model --text book.txt --plot loss.png -o loss.json
     """
     from edger1 import worker
-    from edger1.cli.loading import apply_threads, ensure_model
+    from edger1.cli.loading import apply_threads
     from edger1.config import load_config
     from edger1.fetch.place import write_atomically
     from edger1.measuring import evaluate, read_text
@@ -58,7 +58,7 @@ def evaluate_command(
         check_plot(plot)
     config = load_config()
     apply_threads(config.threads)
-    folder, source = (ensure_model(name, offline or config.offline) for name in (model, against))
+    folder, source = (_find(name, offline or config.offline) for name in (model, against))
     found = worker.call(lambda: evaluate(folder, source, words, window=window, most_tokens=tokens, on_step=_show))
     written = json.dumps(found.as_json(), indent=1)
     if output is not None:
@@ -73,6 +73,16 @@ def evaluate_command(
     else:
         for line in table(found):
             typer.echo(line)
+
+
+def _find(name: str, offline: bool) -> Path:
+    """Return where a model is, fetching it where it is not on this machine. Files need not be converted."""
+    from edger1.cli.loading import ensure_model
+
+    path = Path(name).expanduser()
+    if path.is_file() or any(path.glob("*.gguf")):
+        return path
+    return ensure_model(name, offline)
 
 
 def _show(what: str, done: int, total: int) -> None:
