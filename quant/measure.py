@@ -335,7 +335,7 @@ class _Filed(Pass):
         super().__init__(passing.tokens, passing.hidden, passing.own)
 
     @property
-    def hidden(self) -> np.ndarray:  # type: ignore[override]
+    def hidden(self) -> np.ndarray:
         """Read it."""
         self._file.seek(self._start)
         found = np.fromfile(self._file, np.float32, int(np.prod(self._shape)))
