@@ -17,6 +17,7 @@ import numpy as np
 
 from edger1.errors import FormatError
 from edger1.folder import inspect
+from edger1.layer_modules import kinds
 from edger1.layers import ModelLayers, open_layers
 from edger1.mlx_runtime import prepare
 from edger1.quant.source import Source, Tensor
@@ -37,10 +38,6 @@ class SourceMatrices:
         tensor = self._tensors[f"{path}.weight"]
         found = tensor.read(start, stop) if expert is None else tensor.read(expert, expert + 1)[0, start:stop]
         return found.astype(np.float32, copy=False)
-
-    def vector(self, path: str, module: Any, name: str) -> Any:
-        """See `edger1.layer_matrices.Matrices`."""
-        return module[name]
 
 
 class SourceLayers(ModelLayers):
@@ -115,21 +112,14 @@ def _loads(path: Path) -> bool:
 def _fill(model: Any, tensors: Mapping[str, Tensor], name: str) -> None:
     """Give a model that was just made everything but its matrices."""
     import mlx.core as mx
-    import mlx.nn as nn
     from mlx.utils import tree_flatten, tree_unflatten
-    from mlx_lm.models.mla import MultiLinear
-    from mlx_lm.models.switch_layers import SwitchLinear
 
     model.eval()
     if any(key not in tensors for key, _ in tree_flatten(model.parameters())) and hasattr(model, "sanitize"):
         # Families find out here that a head is not there, and take the embedding instead.
         with contextlib.suppress(Exception):
             model.sanitize({})
-    by_rows = {
-        f"{path}.weight"
-        for path, module in model.named_modules()
-        if type(module) in (nn.Linear, nn.Embedding, SwitchLinear, MultiLinear)
-    }
+    by_rows = {f"{path}.weight" for path, module in model.named_modules() if type(module) in kinds()}
     given = []
     for key, value in tree_flatten(model.parameters()):
         if key not in tensors:

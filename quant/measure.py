@@ -12,6 +12,7 @@ norms over the hidden state.
 from __future__ import annotations
 
 import contextlib
+import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -84,8 +85,8 @@ class Measurement:
         return self.divergence_percentiles["99"]
 
     def as_json(self) -> dict[str, Any]:
-        """Return it as plain JSON values."""
-        return asdict(self) | {"layers": [asdict(layer) for layer in self.layers]}
+        """Return it as plain JSON values, with null for what is infinite."""
+        return _plain(asdict(self))
 
     def with_sizes(self, model: tuple[int, float], source: tuple[int, float]) -> Measurement:
         """Return it with each side's (bytes of weights, bits a weight)."""
@@ -174,7 +175,9 @@ def measure(
         embedding, layers = walk.layers()
         found = walk.compare(cut, len(leading), tokens)
     divergence = found.divergence
-    percentiles = np.percentile(divergence, PERCENTILES)
+    # Between an infinite and a finite one lies no number.
+    with np.errstate(invalid="ignore"):
+        percentiles = np.percentile(divergence, PERCENTILES)
     return Measurement(
         model=Side(model.name, _perplexity(found.model_loss)),
         source=Side(source.name, _perplexity(found.source_loss)),
@@ -188,8 +191,17 @@ def measure(
     )
 
 
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _perplexity(losses: Any) -> float:
-    return float(np.exp(losses.mean()))
+    with np.errstate(over="ignore"):
+        return float(np.exp(losses.mean()))
 
 
 class _Walk:

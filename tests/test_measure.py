@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from layered import Layered
 from edger1.errors import EdgeR1Error, FormatError, UsageError
 from edger1.quant import measure as module
 from edger1.quant.divergence import Divergence, compare
+from edger1.quant.layers import Watch
 from edger1.quant.measure import Measurement, measure, shared_tokens, windows
 
 TEXT = "Of shoes and ships and sealing-wax, of cabbages and kings, and why the sea is boiling hot. " * 3
@@ -198,6 +200,23 @@ def test_progress_is_told() -> None:
     found = measure(Layered(), Layered(), Layered().encode(TEXT), window=32, on_step=lambda *step: heard.append(step))
     assert [step for step in heard if step[0] == "layer"] == [("layer", i, 3) for i in (1, 2, 3)]
     assert heard[-1] == ("tokens", found.tokens, found.tokens)
+
+
+def test_what_is_infinite_is_null_in_json() -> None:
+    found = measure(Forbidding("model"), Layered(), Layered().encode(TEXT))
+    assert found.mean_divergence == np.inf
+    values = json.loads(json.dumps(found.as_json(), allow_nan=False))
+    assert values["mean_divergence"] is values["divergence_percentiles"]["99"] is None
+    assert values["layers"] == [{"layer": i, "own": 0.0, "accumulated": 0.0} for i in range(3)]
+
+
+class Forbidding(Layered):
+    """Gives one token no chance."""
+
+    def logits(self, passing: Any, watch: Watch | None = None) -> Any:
+        found = super().logits(passing, watch)
+        found[..., 5] = -np.inf
+        return found
 
 
 def test_the_tokenizer_must_be_shared() -> None:
