@@ -22,7 +22,7 @@ from safetensors.numpy import save
 from edger1 import installed, mlx_runtime, paths
 from edger1.errors import EdgeR1Error, SourceError, UsageError
 from edger1.fetch import hub, pull, streamed
-from edger1.fetch.quantize import Wanted, convert, describe
+from edger1.fetch.quantize import Calibration, Wanted, convert, describe
 from edger1.fetch.steps import Watch
 from edger1.quant import recipes, running
 from edger1.quant.converting import Settings
@@ -292,3 +292,37 @@ def test_a_gguf_of_types_that_mlx_lacks_is_quantized_again_and_says_so(home: Pat
         if not name.startswith("model.layers.1.mlp.up_proj"):
             assert mx.array_equal(found[name], expected[name]), name
     assert not (lossless / "conversion.json").exists()
+
+
+def test_calibrated_codes_are_other_codes_and_the_record_says_so(home: Path, tmp_path: Path, tiny_folder: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("What is counted here is how often a letter comes. " * 40)
+    plain = convert(Wanted(str(tiny_folder), tmp_path / "plain", recipes.uniform(3)), Settings(), Watch())
+    fitted = Wanted(str(tiny_folder), tmp_path / "fitted", recipes.uniform(3), calibration=Calibration(text))
+    folder = convert(fitted, Settings(), Watch())
+    first, second = arrays(plain), arrays(folder)
+    assert first.keys() == second.keys()
+    assert not mx.array_equal(first["model.layers.0.mlp.up_proj.weight"], second["model.layers.0.mlp.up_proj.weight"])
+    assert "tokens" in json.loads((folder / "conversion.json").read_text())["calibration"]
+    assert "calibration" not in json.loads((plain / "conversion.json").read_text())
+
+
+def test_bits_are_fitted_to_a_size(home: Path, tmp_path: Path, tiny_folder: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("What is counted here is how often a letter comes. " * 40)
+    wanted = Wanted(str(tiny_folder), tmp_path / "roomy", calibration=Calibration(text, 10**10))
+    folder = convert(wanted, Settings(), Watch())
+    said = json.loads((folder / "conversion.json").read_text())
+    assert said["recipe"] == "fitted"
+    assert all(
+        "bits in groups of" in said["tensors"][f"model.layers.1.mlp.{one}_proj.weight"] for one in ("up", "down")
+    )
+    tight = Wanted(str(tiny_folder), tmp_path / "tight", calibration=Calibration(text, 10**6))
+    with pytest.raises(UsageError, match="At the fewest bits"):
+        convert(tight, Settings(), Watch())
+
+
+def test_calibrating_needs_the_source_here(server: Hub) -> None:
+    server.repos[REPO] = checkpoint()
+    with pytest.raises(UsageError, match="edger1 pull lab/tiny"):
+        convert(Wanted(REPO, None, recipes.uniform(4), calibration=Calibration()), Settings(), Watch())
