@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt scripts/setup.sh $(wildcard edger1/kernels/src/*)
 
-.PHONY: chat test lint families parity bench sanitize screenshots clean
+.PHONY: chat test lint families parity bench sanitize fuzz screenshots clean
 .DEFAULT_GOAL := help
 
 help: ## Show this help
@@ -39,12 +39,17 @@ bench: $(VENV)/.installed-dev ## Run the benchmarks, EdgeR1 beside its peers (ov
 	$(BIN)/python -m benchmarks.kernels
 	$(BIN)/python -m benchmarks.pretrain
 	$(BIN)/python -m benchmarks.policy
+	$(BIN)/python -m benchmarks.quantization
 	$(BIN)/python -m benchmarks.streaming
 	$(BIN)/python -m benchmarks.windows
+	$(BIN)/python -m benchmarks.convert
 	$(BIN)/python -m benchmarks.readme
 
 sanitize: $(VENV)/.installed-dev ## Run the kernels' tests with address, undefined and thread sanitizers
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python scripts/sanitize.py
+
+fuzz: $(VENV)/.installed-fuzz ## Feed the readers of weights mutated headers (1.2 million; half an hour)
+	$(BIN)/python scripts/fuzz.py
 
 screenshots: $(VENV)/.installed-dev ## Draw the pictures of the chat anew
 	$(BIN)/python docs/screenshots.py
@@ -59,6 +64,10 @@ $(VENV)/.installed-dev: $(SOURCES)
 
 $(VENV)/.installed-parity: $(SOURCES)
 	@scripts/setup.sh $(VENV) dev parity
+	@touch $@ $(VENV)/.installed-dev $(VENV)/.installed
+
+$(VENV)/.installed-fuzz: $(SOURCES)
+	@scripts/setup.sh $(VENV) dev fuzz
 	@touch $@ $(VENV)/.installed-dev $(VENV)/.installed
 
 clean: ## Remove the virtual environment and everything built

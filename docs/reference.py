@@ -13,6 +13,7 @@ COMMANDS = (
     ("run",),
     ("demo",),
     ("pull",),
+    ("convert",),
     ("models",),
     ("models", "list"),
     ("models", "show"),
@@ -20,6 +21,7 @@ COMMANDS = (
     ("models", "rm"),
     ("plan",),
     ("finetune",),
+    ("eval",),
     ("doctor",),
 )
 TARGET = Path(__file__).with_name("cli.md")

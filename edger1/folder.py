@@ -6,7 +6,6 @@ are several of those, an index. Whatever a folder claims is checked before anyon
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +13,8 @@ from typing import Any
 
 from edger1.errors import EdgeR1Error, FormatError, UnknownModelError
 from edger1.quant.formats import safetensors
+from edger1.quant.formats.folder import no_weights, read_config, read_index, read_json
 
-INDEX_NAME = "model.safetensors.index.json"
-MAX_JSON_BYTES = 100_000_000
-
-_PICKLES = ("pytorch_model*.bin", "model*.bin", "*.pth", "*.pt", "*.ckpt")
 _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "max_sequence_length")
 
 
@@ -51,7 +47,7 @@ def inspect(folder: Path) -> ModelFolder:
     if not folder.is_dir():
         found = "is a file" if folder.exists() else "does not exist"
         raise UnknownModelError(f"{folder} {found}; expected a folder with config.json and model*.safetensors.")
-    config = _read_config(folder)
+    config = read_config(folder)
     files = _weight_files(folder)
     headers = [safetensors.read_header(file) for file in files]
     if not any(header.entries for header in headers):
@@ -81,7 +77,7 @@ def beyond_training(folder: Path, context: int | None) -> str | None:
     None where they are not, or where config.json does not say or is none.
     """
     try:
-        config = _read_config(folder)
+        config = read_config(folder)
     except EdgeR1Error:
         return None
     nested = config.get("text_config")
@@ -103,60 +99,18 @@ def _check_layers(folder: Path, config: dict[str, Any], tensors: int) -> None:
         )
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    if not path.is_file():
-        hint = " It holds GGUF files: convert one with `edger1 pull PATH`." if any(folder.glob("*.gguf")) else ""
-        raise FormatError(f"{folder} has no config.json, so it is no model folder.{hint}")
-    config = _read_json(path)
-    if not isinstance(config, dict):
-        raise FormatError(f"{path} is not a JSON object; fetch the model again.")
-    if not isinstance(config.get("model_type"), str) or not config["model_type"]:
-        raise FormatError(f'{path} does not say which model_type it is; expected for example "model_type": "qwen3".')
-    return config
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise FormatError(f"{path} has {path.stat().st_size:,} bytes, which is too large for what it should be.")
-        return json.loads(path.read_bytes().decode("utf-8"))
-    except OSError as error:
-        raise FormatError(f"{path} cannot be read: {(error.strerror or str(error)).lower()}.") from error
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path} is not valid JSON; fetch the model again.") from error
-
-
 def _weight_files(folder: Path) -> tuple[Path, ...]:
+    # mlx-lm loads all of these, whatever the index says.
     present = {path.name: path for path in sorted(folder.glob("model*.safetensors"))}
-    index = folder / INDEX_NAME
-    if index.is_file():
-        missing = sorted(_indexed_files(index) - present.keys())
-        if missing:
-            raise FormatError(
-                f"{folder} is incomplete: {len(missing)} weight files that its index names are missing, such as "
-                f"{missing[0]!r}. Fetch the model again."
-            )
-    if present:
-        return tuple(present.values())
-    if any(next(folder.glob(pattern), None) for pattern in _PICKLES):
+    missing = sorted(set((read_index(folder) or {}).values()) - present.keys())
+    if missing:
         raise FormatError(
-            f"{folder} holds its weights as Python pickles only, which can run code when read and are refused. "
-            "Get the model as safetensors."
+            f"{folder} is incomplete: {len(missing)} weight files that its index names are missing, such as "
+            f"{missing[0]!r}. Fetch the model again."
         )
-    raise FormatError(f"{folder} has a config.json but no weights (model*.safetensors); fetch the model again.")
-
-
-def _indexed_files(index: Path) -> set[str]:
-    content = _read_json(index)
-    weight_map = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise FormatError(f"{index} has no weight_map of tensor names to file names; fetch the model again.")
-    files = set(weight_map.values())
-    for name in files:
-        if not name or name in (".", "..") or any(mark in name for mark in ("/", "\\", "\0")):
-            raise FormatError(f"{index} names the file {name[:80]!r}, which is not a plain file name beside it.")
-    return files
+    if not present:
+        raise no_weights(folder)
+    return tuple(present.values())
 
 
 def _parameters(header: safetensors.Header, quantization: Any) -> int:
@@ -193,5 +147,5 @@ def _has_chat_template(folder: Path) -> bool:
     path = folder / "tokenizer_config.json"
     if not path.is_file():
         return False
-    config = _read_json(path)
+    config = read_json(path)
     return isinstance(config, dict) and bool(config.get("chat_template"))

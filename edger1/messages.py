@@ -165,10 +165,14 @@ class ToolCall:
 
 @dataclass(frozen=True)
 class Scores:
-    """The answer to Score: natural log-probabilities, one for each token id after the first."""
+    """The answer to Score: natural log-probabilities, one for each token id after the first.
+
+    Of `figures` those of a prefill are there; tokens are those that went through the model, all but the last.
+    """
 
     id: str
     logprobs: list[float]
+    figures: Figures = field(default_factory=Figures)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from functools import cache
 
 # From glibc's malloc.h; 128 KiB is the value that it begins with.
-_M_MMAP_THRESHOLD = -3
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 
 
 @cache
@@ -44,6 +44,33 @@ def _fix_mmap_threshold() -> None:
     # Other C libraries have no mallopt, and no threshold that moves.
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 128 * 1024)
+
+
+@contextlib.contextmanager
+def freed_kept() -> Iterator[None]:
+    """Let glibc keep large blocks that are freed, for the next ones, and give them back at the end.
+
+    A conversion allocates arrays of the same few sizes again and again, from several threads. With the kernel asked for
+    each of them, and zeroing it, that took as long as all computing.
+    """
+    if not sys.platform.startswith("linux") or "MALLOC_MMAP_THRESHOLD_" in os.environ:
+        yield
+        return
+    with contextlib.suppress(AttributeError, OSError):
+        libc = ctypes.CDLL(None)
+        for what in (_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD):
+            libc.mallopt(what, 1 << 30)
+        # Arenas of single threads hold no block above 64 MB.
+        libc.mallopt(_M_ARENA_MAX, 1)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(AttributeError, OSError):
+            libc = ctypes.CDLL(None)
+            for what in (_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD):
+                libc.mallopt(what, 128 * 1024)
+            libc.mallopt(_M_ARENA_MAX, 0)
+        give_back()
 
 
 def give_back() -> None:

@@ -23,9 +23,11 @@ from typing import Any
 import numpy as np
 
 from edger1.errors import EdgeR1Error, FormatError, UsageError
-from edger1.quant import gguf_models, shards, tokenizer
+from edger1.quant import gguf_models, gguf_rope, shards, tokenizer
 from edger1.quant.formats import ggml
-from edger1.quant.formats.gguf import GGUFFile, Header
+from edger1.quant.formats.gguf import Header
+from edger1.quant.formats.gguf_parts import GGUFParts
+from edger1.quant.gguf_outline import Placement
 
 SMALL_FILES_BYTES = 64 << 20
 """What is set aside for tokenizer and configuration when the free space is checked."""
@@ -66,8 +68,8 @@ def convert_gguf(source: Path, destination: Path, on_progress: Callable[[int, in
     """
     if os.path.lexists(destination):
         raise UsageError(f"{destination} exists already; remove it or choose another folder.")
-    with GGUFFile(source) as file:
-        layout = gguf_models.plan(file.header, _rope_factors(file))
+    with GGUFParts(source) as file:
+        layout = gguf_models.plan(file.header, gguf_rope.read_factors(file))
         units = _plan_units(file.header, layout)
         built = tokenizer.build(file.header, layout.config["vocab_size"])
         try:
@@ -85,7 +87,7 @@ def convert_gguf(source: Path, destination: Path, on_progress: Callable[[int, in
 
 
 def _write(
-    file: GGUFFile,
+    file: GGUFParts,
     layout: gguf_models.Plan,
     units: list[shards.Planned],
     built: tokenizer.BuiltTokenizer,
@@ -96,22 +98,21 @@ def _write(
     header = file.header
     tensors = [header.tensors[placement.source] for placement in layout.placements]
     carried: list[CarriedTensor] = []
-    bits_of: dict[str, int] = {}
+    formats: dict[str, tuple[int, str]] = {}
     total = sum(tensor.nbytes for tensor in tensors)
 
     def arrays() -> Iterator[dict[str, ggml.Array]]:
         done = 0
         for placement, tensor in zip(layout.placements, tensors, strict=True):
             result = ggml.carry(tensor.name, tensor.type, file.read(tensor), tensor.shape)
-            parts = result.parts
-            if placement.heads is not None:
-                rows = gguf_models.restored_rows(tensor.shape[0], placement.heads)
-                parts = {suffix: ggml.Array(part.dtype, part.data[rows]) for suffix, part in parts.items()}
-            if result.bits is not None:
-                bits_of[placement.target.removesuffix(".weight")] = result.bits
+            parts = {suffix: _arranged(part, placement) for suffix, part in result.parts.items()}
+            if result.bits is not None and result.mode is not None:
+                formats[placement.target.removesuffix(".weight")] = result.bits, result.mode
             how = "copied" if result.bits is None else f"codes kept, {result.bits} bits in groups of {ggml.GROUP_SIZE}"
             if placement.heads is not None:
                 how += ", rows reordered"
+            if placement.shift:
+                how = f"plus {placement.shift:g}"
             carried.append(CarriedTensor(tensor.name, placement.target, tensor.type.name, how))
             done += tensor.nbytes
             if on_progress is not None:
@@ -122,7 +123,7 @@ def _write(
     files = shards.write(folder, shards.split(units, shards.SHARD_BYTES), arrays(), parameters)
     built.write(folder)
     # Last, because without config.json nothing takes the folder for a model.
-    shards.write_text(folder / "config.json", json.dumps(_config(layout, built, bits_of), indent=4) + "\n")
+    shards.write_text(folder / "config.json", json.dumps(_config(layout, built, formats), indent=4) + "\n")
     for entry in folder.iterdir():
         _sync(entry)
     _sync(folder)
@@ -134,14 +135,14 @@ def _write(
     return Report(destination, layout.config["model_type"], tuple(carried), tuple(files), weight_bytes)
 
 
-def _rope_factors(file: GGUFFile) -> np.ndarray | None:
-    name = gguf_models.rope_factors_name(file.header)
-    if name is None:
-        return None
-    tensor = file.header.tensors[name]
-    if tensor.type.name != "F32" or tensor.nbytes > 1 << 20:
-        raise FormatError(f"{file.path.name}: tensor {name!r} should be a short F32 vector; the file is damaged.")
-    return file.read(tensor).view("<f4")
+def _arranged(part: ggml.Array, placement: Placement) -> ggml.Array:
+    """Put an array into the order, range and shape that the target has."""
+    data = part.data
+    if placement.heads is not None:
+        data = data[gguf_models.restored_rows(len(data), placement.heads)]
+    if placement.shift:
+        data = data + np.float32(placement.shift)
+    return ggml.Array(part.dtype, data[None] if placement.one_row else data)
 
 
 def _plan_units(header: Header, layout: gguf_models.Plan) -> list[shards.Planned]:
@@ -149,8 +150,12 @@ def _plan_units(header: Header, layout: gguf_models.Plan) -> list[shards.Planned
     for placement in layout.placements:
         tensor = header.tensors[placement.source]
         ggml.check_type(tensor.name, tensor.type, tensor.shape)
-        quantized = tensor.type.block_elements > 1
-        suffixes = ("weight", "scales", "biases") if quantized else ("",)
+        if placement.values is not None or (placement.shift and tensor.type.name != "F32"):
+            raise FormatError(
+                f"{header.name}: tensor {tensor.name!r} cannot be carried over without computing with its numbers; "
+                "convert the file with a recipe."
+            )
+        suffixes = ggml.part_names(tensor.type)
         names = tuple(_part_name(placement.target, suffix) for suffix in suffixes)
         units.append(shards.Planned(names, ggml.carried_bytes(tensor.type, tensor.shape)))
     return units
@@ -160,19 +165,21 @@ def _part_name(target: str, suffix: str) -> str:
     return f"{target.removesuffix('.weight')}.{suffix}" if suffix else target
 
 
-def _config(layout: gguf_models.Plan, built: tokenizer.BuiltTokenizer, bits_of: dict[str, int]) -> dict[str, Any]:
-    config = {**layout.config, "eos_token_id": built.eos_ids[0]}
-    if built.bos_id is not None:
-        config["bos_token_id"] = built.bos_id
-    if bits_of:
-        common = Counter(bits_of.values()).most_common(1)[0][0]
-        quantization: dict[str, Any] = {"group_size": ggml.GROUP_SIZE, "bits": common, "mode": "affine"}
-        for path, bits in bits_of.items():
-            if bits != common:
-                quantization[path] = {"group_size": ggml.GROUP_SIZE, "bits": bits, "mode": "affine"}
+def _config(
+    layout: gguf_models.Plan, built: tokenizer.BuiltTokenizer, formats: dict[str, tuple[int, str]]
+) -> dict[str, Any]:
+    config = {**layout.config, **built.token_ids()}
+    if formats:
+        common = Counter(formats.values()).most_common(1)[0][0]
+        quantization: dict[str, Any] = _as_quantization(*common)
+        quantization |= {path: _as_quantization(*kind) for path, kind in formats.items() if kind != common}
         # mlx-lm writes both: its own reader takes the first, transformers looks for the second.
         config |= {"quantization": quantization, "quantization_config": quantization}
     return config
+
+
+def _as_quantization(bits: int, mode: str) -> dict[str, Any]:
+    return {"group_size": ggml.GROUP_SIZE, "bits": bits, "mode": mode}
 
 
 def _check_space(parent: Path, units: list[shards.Planned]) -> None:

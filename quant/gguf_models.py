@@ -1,44 +1,21 @@
 """Maps a GGUF model onto the layout that mlx-lm reads: config.json, and where each tensor goes.
 
-Metadata keys and tensor names after ggml's docs/gguf.md and llama.cpp's gguf-py; target names after the Hugging Face
-model classes, which mlx-lm follows.
-
-llama.cpp rotates neighbouring elements in architecture `llama` and therefore stores the rows of its query and key
-projections interleaved; mlx-lm rotates halves, so these rows are put back in their first order. The qwen architectures
-rotate halves in both.
+What an architecture has is in `gguf_families`; here the file is held against it, so that a tensor which is missing,
+left over or of another shape than the metadata say is found before anything is written.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from edger1.errors import FormatError
+from edger1.quant import gguf_rope
 from edger1.quant.formats.gguf import Header
-
-ARCHITECTURES = {
-    "llama": ("llama", "LlamaForCausalLM"),
-    "qwen2": ("qwen2", "Qwen2ForCausalLM"),
-    "qwen3": ("qwen3", "Qwen3ForCausalLM"),
-}
-"""GGUF architecture -> (model_type, class name) in config.json."""
-
-LLAMA3_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-"""What every Llama 3.1 to 3.3 and every model made from them uses; the GGUF holds only the resulting factors."""
-
-_ROPE_FACTORS = "rope_freqs.weight"
-
-
-@dataclass(frozen=True)
-class Placement:
-    """Tensor `source` of the file becomes `target`; `heads` is the number of heads whose rows are to be put back."""
-
-    source: str
-    target: str
-    heads: int | None = None
+from edger1.quant.gguf_families import FAMILIES, Family, basics, family
+from edger1.quant.gguf_outline import Outline, Placement
 
 
 @dataclass(frozen=True)
@@ -49,66 +26,31 @@ class Plan:
     placements: tuple[Placement, ...]
 
 
-@dataclass(frozen=True)
-class _Sizes:
-    layers: int
-    hidden: int
-    feed_forward: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocabulary: int
-
-
-def plan(header: Header, rope_factors: np.ndarray | None = None) -> Plan:
-    """Work out the layout. `rope_factors` is the content of `rope_freqs.weight` where the file has it.
+def plan(header: Header, factors: gguf_rope.RopeFactors | None = None) -> Plan:
+    """Work out the layout. `factors` is what the file's RoPE factor tensors hold.
 
     Raises FormatError for an architecture or a variant of one that is not supported, and where tensors are missing,
     left over or of another shape than the metadata says.
     """
     name = header.text("general.architecture")
-    if name not in ARCHITECTURES:
+    if name not in FAMILIES:
         raise FormatError(
-            f"{header.name} has the architecture {name[:40]!r}; GGUF files of {', '.join(ARCHITECTURES)} can be "
+            f"{header.name} has the architecture {name[:40]!r}; GGUF files of {', '.join(FAMILIES)} can be "
             "converted. Get this model as an MLX folder instead."
         )
-    if header.integer("split.count", 1) > 1:
-        raise FormatError(
-            f"{header.name} is one of {header.integer('split.count')} parts of a model, which cannot be converted one "
-            "by one; join them with llama-gguf-split --merge first."
-        )
-    sizes = _sizes(header, name)
-    _refuse_variants(header, name, sizes)
-    shapes = _expected(header, name, sizes)
-    _check_tensors(header, shapes)
-    model_type, class_name = ARCHITECTURES[name]
-    config: dict[str, Any] = {
-        "architectures": [class_name],
-        "model_type": model_type,
-        "hidden_act": "silu",
-        "hidden_size": sizes.hidden,
-        "intermediate_size": sizes.feed_forward,
-        "num_hidden_layers": sizes.layers,
-        "num_attention_heads": sizes.heads,
-        "num_key_value_heads": sizes.kv_heads,
-        "head_dim": sizes.head_dim,
-        "max_position_embeddings": _positive(header, f"{name}.context_length"),
-        "rms_norm_eps": _positive_number(header, f"{name}.attention.layer_norm_rms_epsilon"),
-        "rope_theta": _positive_number(header, f"{name}.rope.freq_base", 10000.0),
-        "tie_word_embeddings": "output.weight" not in header.tensors,
-        "vocab_size": sizes.vocabulary,
-    }
-    if name == "llama":
-        config["attention_bias"] = "blk.0.attn_q.bias" in header.tensors
-        config["mlp_bias"] = "blk.0.ffn_gate.bias" in header.tensors
-    if (scaling := _rope_scaling(header, name, config, rope_factors)) is not None:
-        config["rope_scaling"] = scaling
-    return Plan(config, tuple(placement for placement, _ in shapes))
-
-
-def rope_factors_name(header: Header) -> str | None:
-    """Return the name of the tensor with RoPE frequency factors, if the file has one."""
-    return _ROPE_FACTORS if _ROPE_FACTORS in header.tensors else None
+    outline = Outline(header)
+    chosen = family(outline)
+    rotated = _rotated(outline, chosen)
+    outline.config |= basics(outline, chosen)
+    outline.add("token_embd.weight", "model.embed_tokens.weight", outline.vocabulary, outline.hidden)
+    chosen.describe(outline)
+    shift = -1.0 if name.startswith("gemma") else 0.0
+    outline.add("output_norm.weight", "model.norm.weight", outline.hidden, shift=shift)
+    if outline.has("output.weight"):
+        outline.add("output.weight", "lm_head.weight", outline.vocabulary, outline.hidden)
+    _check_tensors(outline)
+    _add_rope(outline, chosen, factors or gguf_rope.RopeFactors(), rotated)
+    return Plan(outline.config, tuple(outline.placements))
 
 
 def restored_rows(rows: int, heads: int) -> np.ndarray:
@@ -116,101 +58,32 @@ def restored_rows(rows: int, heads: int) -> np.ndarray:
     return np.arange(rows).reshape(heads, rows // heads // 2, 2).swapaxes(1, 2).reshape(-1)
 
 
-def _sizes(header: Header, name: str) -> _Sizes:
-    embedding = header.tensors.get("token_embd.weight")
-    if embedding is None or len(embedding.shape) != 2:
-        raise FormatError(f"{header.name} has no matrix 'token_embd.weight'; it is no whole language model.")
-    heads = _positive(header, f"{name}.attention.head_count")
-    hidden = _positive(header, f"{name}.embedding_length")
-    sizes = _Sizes(
-        layers=_positive(header, f"{name}.block_count"),
-        hidden=hidden,
-        feed_forward=_positive(header, f"{name}.feed_forward_length"),
-        heads=heads,
-        kv_heads=_positive(header, f"{name}.attention.head_count_kv", heads),
-        head_dim=_positive(header, f"{name}.attention.key_length", max(1, hidden // heads)),
-        vocabulary=embedding.shape[0],
-    )
-    if sizes.layers > len(header.tensors):
-        raise FormatError(
-            f"{header.name} claims {sizes.layers:,} layers but holds {len(header.tensors)} tensors; it is damaged."
-        )
-    if sizes.heads % sizes.kv_heads or sizes.head_dim % 2:
-        raise FormatError(
-            f"{header.name} claims {sizes.heads} heads over {sizes.kv_heads} key/value heads of {sizes.head_dim} "
-            "elements; heads must divide evenly and be of even size."
-        )
-    return sizes
+def _rotated(outline: Outline, chosen: Family) -> int:
+    """Return how many elements of a head are rotated, and refuse heads that mlx-lm's model cannot have."""
+    rotated = outline.count("rope.dimension_count", outline.head_dim)
+    if chosen.own_sizes:
+        return rotated
+    if outline.count("attention.value_length", outline.head_dim) != outline.head_dim:
+        raise outline.refuse("values of another size than its keys")
+    if rotated > outline.head_dim or rotated % 2 or (rotated != outline.head_dim and not chosen.partial):
+        raise outline.refuse("rotary embeddings over a part of each head")
+    if chosen.even and outline.wide != outline.hidden:
+        raise outline.refuse("heads that do not add up to its hidden size")
+    return rotated
 
 
-def _refuse_variants(header: Header, name: str, sizes: _Sizes) -> None:
-    def refuse(what: str) -> FormatError:
-        return FormatError(
-            f"{header.name} is a {name} model with {what}, which cannot be converted. Get it as an MLX folder instead."
-        )
-
-    if header.integer(f"{name}.expert_count", 0):
-        raise refuse("experts")
-    if header.integer(f"{name}.attention.value_length", sizes.head_dim) != sizes.head_dim:
-        raise refuse("values of another size than its keys")
-    if header.integer(f"{name}.rope.dimension_count", sizes.head_dim) != sizes.head_dim:
-        raise refuse("rotary embeddings over a part of each head")
-    if name == "qwen2" and sizes.head_dim * sizes.heads != sizes.hidden:
-        raise refuse("heads that do not add up to its hidden size")
-
-
-def _expected(header: Header, name: str, sizes: _Sizes) -> list[tuple[Placement, tuple[int, ...]]]:
-    """List every tensor that the model has: where it goes and the shape it must have."""
-    interleaved = name == "llama"
-    hidden, wide, narrow = sizes.hidden, sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
-    query_heads, key_heads = (sizes.heads, sizes.kv_heads) if interleaved else (None, None)
-    biased = name == "qwen2" or "blk.0.attn_q.bias" in header.tensors
-    found: list[tuple[Placement, tuple[int, ...]]] = []
-
-    def add(source: str, target: str, *shape: int, heads: int | None = None) -> None:
-        found.append((Placement(source, target, heads), shape))
-
-    add("token_embd.weight", "model.embed_tokens.weight", sizes.vocabulary, hidden)
-    for layer in range(sizes.layers):
-        here, there = f"blk.{layer}", f"model.layers.{layer}"
-        add(f"{here}.attn_norm.weight", f"{there}.input_layernorm.weight", hidden)
-        add(f"{here}.ffn_norm.weight", f"{there}.post_attention_layernorm.weight", hidden)
-        linears: list[tuple[str, str, int, int, bool, int | None]] = [
-            ("attn_q", "self_attn.q_proj", wide, hidden, biased, query_heads),
-            ("attn_k", "self_attn.k_proj", narrow, hidden, biased, key_heads),
-            ("attn_v", "self_attn.v_proj", narrow, hidden, biased, None),
-            ("attn_output", "self_attn.o_proj", hidden, wide, biased and name == "llama", None),
-        ]
-        mlp_biased = name == "llama" and "blk.0.ffn_gate.bias" in header.tensors
-        linears += [
-            ("ffn_gate", "mlp.gate_proj", sizes.feed_forward, hidden, mlp_biased, None),
-            ("ffn_up", "mlp.up_proj", sizes.feed_forward, hidden, mlp_biased, None),
-            ("ffn_down", "mlp.down_proj", hidden, sizes.feed_forward, mlp_biased, None),
-        ]
-        for source, target, rows, columns, has_bias, heads in linears:
-            add(f"{here}.{source}.weight", f"{there}.{target}.weight", rows, columns, heads=heads)
-            if has_bias:
-                add(f"{here}.{source}.bias", f"{there}.{target}.bias", rows, heads=heads)
-        if name == "qwen3":
-            add(f"{here}.attn_q_norm.weight", f"{there}.self_attn.q_norm.weight", sizes.head_dim)
-            add(f"{here}.attn_k_norm.weight", f"{there}.self_attn.k_norm.weight", sizes.head_dim)
-    add("output_norm.weight", "model.norm.weight", hidden)
-    if "output.weight" in header.tensors:
-        add("output.weight", "lm_head.weight", sizes.vocabulary, hidden)
-    return found
-
-
-def _check_tensors(header: Header, expected: list[tuple[Placement, tuple[int, ...]]]) -> None:
-    for placement, shape in expected:
-        tensor = header.tensors.get(placement.source)
+def _check_tensors(outline: Outline) -> None:
+    header = outline.header
+    for expected in outline.expected:
+        tensor = header.tensors.get(expected.source)
         if tensor is None:
-            raise FormatError(f"{header.name} lacks the tensor {placement.source!r}; it is incomplete or of a variant.")
-        if tensor.shape != shape:
+            raise FormatError(f"{header.name} lacks the tensor {expected.source!r}; it is incomplete or of a variant.")
+        if tensor.shape != expected.shape:
             raise FormatError(
                 f"{header.name}: tensor {tensor.name!r} has the shape {list(tensor.shape)}, but the metadata "
-                f"call for {list(shape)}; the file is damaged."
+                f"call for {list(expected.shape)}; the file is damaged."
             )
-    left = header.tensors.keys() - {placement.source for placement, _ in expected} - {_ROPE_FACTORS}
+    left = header.tensors.keys() - {expected.source for expected in outline.expected} - {*gguf_rope.FACTOR_TENSORS}
     if left:
         raise FormatError(
             f"{header.name} holds {len(left)} tensors that its architecture has no place for, such as {min(left)!r}; "
@@ -218,66 +91,33 @@ def _check_tensors(header: Header, expected: list[tuple[Placement, tuple[int, ..
         )
 
 
-def _rope_scaling(
-    header: Header, name: str, config: dict[str, Any], rope_factors: np.ndarray | None
-) -> dict[str, Any] | None:
-    kind = header.text(f"{name}.rope.scaling.type", "none")
-    if rope_factors is not None:
-        if kind not in ("none", "llama3"):
-            raise FormatError(
-                f"{header.name} has RoPE factors and {kind[:40]!r} scaling at once, which is not supported."
-            )
-        return _llama3_scaling(header, config, rope_factors)
-    if kind == "none":
-        return None
-    factor = _positive_number(header, f"{name}.rope.scaling.factor", 1.0)
-    if kind == "linear":
-        return {"rope_type": "linear", "factor": factor}
-    if kind == "yarn" and header.number(f"{name}.rope.scaling.attn_factor", 1.0) == 1.0:
-        original = _positive(header, f"{name}.rope.scaling.original_context_length")
-        return {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
-    raise FormatError(
-        f"{header.name} uses RoPE scaling {kind[:40]!r} in a form that cannot be converted; none, linear and yarn can. "
-        "Get the model as an MLX folder instead."
-    )
+def _add_rope(outline: Outline, chosen: Family, factors: gguf_rope.RopeFactors, rotated: int) -> None:
+    config = outline.config
+    if chosen.partial:
+        config["partial_rotary_factor"] = rotated / outline.head_dim
+    scaling = gguf_rope.scaling(outline, factors, rotated, config["rope_theta"])
+    kind = scaling["rope_type"] if scaling else None
+    allowed = _SCALINGS.get(chosen.model_type)
+    if kind is not None and allowed is not None and kind not in allowed:
+        raise outline.refuse(f"RoPE scaling {kind!r}")
+    if scaling is not None:
+        # The older name, which is the only one that these look for.
+        config["rope_scaling"] = scaling if allowed is None else {**scaling, "type": kind}
+        if kind == "longrope":
+            config["original_max_position_embeddings"] = scaling["original_max_position_embeddings"]
+    elif chosen.model_type == "glm4_moe":
+        config["rope_scaling"] = None
+    elif chosen.model_type == "deepseek_v2":
+        # mlx-lm's class has no attention without it; a factor of one changes nothing.
+        config["rope_scaling"] = {"rope_type": "yarn", "factor": 1.0}
 
 
-def _llama3_scaling(header: Header, config: dict[str, Any], factors: np.ndarray) -> dict[str, Any]:
-    """Find the parameters that the factors were computed from, by computing them again.
-
-    Formula after Meta's Llama 3.1 release: long wavelengths are slowed by `factor`, short ones kept, those between
-    blended.
-    """
-    half = config["head_dim"] // 2
-    if factors.shape == (half,) and np.isfinite(factors).all() and factors.min() > 0:
-        factor = float(factors.max())
-        low, high = LLAMA3_SCALING["low_freq_factor"], LLAMA3_SCALING["high_freq_factor"]
-        original = LLAMA3_SCALING["original_max_position_embeddings"]
-        wavelengths = 2 * math.pi * config["rope_theta"] ** (np.arange(half) * 2 / config["head_dim"])
-        blend = (original / wavelengths - low) / (high - low)
-        expected = np.where(
-            wavelengths > original / low,
-            factor,
-            np.where(wavelengths < original / high, 1.0, 1 / ((1 - blend) / factor + blend)),
-        )
-        if np.allclose(factors, expected, rtol=1e-3, atol=0):
-            return {"rope_type": "llama3", "factor": factor, **LLAMA3_SCALING}
-    raise FormatError(
-        f"{header.name} has RoPE factors other than those of Llama 3.1, which cannot be converted. "
-        "Get the model as an MLX folder instead."
-    )
-
-
-def _positive(header: Header, key: str, default: int | None = None) -> int:
-    value = header.integer(key, default)
-    if not 0 < value < 1 << 31:
-        raise FormatError(f"{header.name}: metadata {key!r} is {value:,}; expected a positive number below 2^31.")
-    return value
-
-
-def _positive_number(header: Header, key: str, default: float | None = None) -> float:
-    value = header.number(key, default)
-    if not (math.isfinite(value) and value > 0):
-        raise FormatError(f"{header.name}: metadata {key!r} is {value}; expected a positive number.")
-    # GGUF keeps it in f32: 1e-05 arrives as 9.999999747378752e-06. The shortest decimal names the same f32.
-    return float(str(np.float32(value))) if float(np.float32(value)) == value else value
+_SCALINGS: dict[str, tuple[str, ...]] = {
+    "qwen2_moe": ("linear",),
+    "phi3": ("linear", "longrope"),
+    "gemma": (),
+    "gemma2": (),
+    "glm4_moe": (),
+    "deepseek_v2": ("yarn",),
+}
+"""What mlx-lm's class computes, for families where it is not everything that `rope_utils` has."""

@@ -25,8 +25,14 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 MAX_PIECE_LENGTH = 1024
 """In characters. SentencePiece's longest are 16 by default; cutting a piece everywhere costs its length squared."""
 
-ENDS_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|endoftext|>", "<|end_of_text|>")
+ENDS_OF_TURN = (
+    "<|im_end|>", "<|eot_id|>", "<|endoftext|>", "<|end_of_text|>", "<end_of_turn>", "<|observation|>", "<|end|>",
+    "<|return|>", "<|call|>",
+)  # fmt: skip
 """Control tokens that end an answer even where the file names only one of them as its end."""
+
+_END_OF_MESSAGE = "<|end|>"
+"""No end of a turn where there is <|return|> too (gpt-oss): thoughts end with it, and the answer follows."""
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _TAIL = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -36,6 +42,28 @@ _DEEPSEEK_V3 = (
     r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_CASED = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+%s"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*%s"
+    r"|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_ENDING = "(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+_GPT4O = _CASED % (_ENDING, _ENDING, "{1,3}")
+_TEKKEN = _CASED % ("", "", "")
+_QWEN35 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_SEED = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1}| ?[^\s\p{L}\p{N}\r\n]+"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_CASED_LETTERS = (
+    "A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-ἕἘ-Ἕἠ-ὅὈ"
+    "-Ὅὐ-ὗὙὛὝὟ-ώᾀ-ᾴᾶ-ᾼιῂ-ῄῆ-ῌῐ-ΐῖ-Ίῠ-Ῥῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝℤΩℨK-ℭℯ-ℴℹℼ-ℿⅅ-ⅉⅎↃↄⰀ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳꙀ-ꙭꚀ-ꚛꜢ-ꝯꝱ"
+    "-ꞇꞋ-ꞎꭰ-ꮿﬀ-ﬆﬓ-ﬗＡ-Ｚａ-ｚ𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-𑣟𞤀-𞥃"
+)
+"""Every letter that has a case, as DeepSeek's first tokenizers list them."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +88,30 @@ _SPLITTINGS = {
     "deepseek-v3": _Splitting((r"\p{N}{1,3}", "[一-龥぀-ゟ゠-ヿ]+", _DEEPSEEK_V3)),
     "deepseek-coder": _Splitting((r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+", r"\p{N}")),
 }
-_SPLITTINGS |= {"llama3": _SPLITTINGS["llama-bpe"], "llama-v3": _SPLITTINGS["llama-bpe"]}
+_SPLITTINGS |= {
+    "deepseek-llm": _Splitting(
+        (
+            r"[\r\n]", rf"\s?[{_CASED_LETTERS}]+", r"\s?[!-/:-~！-／：-～‘-‟\u3000-。]+", r"\s+$",
+            "[一-龥ࠀ-一가-퟿]+", r"\p{N}+",
+        )
+    ),
+    "gpt-4o": _Splitting((_GPT4O,)),
+    "tekken": _Splitting((_TEKKEN,), whole_words=True, begins=True),
+    "dbrx": _Splitting((_LLAMA3,)),
+    "glm4": _Splitting((_LLAMA3,), whole_words=True),
+    "qwen35": _Splitting((_QWEN35,), compose=True),
+    "seed-coder": _Splitting((_SEED,)),
+}  # fmt: skip
+_SAME = {
+    "llama-bpe": ("llama3", "llama-v3", "falcon3", "lfm2"),
+    "gpt-2": ("olmo", "phi-2", "exaone4", "granite-docling"),
+    "smollm": ("refact", "starcoder", "command-r", "exaone"),
+    "dbrx": ("smaug-bpe", "chatglm-bpe"),
+    "gpt-4o": ("llama4", "minimax-m2"),
+    "deepseek-r1-qwen": ("hunyuan", "megrez"),
+    "deepseek-v3": ("hunyuan-dense",),
+}
+_SPLITTINGS |= {name: _SPLITTINGS[first] for first, names in _SAME.items() for name in names}
 
 
 @dataclass(frozen=True)
@@ -72,6 +123,13 @@ class BuiltTokenizer:
     bos_id: int | None
     eos_ids: tuple[int, ...]
     pad_id: int | None
+
+    def token_ids(self) -> dict[str, int]:
+        """Return what config.json says of the tokens that begin and end a text."""
+        ids = {"eos_token_id": self.eos_ids[0]}
+        if self.bos_id is not None:
+            ids["bos_token_id"] = self.bos_id
+        return ids
 
     def write(self, folder: Path) -> None:
         """Write tokenizer.json, tokenizer_config.json and generation_config.json into `folder`."""
@@ -127,7 +185,8 @@ def build(header: Header, vocabulary: int) -> BuiltTokenizer:
             config[f"{key}_token"] = tokens[identifier]
     if "tokenizer.chat_template" in header.metadata:
         config["chat_template"] = header.text("tokenizer.chat_template")
-    known_ends = [tokens.index(text) for text in ENDS_OF_TURN if text in tokens]
+    known = set(ENDS_OF_TURN) - ({_END_OF_MESSAGE} if "<|return|>" in tokens else set())
+    known_ends = [tokens.index(text) for text in ENDS_OF_TURN if text in known and text in tokens]
     ends_of_turn = [eos, special("eot_token_id"), special("eom_token_id")]
     ends_of_turn += [identifier for identifier in known_ends if types[identifier] == CONTROL]
     eos_ids = tuple(dict.fromkeys(identifier for identifier in ends_of_turn if identifier is not None))

@@ -99,10 +99,13 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             if name in hub.corrupt:
                 content = bytes(len(content) - 1) + b"!"
             start, asked = 0, self.headers.get("Range")
+            whole = len(content)
             if asked and not hub.ignore_range:
-                start = int(asked.removeprefix("bytes=").rstrip("-"))
+                first, _, last = asked.removeprefix("bytes=").partition("-")
+                start = int(first)
+                content = content[: int(last) + 1] if last else content
                 self.send_response(206)
-                self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+                self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{whole}")
             else:
                 self.send_response(200)
             self.send_header("ETag", '"etag"')

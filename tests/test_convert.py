@@ -196,7 +196,10 @@ REFUSED: dict[str, tuple[Tiny, str]] = {
         r"'output_norm.weight' has the shape \[32\]",
     ),
     "one part of several": (changed(tiny_model(), split__count=(U32, 3)), "one of 3 parts of a model"),
-    "experts": (changed(tiny_model(), llama__expert_count=(U32, 8)), "with experts"),
+    "experts": (
+        changed(tiny_model(), llama__expert_count=(U32, 8), llama__expert_used_count=(U32, 2)),
+        "lacks the tensor 'blk.0.ffn_gate_inp.weight'",
+    ),
     "partial rotary": (changed(tiny_model(), llama__rope__dimension_count=(U32, 8)), "rotary embeddings over a part"),
     "rope factors": (
         changed(tiny_model(), tensors={"rope_freqs.weight": pack(np.full(8, 3.5), GGMLQuantizationType.F32)}),
@@ -207,7 +210,7 @@ REFUSED: dict[str, tuple[Tiny, str]] = {
     "no layers": (changed(tiny_model(), llama__block_count=(U32, 0)), "expected a positive number"),
     "heads": (changed(tiny_model(), llama__attention__head_count_kv=(U32, 3)), "3 key/value heads"),
     "heads a layer": (
-        changed(tiny_model(), llama__attention__head_count=(ARRAY, (U32, [4, 4]))),
+        changed(tiny_model(), llama__attention__head_count=(ARRAY, (U32, [4, 2]))),
         "should be a whole number",
     ),
     "epsilon": (
@@ -228,7 +231,7 @@ def test_what_cannot_be_converted_is_refused(tmp_path: Path, name: str) -> None:
 def test_a_type_that_would_lose_is_named(tmp_path: Path) -> None:
     tiny = tiny_model(hidden=256)
     rows, columns = tiny.weights["model.layers.0.mlp.up_proj.weight"].shape
-    with pytest.raises(FormatError, match=r"'blk.0.ffn_up.weight' has the type Q4_K.*Q4_0, Q4_1, Q8_0 are"):
+    with pytest.raises(FormatError, match=r"'blk.0.ffn_up.weight' has the type Q4_K.*Q5_0, Q5_1, Q8_0, MXFP4 are"):
         convert(changed(tiny, tensors={"blk.0.ffn_up.weight": (12, (rows, columns), bytes(rows * 144))}), tmp_path)
 
 

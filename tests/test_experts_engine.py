@@ -18,11 +18,13 @@ import pytest
 from typer.testing import CliRunner
 
 import edger1
-from edger1 import installed
+from edger1 import client, installed, loader
 from edger1.cli import app
+from edger1.client import next_id
 from edger1.errors import MemoryCeilingError, StreamError, UnstreamableError, UsageError
 from edger1.experts import store as store_module
 from edger1.experts.pressure import Pressure
+from edger1.messages import Score, Scores
 
 QUESTION = "What is 17 + 25?"
 
@@ -79,6 +81,34 @@ def test_the_answer_is_the_resident_one(nano: Path, answer: Any, slots: str | in
         assert decode["bytes_read"] > 0
         assert decode["tokens"] == got.usage.completion_tokens - 1
         assert len(got.figures.experts["layers"]) == 5
+
+
+def scores(model: edger1.Model, ids: list[int]) -> Scores:
+    request = Score(next_id(), model._id, ids)
+    return next(event for event in client.events(model._connection, request) if isinstance(event, Scores))
+
+
+def test_scoring_reads_each_expert_once_a_step(nano: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Beside banks as small as these a step would be short.
+    monkeypatch.setattr(loader, "STREAMED_PREFILL_STEPS", (512,))
+    ids = [(7 * i) % 2000 for i in range(301)]
+    with edger1.load(nano, precision="exact") as model:
+        expected = scores(model, ids)
+    assert expected.figures.experts is None
+    with edger1.load(nano, precision="exact", expert_slots=4) as model:
+        stored = sum(f.stat().st_size for f in nano.glob("model*.safetensors"))
+        got = scores(model, ids)
+        assert got.logprobs == pytest.approx(expected.logprobs, abs=1e-4)
+        experts = got.figures.experts
+        assert experts is not None
+        # All 300 rows are one step, so that no expert is read twice, and nearly all are needed.
+        assert stored / 2 < experts["prefill"]["bytes_read"] < stored
+        assert experts["prefill"]["tokens"] == 300
+        assert experts["prefill"]["bytes_per_token"] == experts["prefill"]["bytes_read"] / 300
+        assert experts["decode"]["bytes_read"] == 0
+        assert got.figures.prefill_tokens_per_s is not None
+        assert got.figures.peak_memory_bytes > 0
+        assert model.score(ids) == pytest.approx(expected.logprobs, abs=1e-4)
 
 
 def test_several_requests_at_once_have_the_answers_they_have_alone(nano: Path) -> None:

@@ -255,13 +255,15 @@ def test_an_old_model_stays_until_the_new_one_is_whole(server: Hub, monkeypatch:
 def test_a_gguf_repository(server: Hub, converter: list[Path]) -> None:
     server.repos["owner/one"] = {"m-Q4_0.gguf": GGUF, "README.md": b"x"}
     server.repos["owner/two"] = {"m-Q4_0.gguf": GGUF, "m-Q8_0.gguf": GGUF + b"8"}
+    server.repos["owner/parts"] = {f"m-0000{part}-of-00002.gguf": GGUF + b"%d" % part for part in (1, 2)}
     assert pull("owner/one") == paths.models() / "owner--one"
-    with pytest.raises(UsageError, match=r"2 GGUF files; name one: `edger1 pull owner/two:FILE`, of m-Q4_0.gguf, m-Q8"):
+    with pytest.raises(UsageError, match="2 models in GGUF; name one: `edger1 pull owner/two:FILE`, of m-Q4_0"):
         pull("owner/two")
     folder = pull("owner/two:m-Q8_0.gguf")
     assert folder == paths.models() / "owner--two--m-Q8_0"
     assert json.loads((folder / "edger1.json").read_text())["sha256"] == hashlib.sha256(GGUF + b"8").hexdigest()
-    assert [path.name for path in converter] == ["m-Q4_0.gguf", "m-Q8_0.gguf"]
+    assert pull("owner/parts:m-00002-of-00002.gguf") == paths.models() / "owner--parts--m"
+    assert [path.name for path in converter] == ["m-Q4_0.gguf", "m-Q8_0.gguf", "m-00001-of-00002.gguf"]
 
 
 def test_a_registered_checksum_is_held_against_the_hub(server: Hub, home: Path, converter: list[Path]) -> None:
@@ -287,8 +289,8 @@ def test_a_repository_that_lacks_a_shard_is_no_model(server: Hub) -> None:
 
 
 def test_which_files_make_a_model() -> None:
-    def names(*given: str) -> list[str]:
-        return [file.name for file in choose("o/n", [RemoteFile(name) for name in given])]
+    def names(*given: str, wanted: str | None = None) -> list[str]:
+        return [file.name for file in choose("o/n", [RemoteFile(name) for name in given], wanted)]
 
     assert names("config.json", "model.safetensors", "x.gguf", "a.md") == ["model.safetensors", "config.json"]
     with pytest.raises(UnavailableError, match="pickled"):
@@ -299,8 +301,13 @@ def test_which_files_make_a_model() -> None:
         names("model.safetensors")
     with pytest.raises(UnavailableError, match="outside its own folder"):
         names("config.json", "model.safetensors", "../../evil.json")
-    with pytest.raises(UnavailableError, match="split in parts"):
-        names("m-00001-of-00002.gguf", "m-00002-of-00002.gguf")
+    parts = ["m-00001-of-00002.gguf", "m-00002-of-00002.gguf"]
+    assert names(*reversed(parts)) == parts
+    assert names("m-Q8_0.gguf", *parts, wanted=parts[1]) == parts
+    with pytest.raises(UsageError, match=r"2 models in GGUF; name one: .*, of m-00001-of-00002.gguf, m-Q8_0.gguf"):
+        names("m-Q8_0.gguf", *parts)
+    with pytest.raises(UnavailableError, match="has 1 of the 3 parts of m-00002-of-00003.gguf"):
+        names("m-00002-of-00003.gguf")
 
 
 COMMAND = textwrap.dedent("""

@@ -162,6 +162,25 @@ def test_a_gguf_file_is_converted_once(tmp_path: Path, converter: list[Path]) ->
     assert len(converter) == 2
 
 
+@pytest.mark.parametrize("of", ["", "tiny-00002-of-00002.gguf"])
+def test_a_split_gguf_file_is_one_model(tmp_path: Path, converter: list[Path], of: str) -> None:
+    folder = tmp_path / "parts"
+    folder.mkdir()
+    parts = [folder / f"tiny-0000{part}-of-00002.gguf" for part in (1, 2)]
+    for part in parts:
+        part.write_bytes(GGUF)
+    installed = pull(folder / of)
+    assert installed.name == ("tiny" if of else "parts")
+    assert pull(folder / of) == installed
+    assert len(converter) == 1
+    parts[1].write_bytes(GGUF + b"changed")
+    pull(folder / of)
+    assert len(converter) == 2
+    (folder / "other.gguf").write_bytes(GGUF)
+    with pytest.raises(FormatError, match="holds 3 GGUF files; name the one to take"):
+        pull(folder)
+
+
 def test_a_damaged_gguf_file_leaves_nothing(tmp_path: Path, converter: list[Path]) -> None:
     file = tmp_path / "bad.gguf"
     file.write_bytes(b"not a GGUF")

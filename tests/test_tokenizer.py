@@ -48,7 +48,13 @@ def test_byte_level_merges_specials_and_digits(tmp_path: Path) -> None:
 
 @settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=80))
-@pytest.mark.parametrize("name", ["gpt-2", "smollm", "llama-bpe", "deepseek-r1-qwen", "deepseek-v3", "deepseek-coder"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("gpt-2", "smollm", "llama-bpe", "deepseek-r1-qwen", "deepseek-v3", "deepseek-coder", "deepseek-llm"),
+        *("gpt-4o", "tekken", "glm4", "qwen35", "seed-coder"),
+    ],
+)
 def test_byte_level_gives_every_text_back(tmp_path: Path, name: str, text: str) -> None:
     tokenizer = _TOKENIZERS.setdefault(name, built(tmp_path, with_bytes(pre=(STRING, name))).tokenizer)
     assert tokenizer.decode(tokenizer.encode(text).ids, skip_special_tokens=False) == text
@@ -62,6 +68,14 @@ SPLITS = [
     ("llama-bpe", "I'M 1234\n\n x", ["I", "'M", "Ġ", "123", "4", "ĊĊ", "Ġx"]),
     ("qwen2", "I'M 1234\n\n x", ["I", "'M", "Ġ", "1", "2", "3", "4", "ĊĊ", "Ġx"]),
     ("deepseek-v3", "f(x)=1234 你好ab", ["f", "(x", ")=", "123", "4", "Ġ", "ä½łå¥½", "ab"]),
+    ("deepseek-llm", "Hi there!? 12 你好\n", ["Hi", "Ġthere", "!?", "Ġ", "12", "Ġ", "ä½łå¥½", "Ċ"]),
+    ("gpt-4o", "fooBar'S HTTPServer 12345 a/b\n", ["foo", "Bar'S", "ĠHTTPServer", "Ġ", "123", "45", "Ġa", "/b", "Ċ"]),
+    ("llama4", "it's", ["it's"]),
+    ("tekken", "fooBar's 123", ["foo", "Bar", "'s", "Ġ", "1", "2", "3"]),
+    ("glm4", "I'M 1234", ["I", "'M", "Ġ", "123", "4"]),
+    ("refact", "x = 12", ["x", "Ġ=", "Ġ", "1", "2"]),
+    ("qwen35", "a\u0301b 12", ["aÌģb", "Ġ", "1", "2"]),
+    ("seed-coder", "a!!\n\nb", ["a", "!!", "ĊĊ", "b"]),
 ]
 
 
@@ -105,6 +119,17 @@ def test_files_and_ids(tmp_path: Path) -> None:
         "bos_token_id": 1,
         "pad_token_id": 2,
     }
+
+
+@pytest.mark.parametrize(("extra", "ends"), [("<|return|>", {"<|im_end|>", "<|endoftext|>", "<|return|>"}), ("", None)])
+def test_ends_of_a_message_are_no_ends_of_a_turn(tmp_path: Path, extra: str, ends: set[str] | None) -> None:
+    vocabulary = byte_level_vocabulary()
+    added = ["<|end|>", *([extra] if extra else [])]
+    tokens = [*vocabulary["tokenizer.ggml.tokens"][1][1], *added]
+    types = [*vocabulary["tokenizer.ggml.token_type"][1][1], *[3] * len(added)]
+    metadata = with_bytes(tokens=(ARRAY, (STRING, tokens)), token_type=(ARRAY, (I32, types)))
+    found = {tokens[identifier] for identifier in built(tmp_path, metadata).eos_ids}
+    assert found == (ends or {"<|im_end|>", "<|endoftext|>", "<|end|>"})
 
 
 @pytest.mark.parametrize("name", ["smollm", "llama-bpe"])

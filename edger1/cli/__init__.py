@@ -11,8 +11,10 @@ import typer
 
 import edger1
 from edger1.cli.chat import chat_command
+from edger1.cli.convert import convert_command
 from edger1.cli.demo import demo_command
 from edger1.cli.doctor import doctor_command
+from edger1.cli.evaluate import evaluate_command
 from edger1.cli.finetune import finetune_command
 from edger1.cli.models import models_app
 from edger1.cli.plan import plan_command
@@ -54,10 +56,12 @@ app.command("chat")(chat_command)
 app.command("run")(run_command)
 app.command("demo")(demo_command)
 app.command("pull")(pull_command)
+app.command("convert")(convert_command)
 app.add_typer(models_app, name="models")
 app.command("plan")(plan_command)
 app.command("finetune")(finetune_command)
 app.command("verify")(verify_command)
+app.command("eval")(evaluate_command)
 app.command("doctor")(doctor_command)
 
 

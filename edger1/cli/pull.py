@@ -108,4 +108,5 @@ class reporting:  # noqa: N801 - used as `with reporting(...)`
             from edger1.units import format_bytes
 
             self.tenth = tenth
-            self._note(f"{step.stage} {tenth * 10}% of {format_bytes(step.total)}")
+            whole = format_bytes(step.total) if step.unit == "bytes" else f"{step.total} {step.unit}"
+            self._note(f"{step.stage} {tenth * 10}% of {whole}")

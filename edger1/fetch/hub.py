@@ -12,7 +12,9 @@ import os
 import queue
 import re
 import threading
-from dataclasses import dataclass
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -42,8 +44,8 @@ class Listing:
 
     @property
     def is_gguf(self) -> bool:
-        """Tell whether the model is one GGUF file, to be converted."""
-        return len(self.files) == 1 and self.files[0].name.lower().endswith(".gguf")
+        """Tell whether the model is a GGUF file, or the parts of one, to be converted."""
+        return all(file.name.lower().endswith(".gguf") for file in self.files)
 
     @property
     def total_bytes(self) -> int:
@@ -119,7 +121,7 @@ def listing(source: HubSource) -> Listing:
 
 
 def download(found: Listing, source: HubSource, folder: Path, watch: Watch) -> Path:
-    """Fetch the files of `found` into `folder` and return it, or the GGUF file in it.
+    """Fetch the files of `found` into `folder` and return it, or the GGUF file in it (the first, if in parts).
 
     Goes on from what is there. Raises UnavailableError when the hub fails for good or a checksum is wrong (the bad
     file is removed), NoSpaceError when the disk is full or will be.
@@ -131,6 +133,66 @@ def download(found: Listing, source: HubSource, folder: Path, watch: Watch) -> P
     transfer = _Transfer(found, source, folder)
     transfer.run(watch)
     return folder / PurePosixPath(found.files[0].name).name if found.is_gguf else folder
+
+
+def fetch_range(found: Listing, file: RemoteFile, start: int, stop: int) -> bytes:
+    """Return bytes [start, stop) of a file of the repository. Raises UnavailableError when the hub fails for good."""
+    from huggingface_hub import constants, get_session, hf_hub_url
+    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
+
+    url = hf_hub_url(found.repo, file.name, revision=found.commit, endpoint=constants.ENDPOINT)
+    headers = {**build_hf_headers(), "Accept-Encoding": "identity", "Range": f"bytes={start}-{stop - 1}"}
+    timeout = (_CONNECT_TIMEOUT_S, _READ_TIMEOUT_S, _READ_TIMEOUT_S, _CONNECT_TIMEOUT_S)
+    for attempt in range(_ATTEMPTS):
+        try:
+            with get_session().stream("GET", url, headers=headers, timeout=timeout) as response:
+                hf_raise_for_status(response)
+                if response.status_code != 206 and start:
+                    raise UnavailableError(f"{file.name}: the server gives no parts of files")
+                got = bytearray()
+                for chunk in response.iter_bytes():
+                    got += chunk
+                    if len(got) >= stop - start:
+                        break
+            if len(got) >= stop - start:
+                return bytes(got[: stop - start])
+            raise ConnectionError(f"the connection ended after {len(got)} of {stop - start} bytes")
+        except UnavailableError:
+            raise
+        except Exception as error:  # a broken connection, in whatever words the transport has
+            if attempt + 1 == _ATTEMPTS or not _is_passing(error):
+                raise UnavailableError(f"{file.name}: {_reason(error)}") from None
+            time.sleep(min(2.0**attempt, 8.0) / 2)
+    raise AssertionError
+
+
+class Fetcher:
+    """Fetches single files of a repository into `folder`, each whole and checked, until it is stopped."""
+
+    def __init__(self, found: Listing, source: HubSource, folder: Path) -> None:
+        self._found, self._source, self._folder = found, source, folder
+        self._transfer: _Transfer | None = None
+        self._stopped = False
+        self._lock = threading.Lock()
+
+    def fetch(self, names: Iterable[str]) -> None:
+        """Fetch these files and return when they are there; raises what `download` raises."""
+        wanted = set(names)
+        files = [file for file in self._found.files if file.name in wanted]
+        with self._lock:
+            if self._stopped:
+                raise UnavailableError("the transfer was stopped")
+            self._transfer = _Transfer(replace(self._found, files=files), self._source, self._folder)
+        self._transfer.run(Watch())
+        if self._transfer.stopped.is_set():
+            raise UnavailableError("the transfer was stopped")
+
+    def stop(self) -> None:
+        """End what is under way; what came of it stays for the next time."""
+        with self._lock:
+            self._stopped = True
+            if self._transfer is not None:
+                self._transfer.stop()
 
 
 def _on_disk(found: Listing, folder: Path) -> int:
@@ -183,6 +245,10 @@ class _Transfer:
         if self.error:
             raise self.error
         watch.progress(Step("download", self.done_bytes, self.found.total_bytes))
+
+    def stop(self) -> None:
+        """Let nothing be written any more."""
+        self._stop(None)
 
     def _stop(self, error: BaseException | None) -> None:
         with self.lock:
@@ -276,7 +342,8 @@ class _Transfer:
 
     def _verify(self, file: RemoteFile, partial: Path) -> None:
         size = _have(partial)
-        expected = self.source.sha256 if self.found.is_gguf and self.source.sha256 else file.sha256
+        alone = self.found.is_gguf and len(self.found.files) == 1
+        expected = self.source.sha256 if alone and self.source.sha256 else file.sha256
         problem = None
         if file.size is not None and size != file.size:
             problem = f"should have {file.size} bytes, but {size} came"

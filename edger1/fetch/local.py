@@ -21,6 +21,7 @@ from edger1.fetch.place import (
     write_manifest,
 )
 from edger1.fetch.steps import Watch
+from edger1.quant.formats.gguf_names import part_paths
 
 
 def add(name: str, path: Path, watch: Watch, *, force: bool = False) -> Path:
@@ -34,7 +35,7 @@ def add(name: str, path: Path, watch: Watch, *, force: bool = False) -> Path:
         ggufs = sorted(path.glob("*.gguf"))
         if (path / "config.json").exists() or not ggufs:
             return _record(name, path)
-        if len(ggufs) > 1:
+        if len(ggufs) > 1 and part_paths(ggufs[0]) != ggufs:
             names = ", ".join(file.name for file in ggufs[:8])
             raise FormatError(f"{path} holds {len(ggufs)} GGUF files; name the one to take: {names}.")
         path = ggufs[0]
@@ -73,13 +74,21 @@ def _record(name: str, folder: Path) -> Path:
 def _convert(name: str, file: Path, watch: Watch, *, force: bool) -> Path:
     name = _free_name(name, file)
     with locked(name, watch.note) as work:
-        checksum = sha256_of(file)
+        # The converter says which are missing.
+        parts = [part for part in part_paths(file) if part.is_file()]
+        checksum = _checksum(parts)
         folder = paths.models() / name
         if not force and (folder / MANIFEST).is_file() and read_manifest(folder / MANIFEST).sha256 == checksum:
             return folder
-        require_space(work, file.stat().st_size, f"Converting {file.name}")
+        require_space(work, sum(part.stat().st_size for part in parts), f"Converting {file.name}")
         ready = convert(file, work / "converted", watch)
         return install(ready, Manifest(name=name, source="path", repo=str(file), file=file.name, sha256=checksum))
+
+
+def _checksum(parts: list[Path]) -> str:
+    """Return the SHA-256 of a file; of several, that of their checksums one below the other."""
+    sums = [sha256_of(part) for part in parts]
+    return sums[0] if len(sums) == 1 else hashlib.sha256("\n".join(sums).encode()).hexdigest()
 
 
 def _free_name(name: str, path: Path) -> str:

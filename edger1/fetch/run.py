@@ -7,16 +7,20 @@ import shutil
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from edger1 import registry
 from edger1.errors import EdgeR1Error, FormatError, SourceError
-from edger1.fetch import hub, local, wheel
+from edger1.fetch import hub, local, quantize, wheel
 from edger1.fetch.convert import convert
 from edger1.fetch.place import Manifest, NoSpaceError, folder_name, install, locked
 from edger1.fetch.steps import OnNote, OnProgress, UnavailableError, Watch
 from edger1.fetch.target import Target, parse
 from edger1.registry import HubSource, PackageSource, Source, WheelSource
 from edger1.units import format_bytes
+
+if TYPE_CHECKING:
+    from edger1.quant.recipes import Recipe
 
 
 def pull(
@@ -125,16 +129,31 @@ def _from_hub(wanted: Target, source: HubSource, work: Path, watch: Watch, *, fo
         return there
     watch.note(f"Fetching {source.repo} at {found.commit[:12]}: {format_bytes(found.total_bytes)}.")
     folder = work / f"{folder_name(source.repo)}@{found.commit[:16]}"
-    fetched = hub.download(found, source, folder, watch)
     manifest = Manifest(
         name=wanted.name, source="hub", repo=source.repo, alias=wanted.alias, revision=found.commit, file=source.file
     )
+    recipe = _recipe_of(wanted)
+    if recipe is not None and not found.is_gguf and not quantize.is_ready(quantize.small_files(found, source, folder)):
+        shutil.rmtree(work / "converted", ignore_errors=True)
+        quantize.convert_hub(found, source, folder, work / "converted", recipe, watch)
+        return install(work / "converted", manifest)
+    fetched = hub.download(found, source, folder, watch)
     if found.is_gguf:
         file = found.files[0]
         manifest = replace(manifest, file=file.name, sha256=source.sha256 or file.sha256)
         return install(convert(fetched, work / "converted", watch), manifest)
     local.check_folder(fetched)
     return install(fetched, manifest)
+
+
+def _recipe_of(wanted: Target) -> Recipe | None:
+    """Return what the registry says to quantize the original weights of an alias with."""
+    entry = registry.find(wanted.alias) if wanted.alias else None
+    if entry is None or entry.recipe is None:
+        return None
+    from edger1.quant import recipes
+
+    return recipes.find(entry.recipe)
 
 
 def _in_package(wanted: Target) -> Path:

@@ -10,11 +10,12 @@ from edger1.errors import SourceError
 
 @dataclass(frozen=True)
 class Step:
-    """One report: stage is "download", "convert" or "copy"; `done` and `total` are bytes, total 0 where unknown."""
+    """One report: stage is "download", "convert", "calibrate" or "fit"; `done` of `total` `unit`s, 0 where unknown."""
 
     stage: str
     done: int
     total: int
+    unit: str = "bytes"
 
 
 OnProgress = Callable[[Step], None]

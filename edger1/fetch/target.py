@@ -9,6 +9,7 @@ from pathlib import Path
 from edger1 import registry
 from edger1.errors import UnknownModelError
 from edger1.fetch.place import folder_name
+from edger1.quant.formats.gguf_names import whole_name
 from edger1.registry import HubSource, Source
 
 _REPO = re.compile(
@@ -44,9 +45,9 @@ def parse(text: str) -> Target:
     if text and (written_as_path or path.is_dir() or (text.endswith(".gguf") and (not match or path.is_file()))):
         if not path.exists():
             raise UnknownModelError(f"There is no file or folder {path}.")
-        return Target(text, folder_name(path.resolve().name.removesuffix(".gguf")), path=path.resolve())
+        return Target(text, folder_name(whole_name(path.resolve().name)), path=path.resolve())
     if match:
         repo, revision, file = match["repo"], match["revision"], match["file"]
-        stem = f"{repo}/{Path(file).stem}" if file else repo
+        stem = f"{repo}/{whole_name(Path(file).name)}" if file else repo
         return Target(text, folder_name(stem), sources=(HubSource(repo, revision, file),), revision=revision)
     raise UnknownModelError(f"No model is called {text!r}. {registry.suggestion(text)}")

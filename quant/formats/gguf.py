@@ -11,7 +11,6 @@ of its own header.
 
 from __future__ import annotations
 
-import io
 import os
 import stat
 import struct
@@ -151,20 +150,32 @@ class GGUFFile:
             self.close()
             raise
 
-    def read(self, tensor: TensorInfo) -> np.ndarray:
-        """Return the raw bytes of one tensor as a fresh uint8 array of length `tensor.nbytes`."""
-        data = np.empty(tensor.nbytes, np.uint8)
+    def read(self, tensor: TensorInfo, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Return the raw bytes of rows [start, stop) of a tensor, by default of all, as a fresh uint8 array.
+
+        Rows count along the first axis; those of a quantized tensor of one dimension cannot be had apart.
+        """
+        row_bytes = tensor.nbytes // tensor.shape[0]
+        data = np.empty(((tensor.shape[0] if stop is None else stop) - start) * row_bytes, np.uint8)
         view = memoryview(data.data)
         done = 0
-        with io.FileIO(self._fd, closefd=False) as raw:
-            raw.seek(tensor.offset)
-            while done < tensor.nbytes:
-                # Some systems refuse to read more than 2 GiB a call.
-                got = raw.readinto(view[done : done + (1 << 30)])
-                if not got:
-                    raise FormatError(f"{self.path.name} became shorter while tensor {tensor.name!r} was being read.")
-                done += got
+        while done < len(data):
+            # Several threads may read at once, so the file has no position. Some systems refuse more than 2 GiB a call.
+            wanted = view[done : done + (1 << 30)]
+            try:
+                got = os.preadv(self._fd, [wanted], tensor.offset + start * row_bytes + done)
+            except OSError as error:
+                reason = (error.strerror or str(error)).lower()
+                raise FormatError(f"{self.path.name}: tensor {tensor.name!r} cannot be read: {reason}.") from error
+            if not got:
+                raise FormatError(f"{self.path.name} became shorter while tensor {tensor.name!r} was being read.")
+            done += got
         return data
+
+    def stamp(self) -> str:
+        """Return what changes with the file: its name, size and time of last change."""
+        about = os.fstat(self._fd)
+        return f"{self.path.name} {about.st_size} {about.st_mtime_ns}"
 
     def close(self) -> None:
         """Close the file; closing twice is fine."""

@@ -8,6 +8,7 @@ reads a tensor afterwards may trust its offsets.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import stat
@@ -42,16 +43,33 @@ class Entry:
 
 @dataclass(frozen=True)
 class Header:
-    """A checked header: `entries` by name, in the order of their bytes."""
+    """A checked header: `entries` by name, in the order of their bytes.
+
+    `size` is the file's, `digest` the SHA-256 of the header's bytes, `modified_ns` when the file was last changed, and
+    None where only the header was at hand.
+    """
 
     path: Path
     entries: dict[str, Entry]
     metadata: dict[str, str]
+    size: int
+    digest: str
+    modified_ns: int | None = None
 
 
 def read_header(path: Path) -> Header:
     """Read the header of a .safetensors file. Raises FormatError unless the file is whole and consistent."""
-    size, raw = _read_raw(path)
+    about, raw = _read_raw(path)
+    return parse_header(path, raw, about.st_size, about.st_mtime_ns)
+
+
+def parse_header(path: Path, raw: bytes, size: int, modified_ns: int | None = None) -> Header:
+    """Check a header that was read from a file of `size` bytes; `raw` is what follows the length.
+
+    `path` need not exist: this is for a file that has not been fetched yet.
+    """
+    if len(raw) > MAX_HEADER_BYTES:
+        raise FormatError(f"{path} has a header of {len(raw):,} bytes; headers may take {MAX_HEADER_BYTES:,}.")
     try:
         parsed = json.loads(raw.decode("utf-8"), object_pairs_hook=_no_duplicates)
     except _DuplicateError as error:
@@ -68,7 +86,8 @@ def read_header(path: Path) -> Header:
     entries = [_entry(path, name, value, data_start, size) for name, value in parsed.items()]
     entries.sort(key=lambda entry: (entry.offset, entry.nbytes))
     _check_cover(path, entries, data_start, size)
-    return Header(path, {entry.name: entry for entry in entries}, metadata)
+    digest = hashlib.sha256(raw).hexdigest()
+    return Header(path, {entry.name: entry for entry in entries}, metadata, size, digest, modified_ns)
 
 
 class _DuplicateError(Exception):
@@ -84,8 +103,8 @@ def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return found
 
 
-def _read_raw(path: Path) -> tuple[int, bytes]:
-    """Return the file's size and the bytes of its header."""
+def _read_raw(path: Path) -> tuple[os.stat_result, bytes]:
+    """Return what the file system says about the file, and the bytes of its header."""
     try:
         # Without O_NONBLOCK opening a pipe would wait for its writer.
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -107,7 +126,7 @@ def _read_raw(path: Path) -> tuple[int, bytes]:
         raw = os.pread(fd, length, 8)
         if len(raw) != length:
             raise FormatError(f"{path} became shorter while its header was being read.")
-        return about.st_size, raw
+        return about, raw
     finally:
         os.close(fd)
 

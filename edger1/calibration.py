@@ -1,0 +1,127 @@
+"""What `edger1 convert --calibrate` and `--fit` do before a conversion: run the source's layers over a text.
+
+The source is run layer by layer, so that it need not fit into memory. Statistics lie in a folder beside the
+conversion's, where an interrupted one finds them again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edger1 import worker
+from edger1.errors import FormatError
+from edger1.kv_layout import kv_layout
+from edger1.layers import ModelLayers
+from edger1.loader import prefill_step
+from edger1.memory import DEFAULT_CONTEXT, make_plan
+from edger1.mlx_runtime import on_gpu
+from edger1.quant import calibrate, fit, recipes
+from edger1.quant.calibrate import Statistics
+from edger1.quant.recipes import Recipe
+from edger1.source_layers import open_any
+
+WINDOWS = 64
+"""Windows of text that are calibrated on, at most."""
+PROBED_WINDOWS = 8
+RECIPE = "fitted.json"
+
+Progress = Callable[[str, int, int], None]
+"""Hears of a stage ("calibrate", "fit"), and how much of it is done."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What goes into the conversion: statistics to fit codes with, and the recipe where one was fitted to a size."""
+
+    statistics: Statistics
+    recipe: Recipe | None
+
+    @property
+    def digest(self) -> str:
+        """Names the statistics, for the record and so that another calibration is not gone on with."""
+        return f"{self.statistics.tokens} tokens, {self.statistics.digest}"
+
+
+def prepare(
+    source: Path, work: Path, text: Path | None, ceiling_bytes: int | None, on_progress: Progress = lambda *_: None
+) -> Prepared:
+    """Calibrate on the text file or data set `text`, None for the one that comes along, with statistics in `work`.
+
+    With a ceiling the bits of each linear are chosen so that the model and a context of 8,192 tokens fit under it. What
+    an earlier call left in `work` for the same text and model is used. Raises UsageError for a text that cannot be
+    used and a ceiling that is too low, FormatError for a damaged source.
+    """
+    documents = calibrate.documents(text)
+
+    def run() -> Prepared:
+        with contextlib.closing(open_any(source)) as layers:
+            tokens = calibrate.windows(layers, documents, WINDOWS)
+            statistics = _statistics(layers, tokens, work / "calibration", on_progress)
+            recipe = None if ceiling_bytes is None else _fitted(layers, tokens, statistics, ceiling_bytes, on_progress)
+            return Prepared(statistics, recipe)
+
+    return worker.call(run)
+
+
+def _statistics(layers: ModelLayers, tokens: Any, folder: Path, on_progress: Progress) -> Statistics:
+    expected = calibrate.digest_of(layers, tokens)
+    with contextlib.suppress(FormatError):
+        found = calibrate.load(folder)
+        if found.digest == expected:
+            return found
+    shutil.rmtree(folder, ignore_errors=True)
+    return calibrate.calibrate(
+        layers, tokens, folder, on_progress=lambda done, total: on_progress("calibrate", done, total)
+    )
+
+
+def _fitted(
+    layers: ModelLayers, tokens: Any, statistics: Statistics, ceiling_bytes: int, on_progress: Progress
+) -> Recipe:
+    """Return the recipe with the least predicted loss under the ceiling; kept in the statistics' folder."""
+    every = (*range(layers.layers), None)
+    shapes = {path: shape for layer in every for path, shape in layers.linears(layer).items()}
+    shapes = {path: shape for path, shape in shapes.items() if shape[-1] % min(fit.GROUPS) == 0}
+    budget = ceiling_bytes - _beside(layers, shapes)
+    kept = statistics.folder / f"{budget}-{RECIPE}"
+    if kept.is_file():
+        return recipes.read(kept)
+    probed = tokens[:: max(1, len(tokens) // PROBED_WINDOWS)][:PROBED_WINDOWS]
+    losses = fit.sensitivities(
+        layers, probed, list(shapes), on_progress=lambda done, total: on_progress("fit", done, total)
+    )
+    # As they will lie in memory: CPUs widen the scales.
+    dtype = "BF16" if on_gpu() else "F32"
+    ways = {
+        path: fit.options(layers, path, shape, losses[path], statistics, dtype=dtype) for path, shape in shapes.items()
+    }
+    mix = fit.choose(ways, max(budget, 0))
+    table = mix.recipe("fitted")
+    kept.write_text(json.dumps(table) + "\n", encoding="utf-8")
+    return recipes.from_json(table, "the fitted mix")
+
+
+def _beside(layers: ModelLayers, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Return what the model takes beside its linears: cache, activations, the process, norms and the like."""
+    from mlx.utils import tree_flatten
+
+    weights = {f"{path}.weight" for path in shapes}
+    others = sum(array.size for name, array in tree_flatten(layers.model.parameters()) if name not in weights)
+    parameters = sum(math.prod(shape) for shape in shapes.values())
+    each = 2 if on_gpu() else 4
+    plan = make_plan(
+        layers.config,
+        each * others,
+        kv_layout(layers.model, each, prefill_step(parameters)),
+        context=DEFAULT_CONTEXT,
+        ceiling_bytes=0,
+        fused_attention=True,
+    )
+    return plan.total_bytes

@@ -1,0 +1,328 @@
+"""Converting from the hub and from this machine: one file ahead, resumed, put in place, refused where it must be."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from gguf.constants import GGMLQuantizationType
+from gguf.quants import dequantize
+from hub_server import Hub
+from model_files import Tiny, tiny_model
+from pulling import home, in_progress, server
+from safetensors.numpy import save
+
+from edger1 import installed, mlx_runtime, paths
+from edger1.errors import EdgeR1Error, SourceError, UsageError
+from edger1.fetch import hub, pull, streamed
+from edger1.fetch.quantize import Calibration, Wanted, convert, describe
+from edger1.fetch.steps import Watch
+from edger1.quant import recipes, running
+from edger1.quant.converting import Settings
+
+mlx_runtime.prepare()
+
+# Fixtures: imported here so that pytest finds them.
+__all__ = ["home", "server"]
+
+REPO = "lab/tiny"
+CONFIG = {
+    "model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "vocab_size": 96,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "tie_word_embeddings": True,
+    "max_position_embeddings": 512, "torch_dtype": "float16",
+}  # fmt: skip
+
+
+def checkpoint(shards: int = 6, seed: int = 0) -> dict[str, bytes]:
+    """Return the files of a tiny llama, a layer or so a shard."""
+    rng = np.random.default_rng(seed)
+    tensors = {"model.embed_tokens.weight": (96, 64)}
+    for layer in range(CONFIG["num_hidden_layers"]):
+        at = f"model.layers.{layer}"
+        tensors |= {
+            f"{at}.self_attn.q_proj.weight": (64, 64),
+            f"{at}.self_attn.k_proj.weight": (32, 64),
+            f"{at}.self_attn.v_proj.weight": (32, 64),
+            f"{at}.self_attn.o_proj.weight": (64, 64),
+            f"{at}.mlp.gate_proj.weight": (128, 64),
+            f"{at}.mlp.up_proj.weight": (128, 64),
+            f"{at}.mlp.down_proj.weight": (64, 128),
+            f"{at}.input_layernorm.weight": (64,),
+            f"{at}.post_attention_layernorm.weight": (64,),
+        }
+    tensors["model.norm.weight"] = (64,)
+    values = {name: rng.standard_normal(shape).astype(np.float16) for name, shape in tensors.items()}
+    names = list(values)
+    files: dict[str, bytes] = {}
+    where: dict[str, str] = {}
+    for number in range(shards):
+        part = names[number * len(names) // shards : (number + 1) * len(names) // shards]
+        file = f"model-{number + 1:05d}-of-{shards:05d}.safetensors"
+        files[file] = save({name: values[name] for name in part})
+        where |= dict.fromkeys(part, file)
+    files["model.safetensors.index.json"] = json.dumps({"weight_map": where}).encode()
+    files["config.json"] = json.dumps(CONFIG).encode()
+    files["tokenizer.json"] = b'{"version": "1.0"}'
+    return files
+
+
+def write(folder: Path, files: dict[str, bytes]) -> Path:
+    folder.mkdir()
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def arrays(folder: Path) -> dict[str, mx.array]:
+    return {name: value for path in folder.glob("model*.safetensors") for name, value in mx.load(str(path)).items()}
+
+
+def fetched_weights(name: str) -> list[Path]:
+    """Return what there is of weight files, their headers apart."""
+    return [
+        path
+        for path in in_progress(name)
+        if ".safetensors" in path.name and path.parent.name != ".headers" and "index" not in path.name
+    ]
+
+
+def assert_same_model(left: Path, right: Path) -> None:
+    first, second = arrays(left), arrays(right)
+    assert first.keys() == second.keys()
+    assert all(mx.array_equal(first[name], second[name]) for name in first)
+    assert (left / "config.json").read_bytes() == (right / "config.json").read_bytes()
+
+
+@pytest.fixture
+def local(tmp_path: Path) -> Path:
+    """What the repository's conversion should be: the same of files that are all here."""
+    source = write(tmp_path / "source", checkpoint())
+    return convert(Wanted(str(source), tmp_path / "local", recipes.uniform(4)), Settings(), Watch())
+
+
+def test_a_folder_is_converted_and_installed(home: Path, tmp_path: Path, local: Path) -> None:
+    notes: list[str] = []
+    source = tmp_path / "source"
+    before = {path.name: path.read_bytes() for path in source.iterdir()}
+    folder = convert(Wanted(str(source), None, recipes.uniform(4)), Settings(), Watch(note=notes.append))
+    assert folder == paths.models() / "source-4bit"
+    assert_same_model(folder, local)
+    assert [model.name for model in installed.models()] == ["source-4bit"]
+    assert {path.name: path.read_bytes() for path in source.iterdir()} == before
+    assert any("bits a weight" in note for note in notes)
+    with pytest.raises(UsageError, match="source-4bit is installed already"):
+        convert(Wanted(str(source), None, recipes.uniform(4)), Settings(), Watch())
+
+
+def test_files_come_one_ahead_and_go_when_they_are_past(
+    server: Hub, tmp_path: Path, local: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(running, "SYNC_BYTES", 1 << 12)
+    server.repos[REPO] = checkpoint()
+    most: list[int] = []
+
+    def count(file: Path) -> None:
+        most.append(len(list(file.parent.glob("model-*.safetensors"))))
+
+    unlink = Path.unlink
+
+    def watched(path: Path, missing_ok: bool = False) -> None:
+        if path.name.startswith("model-") and path.suffix == ".safetensors" and path.exists():
+            count(path)
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", watched)
+    folder = convert(Wanted(REPO, None, recipes.uniform(4)), Settings(threads=2), Watch())
+    assert_same_model(folder, local)
+    assert len(most) == 6
+    assert max(most) <= streamed.AT_ONCE
+    assert (folder / "tokenizer.json").is_file()
+    assert not in_progress("lab--tiny-4bit")
+    manifest = json.loads((folder / "edger1.json").read_text())
+    assert (manifest["repo"], manifest["source"]) == (REPO, "hub")
+
+
+def test_one_file_at_a_time_is_enough_where_all_of_it_is_one_sync(server: Hub, local: Path) -> None:
+    server.repos[REPO] = checkpoint()
+    folder = convert(Wanted(REPO, None, recipes.uniform(4)), Settings(threads=3), Watch())
+    assert_same_model(folder, local)
+
+
+def test_an_interrupted_conversion_fetches_no_file_twice(
+    server: Hub, local: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(running, "SYNC_BYTES", 1 << 12)
+    monkeypatch.setattr(hub, "_ATTEMPTS", 1)
+    server.repos[REPO] = checkpoint()
+    broken = "model-00004-of-00006.safetensors"
+    # Its header comes, and then a piece of it.
+    server.cuts[broken] = [1 << 30, 1000]
+    with pytest.raises(EdgeR1Error, match="00004.*connection"):
+        convert(Wanted(REPO, None, recipes.uniform(4)), Settings(), Watch())
+    assert installed.models() == []
+    assert not (paths.models() / "lab--tiny-4bit").exists()
+    fetched = {name: len(server.ranges(name)) for name in server.repos[REPO] if name < broken and "model-0" in name}
+    assert len(fetched) == 3
+    folder = convert(Wanted(REPO, None, recipes.uniform(4)), Settings(), Watch())
+    assert_same_model(folder, local)
+    for name, times in fetched.items():
+        assert len(server.ranges(name)) == times
+    assert server.ranges(broken)[-1] == "bytes=1000-"
+
+
+def test_a_lying_header_is_refused_before_any_weight_is_fetched(server: Hub) -> None:
+    files = checkpoint()
+    name = "model-00003-of-00006.safetensors"
+    files[name] = (1 << 40).to_bytes(8, "little") + files[name][8:]
+    server.repos[REPO] = files
+    with pytest.raises(EdgeR1Error, match="claims a header of"):
+        convert(Wanted(REPO, None, recipes.uniform(4)), Settings(), Watch())
+    assert not fetched_weights("lab--tiny-4bit")
+
+
+def test_room_for_two_files_is_asked_for_beside_the_output(server: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    from collections import namedtuple
+
+    server.repos[REPO] = checkpoint()
+    monkeypatch.setattr("shutil.disk_usage", lambda path: namedtuple("usage", "total used free")(10**9, 0, 64 << 20))
+    with pytest.raises(EdgeR1Error, match="Converting needs"):
+        convert(Wanted(REPO, None, recipes.uniform(4)), Settings(), Watch())
+    assert not fetched_weights("lab--tiny-4bit")
+
+
+def test_the_hub_is_not_asked_when_offline(server: Hub) -> None:
+    server.repos[REPO] = checkpoint()
+    with pytest.raises(SourceError, match="offline"):
+        convert(Wanted(REPO, None, recipes.uniform(4), offline=True), Settings(), Watch())
+    assert not server.requests
+
+
+def test_pulling_an_alias_converts_its_original_weights(server: Hub, home: Path, local: Path) -> None:
+    server.repos[REPO] = checkpoint()
+    (home / "models.toml").write_text(f'[tiny]\nrepo = "{REPO}"\nrecipe = "4bit"\n')
+    folder = pull("tiny")
+    assert folder.name == "tiny"
+    assert_same_model(folder, local)
+    assert pull("tiny") == folder
+
+
+def test_pulling_a_repository_by_its_own_name_keeps_it_as_it_is(server: Hub, tmp_path: Path) -> None:
+    server.repos[REPO] = checkpoint()
+    folder = pull(REPO)
+    assert "quantization" not in json.loads((folder / "config.json").read_text())
+
+
+def test_a_plan_writes_nothing_and_fetches_headers_only(server: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Less than the header, so that the rest of it has to be asked for.
+    monkeypatch.setattr(streamed, "FIRST_BYTES", 100)
+    server.repos[REPO] = checkpoint()
+    lines = list(describe(Wanted(REPO, None, recipes.find("small")), Watch()))
+    assert lines[-1].startswith("small: ")
+    assert any("F16: 3 bits in groups of 64" in line for line in lines)
+    assert installed.models() == []
+    for name, content in server.repos[REPO].items():
+        if name.endswith(".safetensors"):
+            assert server.sent[name] == 8 + int.from_bytes(content[:8], "little")
+
+
+def test_waiting_threads_are_let_go_when_it_ends(tmp_path: Path) -> None:
+    supply = streamed.ShardSupply(tmp_path, {"a": ["one"]}, lambda name: time.sleep(30), lambda path: None)
+    supply.begin(["a"])
+    caught: list[BaseException] = []
+
+    def wait() -> None:
+        try:
+            supply.need(("a",))
+        except streamed.StoppedError as error:
+            caught.append(error)
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    time.sleep(0.1)
+    assert supply.waiting() == 1
+    supply.stop()
+    thread.join(5)
+    assert len(caught) == 1
+
+
+def test_the_command(home: Path, tmp_path: Path) -> None:
+    source = write(tmp_path / "source", checkpoint())
+    run = [sys.executable, "-m", "edger1", "convert", str(source)]
+    done = subprocess.run([*run, "--bits", "8", "--to", tmp_path / "out"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, f"{tmp_path / 'out'}\n")
+    assert "8.5 bits" in done.stderr or "bits a weight" in done.stderr
+    again = subprocess.run([*run, "--bits", "8", "--to", tmp_path / "out"], capture_output=True, text=True, check=False)
+    assert again.returncode == 2
+    assert "exists already" in again.stderr
+    assert "Traceback" not in again.stderr
+    both = subprocess.run([*run, "--bits", "8", "--recipe", "small"], capture_output=True, text=True, check=False)
+    assert both.returncode == 2
+    assert "--recipe and --bits were both given" in both.stderr
+
+
+def test_a_gguf_of_types_that_mlx_lacks_is_quantized_again_and_says_so(home: Path, tmp_path: Path) -> None:
+    tiny = tiny_model(hidden=256)
+    shape = tiny.weights["model.layers.1.mlp.up_proj.weight"].shape
+    raw = np.random.default_rng(0).integers(0, 256, (shape[0], shape[1] // 256, 144), dtype=np.uint8)
+    # The two f16 scales of a block, kept small.
+    raw[..., 1:4:2] = 0x20
+    raw = raw.reshape(shape[0], -1)
+    numbers = dequantize(raw, GGMLQuantizationType.Q4_K)
+    entry = int(GGMLQuantizationType.Q4_K), shape, raw.tobytes()
+    mixed = Tiny(tiny.weights, tiny.metadata, tiny.tensors | {"blk.1.ffn_up.weight": entry})
+    notes: list[str] = []
+    folder = pull(mixed.write(tmp_path / "mixed.gguf"), on_note=notes.append)
+    assert any("weights of Q4_K, which MLX has no like of" in note for note in notes)
+    found = arrays(folder)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["quantization"]["model.layers.1.mlp.up_proj"] == {"group_size": 32, "bits": 5, "mode": "affine"}
+    parts = (found[f"model.layers.1.mlp.up_proj.{part}"] for part in ("weight", "scales", "biases"))
+    restored = np.array(mx.dequantize(*parts, group_size=32, bits=5).astype(mx.float32))
+    assert np.abs(restored - numbers).max() < 0.1 * np.abs(numbers).max()
+    lossless = pull(tiny.write(tmp_path / "plain.gguf"), on_note=notes.append)
+    expected = arrays(lossless)
+    for name in expected:
+        if not name.startswith("model.layers.1.mlp.up_proj"):
+            assert mx.array_equal(found[name], expected[name]), name
+    assert not (lossless / "conversion.json").exists()
+
+
+def test_calibrated_codes_are_other_codes_and_the_record_says_so(home: Path, tmp_path: Path, tiny_folder: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("What is counted here is how often a letter comes. " * 40)
+    plain = convert(Wanted(str(tiny_folder), tmp_path / "plain", recipes.uniform(3)), Settings(), Watch())
+    fitted = Wanted(str(tiny_folder), tmp_path / "fitted", recipes.uniform(3), calibration=Calibration(text))
+    folder = convert(fitted, Settings(), Watch())
+    first, second = arrays(plain), arrays(folder)
+    assert first.keys() == second.keys()
+    assert not mx.array_equal(first["model.layers.0.mlp.up_proj.weight"], second["model.layers.0.mlp.up_proj.weight"])
+    assert "tokens" in json.loads((folder / "conversion.json").read_text())["calibration"]
+    assert "calibration" not in json.loads((plain / "conversion.json").read_text())
+
+
+def test_bits_are_fitted_to_a_size(home: Path, tmp_path: Path, tiny_folder: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("What is counted here is how often a letter comes. " * 40)
+    wanted = Wanted(str(tiny_folder), tmp_path / "roomy", calibration=Calibration(text, 10**10))
+    folder = convert(wanted, Settings(), Watch())
+    said = json.loads((folder / "conversion.json").read_text())
+    assert said["recipe"] == "fitted"
+    assert all(
+        "bits in groups of" in said["tensors"][f"model.layers.1.mlp.{one}_proj.weight"] for one in ("up", "down")
+    )
+    tight = Wanted(str(tiny_folder), tmp_path / "tight", calibration=Calibration(text, 10**6))
+    with pytest.raises(UsageError, match="At the fewest bits"):
+        convert(tight, Settings(), Watch())
+
+
+def test_calibrating_needs_the_source_here(server: Hub) -> None:
+    server.repos[REPO] = checkpoint()
+    with pytest.raises(UsageError, match="edger1 pull lab/tiny"):
+        convert(Wanted(REPO, None, recipes.uniform(4), calibration=Calibration()), Settings(), Watch())
