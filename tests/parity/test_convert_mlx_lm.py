@@ -31,6 +31,7 @@ NOT_BY_MLX_LM = {
     "bitnet": "its weights are published packed, and stay so",
     "deepseek_v41": "its published weights are FP8 and FP4 under names that no other checkpoint has",
     "prism_hadamard_qwen35": "its weights are published quantized, and stay so",
+    "rwkv7": "its own rule asks for groups of 64, and tiny models of it have matrices 32 wide (ValueError)",
 }
 """Families of which mlx-lm's converter makes nothing that could be compared -> the reason."""
 
