@@ -21,6 +21,20 @@ int64_t aligned(int64_t bytes) {
   return padded(bytes, 64);
 }
 
+// Calls body(i, count, stride) for runs of rows that lie at one stride.
+template <class Body>
+void for_each_stride(int m, float* const* out, Body&& body) {
+  for (int i = 0; i < m;) {
+    int count = 1;
+    int64_t stride = i + 1 < m ? out[i + 1] - out[i] : 0;
+    while (i + count < m && out[i + count] - out[i + count - 1] == stride) {
+      count++;
+    }
+    body(i, count, stride);
+    i += count;
+  }
+}
+
 // All heads of few rows. Blocks of the cache are packed once for all rows that meet them. A piece of work is a span of some
 // blocks, with an online softmax; the spans' results are merged in their order, some spans at a time. Where there are not
 // enough spans for all threads, or the results of all rows do not stay in the cache from one block to the next, the blocks
@@ -135,7 +149,11 @@ class FewRows {
                             ops().scale_row(pe, plan_.scale, plan_.rope);
                           }
                         }
-                        project_rows(plan_.embed[h], plan_.fast, x.data(), m, out);
+                        if (plan_.embed_by_rows) {
+                          project_back(plan_.embed[h], x.data(), m, out);
+                        } else {
+                          project_rows(plan_.embed[h], plan_.fast, x.data(), m, out);
+                        }
                         for (int i = 0; i < m; i++) {
                           ops().scale_row(out[i], plan_.scale, plan_.rank);
                         }
@@ -334,16 +352,26 @@ void project_rows(const Projection& p, bool fast, const float* x, int m, float* 
     }
     (fast ? qmm_kernels().rows_fast : qmm_kernels().rows_exact)(p.w, rows, m, 0, p.n, out);
   } else {
-    for (int i = 0; i < m;) {
-      // Rows that lie at one stride go together.
-      int count = 1;
-      int64_t stride = i + 1 < m ? out[i + 1] - out[i] : 0;
-      while (i + count < m && out[i + count] - out[i + count - 1] == stride) {
-        count++;
-      }
+    for_each_stride(m, out, [&](int i, int count, int64_t stride) {
       ops().dot_rows(out[i], stride, x + int64_t{i} * p.k, p.k, count, p.plain, p.plain_type, p.plain_stride, p.k, 0, p.n);
-      i += count;
+    });
+  }
+}
+
+void project_back(const Projection& p, const float* x, int m, float* const* out) {
+  // Columns of the matrix that are read back as floats together: whole groups, and few enough for the first-level cache.
+  int width = p.quantized ? std::max(p.w.group, 64) : p.k;
+  auto* scratch = static_cast<float*>(thread_scratch(0, static_cast<size_t>(p.quantized ? int64_t{p.n} * width : 0) * 4));
+  for (int first = 0; first < p.k; first += width) {
+    int columns = std::min(width, p.k - first);
+    const void* w = p.quantized ? scratch : p.plain;
+    for (int n = 0; n < p.n && p.quantized; n++) {
+      widen_row(p, n, first, columns, scratch + int64_t{n} * columns);
     }
+    for_each_stride(m, out, [&](int i, int count, int64_t stride) {
+      ops().axpy_rows(out[i] + first, stride, x + int64_t{i} * p.n, p.n, count, w, p.quantized ? Float::f32 : p.plain_type,
+                      p.quantized ? columns : p.plain_stride, p.n, 0, columns);
+    });
   }
 }
 
