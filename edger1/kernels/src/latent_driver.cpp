@@ -5,7 +5,6 @@
 
 #include "latent_plan.h"
 #include "pool.h"
-#include "qmm_driver.h"
 
 namespace edger1 {
 namespace {
@@ -19,20 +18,6 @@ constexpr int64_t kWaveBytes = 4 << 20;          // for a thread, of results tha
 
 int64_t aligned(int64_t bytes) {
   return padded(bytes, 64);
-}
-
-// Calls body(i, count, stride) for runs of rows that lie at one stride.
-template <class Body>
-void for_each_stride(int m, float* const* out, Body&& body) {
-  for (int i = 0; i < m;) {
-    int count = 1;
-    int64_t stride = i + 1 < m ? out[i + 1] - out[i] : 0;
-    while (i + count < m && out[i + count] - out[i + count - 1] == stride) {
-      count++;
-    }
-    body(i, count, stride);
-    i += count;
-  }
 }
 
 // All heads of few rows. Blocks of the cache are packed once for all rows that meet them. A piece of work is a span of some
@@ -339,40 +324,6 @@ float weigh_keys(const LatentCall& call, const KeySpan& span, int b, int l, int 
   float factor = ops().online_softmax(scores, end, maximum, sum);
   std::fill(scores + end, scores + n, 0.0f);
   return factor;
-}
-
-void project_rows(const Projection& p, bool fast, const float* x, int m, float* const* out) {
-  if (p.quantized) {
-    int64_t bytes = prepared_layout(p.k, fast).bytes;
-    auto* prepared = static_cast<char*>(thread_scratch(0, static_cast<size_t>(m * bytes)));
-    const void* rows[kMaxRows];
-    for (int i = 0; i < m; i++) {
-      rows[i] = prepared + i * bytes;
-      (fast ? qmm_kernels().prepare_fast : qmm_kernels().prepare_exact)(p.w, x + int64_t{i} * p.k, prepared + i * bytes);
-    }
-    (fast ? qmm_kernels().rows_fast : qmm_kernels().rows_exact)(p.w, rows, m, 0, p.n, out);
-  } else {
-    for_each_stride(m, out, [&](int i, int count, int64_t stride) {
-      ops().dot_rows(out[i], stride, x + int64_t{i} * p.k, p.k, count, p.plain, p.plain_type, p.plain_stride, p.k, 0, p.n);
-    });
-  }
-}
-
-void project_back(const Projection& p, const float* x, int m, float* const* out) {
-  // Columns of the matrix that are read back as floats together: whole groups, and few enough for the first-level cache.
-  int width = p.quantized ? std::max(p.w.group, 64) : p.k;
-  auto* scratch = static_cast<float*>(thread_scratch(0, static_cast<size_t>(p.quantized ? int64_t{p.n} * width : 0) * 4));
-  for (int first = 0; first < p.k; first += width) {
-    int columns = std::min(width, p.k - first);
-    const void* w = p.quantized ? scratch : p.plain;
-    for (int n = 0; n < p.n && p.quantized; n++) {
-      widen_row(p, n, first, columns, scratch + int64_t{n} * columns);
-    }
-    for_each_stride(m, out, [&](int i, int count, int64_t stride) {
-      ops().axpy_rows(out[i] + first, stride, x + int64_t{i} * p.n, p.n, count, w, p.quantized ? Float::f32 : p.plain_type,
-                      p.quantized ? columns : p.plain_stride, p.n, 0, columns);
-    });
-  }
 }
 
 void run_latent_few(const LatentPlan& plan, const LatentCall& call) {
