@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from edger1 import installed, kernels, registry, runs, sampling
 from edger1.accounting import Account
 from edger1.cache import KVStore
-from edger1.errors import FormatError
+from edger1.errors import FormatError, MemoryCeilingError
 from edger1.experts.wired import Wired
 from edger1.folder import ModelFolder, inspect
 from edger1.kv_layout import kv_layout
@@ -157,7 +157,11 @@ def _plan(
 
     parameters = folder.parameters or folder.total_bytes
     try:
-        kv = kv_layout(model, 2 if gpu else 4, prefill_step(round(parameters * planning.active_share(folder, layers))))
+        # On the kernels some attention caches less than mlx-lm has it cache.
+        with contextlib.nullcontext() if gpu or not kernels.state().available else _cached_latents(model):
+            kv = kv_layout(
+                model, 2 if gpu else 4, prefill_step(round(parameters * planning.active_share(folder, layers)))
+            )
     except Exception as error:
         raise _misfit(folder, folder.path.name, error) from error
 
@@ -195,6 +199,31 @@ def _plan(
         # The smallest ceiling is that of the shortest step, whichever this ceiling allows.
         plan = replace(plan, streamed_least_bytes=streamed[-1][0].streamed_least_bytes)
     return plan, replace(kv, step_tokens=step), layers
+
+
+def _cached_latents(model: Any) -> contextlib.AbstractContextManager[None]:
+    from edger1.kernels.latent_expanding import planned
+
+    return planned(model)
+
+
+def _with_what_is_cached(plan: Plan, kv: KVLayout, model: Any, replaced: Installed, name: str) -> tuple[Plan, KVLayout]:
+    """Return the plan, and the layout of caches, for what the layers cache that were expected to cache latents.
+
+    Raises MemoryCeilingError where some compute something else than they seemed to, and what they cache is too much.
+    """
+    from edger1.kernels.latent_expanding import layers_of
+
+    if not replaced.active or replaced.latents.narrowed == len(layers_of(model)):
+        return plan, kv
+    kv = kv_layout(model, 4, kv.step_tokens)
+    plan = replace(plan, kv_bytes=kv.nbytes(plan.context))
+    try:
+        plan.check(name)
+    except MemoryCeilingError:
+        replaced.uninstall()
+        raise
+    return plan, kv
 
 
 def build(folder: ModelFolder, name: str) -> tuple[Any, dict[str, Any]]:
@@ -310,6 +339,7 @@ def load(
     with streaming.sleeping() if streaming is not None else contextlib.nullcontext():
         # What it replaces for the process is given back by close() alone.
         replaced = install(model, "exact" if precision == "exact" else "fast")
+        plan, kv = _with_what_is_cached(plan, kv, model, replaced, name)
     if streaming is not None:
         streaming.fuse(model, replaced)
         if on_gpu():

@@ -59,6 +59,7 @@ def lines(report: dict[str, Any]) -> list[tuple[str, str]]:
         "layer": "one operation",
         "attention half": "one operation up to the MLP",
         "attention": "attention as one operation",
+        "latent attention": "attention over cached latents as one operation",
         "parts": "kernel by kernel",
     }
     shown = []

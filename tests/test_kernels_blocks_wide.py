@@ -20,7 +20,7 @@ if not kernels.state().available or mx.default_device().type != mx.cpu:
     pytest.skip(f"CPU kernels: {kernels.state().reason}", allow_module_level=True)
 
 from edger1.kernels import _load  # noqa: E402
-from edger1.kernels.blocks import ATTENTION, HALF, LAYER, PARTS  # noqa: E402
+from edger1.kernels.blocks import ATTENTION, HALF, LATENT, LAYER, PARTS  # noqa: E402
 from edger1.kernels.install import install  # noqa: E402
 
 RUNS = {
@@ -49,6 +49,8 @@ RUNS = {
     "starcoder2": {HALF},
     "phi": {HALF},
     "deepseek": {LAYER, HALF},
+    "deepseek_v2": {LATENT},
+    "deepseek_v3": {LATENT},
     "mimo_v2_flash": {LAYER, PARTS},
     "falcon_h1": {ATTENTION},
     "granitemoehybrid": {ATTENTION, PARTS},
@@ -222,8 +224,8 @@ def test_the_report_says_what_runs_and_why_not_more() -> None:
     assert "1 up to the MLP" in line
     assert "DeepseekMoE" in line
     with installed(build("deepseek_v3", quantize=True)) as state:
-        assert "0 of 2 layers" in state.blocks.describe()
-        assert "q_proj" in state.blocks.describe()
+        assert "0 of 2 layers as one operation, 2 in their latent attention" in state.blocks.describe()
+        assert "caches latents" in state.blocks.describe()
 
 
 @pytest.mark.parametrize("family", ["plamo", "plamo2", "gemma4", "hunyuan", "afm7", "gptj"])

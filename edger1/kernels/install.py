@@ -123,6 +123,7 @@ def install(
             installed.blocks = blocks.install(model, precision, extension, exact)
             installed._stacks = stack.install(model, precision, extension)
             installed.latents = latent.install(model, precision, extension)
+            installed.blocks.add_latent(model, installed.latents.runs)
     except BaseException:
         # The functions are the whole process's: nobody else would give them back.
         installed.uninstall()

@@ -4,7 +4,8 @@ mlx-lm computes on the latents for one token at a time only; for more it makes k
 whole cache. `install` looks for attention of that kind in a loaded mlx-lm model and gives it a class of its own: up to
 16 rows with a plain KV cache are one operation with their projections, and any other number of rows, or kind of cache,
 is attention as one operation between the layer's own projections (`src/latent.h`). The cache keeps its class and
-contents: latents as keys, rotated keys as values.
+contents: latents as keys, rotated keys as values. Attention that makes keys and values before it caches them
+(DeepSeek-V2) is given a cache of latents too (`latent_expanding.py`).
 
 Names only suggest what a part is. Whether a layer computes what the operation computes is found by running both on
 random input, once for each kind of layer in a model; one that differs is left alone. The operation stands for the
@@ -26,7 +27,17 @@ import mlx.nn as nn
 from mlx_lm.models.base import create_attention_mask
 from mlx_lm.models.cache import CacheList, KVCache
 
-from edger1.kernels.latent_parts import Latent, UnfitError, describe, input_width, output_of, scale_of
+from edger1.kernels import latent_expanding as expanding
+from edger1.kernels.latent_parts import (
+    Latent,
+    UnfitError,
+    describe,
+    input_width,
+    low_rank,
+    output_of,
+    projected,
+    scale_of,
+)
 
 _PARTS = ("embed_q", "unembed_out", "kv_a_proj_with_mqa", "kv_a_layernorm")
 _SAME = 1e-4
@@ -42,8 +53,10 @@ class Latents:
     """Class of attention -> how many of the model's run on the operation."""
     whole: int = 0
     """How many of those are one operation with their projections for few rows."""
+    narrowed: int = 0
+    """How many would cache keys and values of every head, and cache latents instead."""
     others: dict[str, int] = field(default_factory=dict)
-    """Why a layer that caches latents does not -> how many."""
+    """Why a layer that could does not -> how many."""
     _classes: list[tuple[nn.Module, type]] = field(default_factory=list, repr=False)
 
     @property
@@ -57,18 +70,23 @@ class Latents:
         if not total:
             return ""
         line = f"latent attention: {self.count} of {total} layers, {self.whole} as one operation"
+        if self.narrowed:
+            line += f", {self.narrowed} with latents in the cache instead of keys and values"
         return line + "".join(f"; {n}: {reason}" for reason, n in self.others.items())
 
     def uninstall(self) -> None:
         """Give the layers their classes back."""
         for layer, original in self._classes:
-            layer.__class__ = original
-            vars(layer).pop("_latent", None)
-        self._classes, self.layers, self.others, self.whole = [], {}, {}, 0
+            _take_off(layer, original)
+        self._classes, self.layers, self.others, self.whole, self.narrowed = [], {}, {}, 0, 0
+
+    def runs(self, layer: nn.Module) -> bool:
+        """Whether an attention layer is one of them."""
+        return any(layer is each for each, _ in self._classes)
 
 
 def install(model: nn.Module, precision: str, extension: ModuleType) -> Latents:
-    """Let each attention layer of `model` that caches latents run on the operation; the others are left alone.
+    """Let each attention layer of `model` that caches latents, or could, run on the operation; others are left alone.
 
     The weights must be in place: a layer whose arrays are exchanged later runs as it was.
     """
@@ -77,9 +95,9 @@ def install(model: nn.Module, precision: str, extension: ModuleType) -> Latents:
     others: Counter[str] = Counter()
     known: dict[Any, str] = {}
     """Kinds of layers that were tried -> what differs, empty for nothing."""
-    for layer in [m for m in model.modules() if all(part in m for part in _PARTS)]:
+    for layer in [m for m in model.modules() if all(part in m for part in _PARTS) or expanding.is_expanding(m)]:
         try:
-            latent = describe(layer, precision, extension)
+            latent = _describe(layer, precision, extension)
             kind = _kind(layer, latent)
             if kind not in known:
                 known[kind] = _difference(layer, precision, extension)
@@ -90,16 +108,33 @@ def install(model: nn.Module, precision: str, extension: ModuleType) -> Latents:
             continue
         layers[type(layer).__name__] += 1
         latents.whole += latent.around is not None
+        latents.narrowed += expanding.is_expanding(layer)
         latents._classes.append((layer, type(layer)))
         _wear(layer, latent)
     latents.layers, latents.others = dict(layers), dict(others)
     return latents
 
 
+def _describe(layer: nn.Module, precision: str, extension: ModuleType) -> Latent:
+    shape = expanding.shape_of(layer) if expanding.is_expanding(layer) else None
+    return describe(layer, precision, extension, shape)
+
+
 def _wear(layer: nn.Module, latent: Latent) -> None:
     object.__setattr__(layer, "_latent", latent)
     kind: Any = type(layer)
-    layer.__class__ = _latent_class(kind)
+    if expanding.is_expanding(layer):
+        # Copies have no operation, but the cache's layout.
+        object.__setattr__(layer, "_latent_shape", latent.shape)
+        layer.__class__ = _narrowed_class(kind)
+    else:
+        layer.__class__ = _latent_class(kind)
+
+
+def _take_off(layer: nn.Module, original: type) -> None:
+    layer.__class__ = original
+    vars(layer).pop("_latent", None)
+    vars(layer).pop("_latent_shape", None)
 
 
 @cache
@@ -107,16 +142,34 @@ def _latent_class(original: Any) -> type:
     call_original = original.__call__
 
     def call(self: Any, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
-        latent = self._latent
-        if latent is None or not latent.call.applies(self, x) or not _usable(x, mask, cache):
-            out: mx.array = call_original(self, x, mask, cache)
-            return out
-        done = _whole(latent, self, x, mask, cache)
-        if done is None:
-            done = _between_projections(latent, self, x, mask, cache)
+        done = _run(self, x, mask, cache)
         return call_original(self, x, mask, cache) if done is None else done
 
     return type(original.__name__, (original,), {"__call__": call, "__module__": original.__module__})
+
+
+@cache
+def _narrowed_class(original: Any) -> type:
+    call_original = original.__call__
+
+    def call(self: Any, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
+        done = None
+        if cache is None or expanding.takes_latents(cache):
+            done = _run(self, x, mask, cache)
+            if done is None and cache is not None:
+                done = expanding.expanded(self, self._latent_shape, x, mask, cache)
+        return call_original(self, x, mask, cache) if done is None else done
+
+    return type(original.__name__, (original,), {"__call__": call, "__module__": original.__module__})
+
+
+def _run(layer: Any, x: mx.array, mask: Any, cache: Any) -> mx.array | None:
+    """Run a layer on its operation; None, and the cache as it was, where that does not apply."""
+    latent = layer._latent
+    if latent is None or not latent.call.applies(layer, x) or not _usable(x, mask, cache):
+        return None
+    done = _whole(latent, layer, x, mask, cache)
+    return _between_projections(latent, layer, x, mask, cache) if done is None else done
 
 
 def _usable(x: mx.array, mask: Any, cache: Any) -> bool:
@@ -150,17 +203,10 @@ def _whole(latent: Latent, layer: Any, x: mx.array, mask: Any, cache: Any) -> mx
 def _between_projections(latent: Latent, layer: Any, x: mx.array, mask: Any, cache: Any) -> mx.array | None:
     """Run attention as one operation between the layer's own projections; None where a gradient is to flow."""
     shape = latent.shape
-    batch, length, _ = x.shape
-    low = layer.q_a_layernorm(layer.q_a_proj(x)) if "q_a_proj" in layer else None
-    q = layer.q_proj(x) if low is None else layer.q_b_proj(low)
-    q = q.reshape(batch, length, shape.heads, shape.nope + shape.rope).transpose(0, 2, 1, 3)
-    q_nope, q_pe = q[..., : shape.nope], q[..., shape.nope :]
-    compressed = layer.kv_a_proj_with_mqa(x)
-    if latent.extension.is_traced(q) or latent.extension.is_traced(compressed):
+    low = low_rank(layer, x)
+    q_nope, q_pe, c, k_pe = projected(layer, shape, x, low)
+    if latent.extension.is_traced(q_nope) or latent.extension.is_traced(c):
         return None
-    k_pe = compressed[..., shape.rank :].reshape(batch, length, 1, shape.rope).transpose(0, 2, 1, 3)
-    c = layer.kv_a_layernorm(compressed[..., : shape.rank])
-    c = mx.expand_dims(c if shape.kv_multiplier == 1 else c * shape.kv_multiplier, 1)
     indexer = layer.get("indexer")
     main = cache if indexer is None else None if cache is None else cache[0]
     offset = main.offset if main is not None else 0
@@ -230,7 +276,7 @@ def _difference(layer: nn.Module, precision: str, extension: ModuleType) -> str:
     """
     original = type(layer)
     with _exactly(layer):
-        latent = describe(layer, "exact", extension)
+        latent = _describe(layer, "exact", extension)
         lengths = (5, 3, 1, 18)
         width = input_width(layer)
         inputs = [mx.random.normal((1, n, width), key=mx.random.key(n)) for n in lengths]
@@ -241,8 +287,7 @@ def _difference(layer: nn.Module, precision: str, extension: ModuleType) -> str:
         except (TypeError, ValueError, AttributeError, RuntimeError) as error:
             return f"it does not run with a plain cache ({type(error).__name__})"
         finally:
-            layer.__class__ = original
-            vars(layer).pop("_latent", None)
+            _take_off(layer, original)
     worst = 0.0
     for a, b in zip(found, expected, strict=True):
         off = abs((mx.abs(a - b).max() / mx.maximum(mx.abs(b).max(), 1e-30)).item())

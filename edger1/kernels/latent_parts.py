@@ -1,7 +1,8 @@
 """What a layer of latent attention is made of, told to the extension; see `latent.py`.
 
 The layers are those that mlx-lm writes with `embed_q` and `unembed_out`: with queries of low rank or not, with rotated
-keys or not, with multipliers (LongCat), an indexer (DeepSeek-V3.2) or a gate (Kimi K3, Bailing) around them.
+keys or not, with multipliers (LongCat), an indexer (DeepSeek-V3.2) or a gate (Kimi K3, Bailing) around them; and those
+with `kv_b_proj` (see `latent_expanding.py`).
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.mla import MultiLinear, QuantizedMultiLinear
 
 _MULTIPLIERS = ("mla_scale_q_lora", "mla_scale_kv_lora")
-_PLAIN_QUANTIZED = ("QuantizedLinear", "KernelQuantizedLinear")
+PLAIN_QUANTIZED = ("QuantizedLinear", "KernelQuantizedLinear")
 
 
 class UnfitError(Exception):
@@ -54,7 +56,7 @@ class Latent:
 
 def scale_of(layer: nn.Module) -> float:
     """Return what scores are multiplied with, YaRN's part included."""
-    scale = getattr(layer, "scale", None)
+    scale = getattr(layer, "scale", getattr(layer, "softmax_scale", None))
     if not isinstance(scale, int | float):
         raise UnfitError("it does not tell its scale")
     return float(scale)
@@ -65,32 +67,31 @@ def output_of(layer: nn.Module) -> str:
     return "o_proj" if "o_proj" in layer else "dense"
 
 
-def describe(layer: nn.Module, precision: str, extension: ModuleType) -> Latent:
-    """Describe a layer to the extension. Raises UnfitError for parts it lacks, ValueError for what does not fit."""
+def describe(layer: nn.Module, precision: str, extension: ModuleType, given: Shape | None = None) -> Latent:
+    """Describe a layer to the extension: one with `kv_b_proj` where its sizes are `given`.
+
+    Raises UnfitError for parts it lacks, ValueError for what does not fit.
+    """
     names = list(inspect.signature(type(layer).__call__).parameters)
     if names != ["self", "x", "mask", "cache"]:
         raise UnfitError(f"it is called with ({', '.join(names[1:])})")
-    embed, unembed = (_part(layer, name) for name in ("embed_q", "unembed_out"))
-    heads, rank, nope = _stack_shape(embed)
-    _, value, _ = _stack_shape(unembed)
+    shape = given or _shape_of(layer)
     scale = scale_of(layer)
-    rope = _part(layer, "kv_a_proj_with_mqa")["weight"].shape[0] - rank
-    multipliers = [getattr(layer, name, None) or 1.0 for name in _MULTIPLIERS]
-    shape = Shape(heads, nope, rope, rank, value, *multipliers)
+    matrices = {"kv_b": "kv_b_proj"} if given else {"embed": "embed_q", "unembed": "unembed_out"}
 
     def start() -> Any:
         call = extension.LatentAttention(
-            heads=heads,
-            nope=nope,
-            rope=rope,
-            rank=rank,
-            value=value,
+            heads=shape.heads,
+            nope=shape.nope,
+            rope=shape.rope,
+            rank=shape.rank,
+            value=shape.value,
             scale=scale * shape.q_multiplier,
             precision=precision,
         )
-        for name, part, key in (("embed", embed, "embed_q"), ("unembed", unembed, "unembed_out")):
-            _add_stack(call, name, part)
-            call.watch(None, key, part)
+        for name, key in matrices.items():
+            _add_matrices(call, name, part_of(layer, key))
+            call.watch(None, key, layer[key])
         return call
 
     call = start()
@@ -104,14 +105,21 @@ def describe(layer: nn.Module, precision: str, extension: ModuleType) -> Latent:
     return Latent(call, around, shape, extension)
 
 
+def _shape_of(layer: nn.Module) -> Shape:
+    heads, rank, nope = _stack_shape(part_of(layer, "embed_q"))
+    _, value, _ = _stack_shape(part_of(layer, "unembed_out"))
+    rope = part_of(layer, "kv_a_proj_with_mqa")["weight"].shape[0] - rank
+    return Shape(heads, nope, rope, rank, value, *[getattr(layer, name, None) or 1.0 for name in _MULTIPLIERS])
+
+
 def _stack_shape(part: nn.Module) -> tuple[int, int, int]:
     if not isinstance(part, MultiLinear | QuantizedMultiLinear):
         raise UnfitError(f"its matrices of keys and values are {type(part).__name__}")
-    heads, rows, columns = part["weight"].shape
-    return heads, rows, columns * 32 // part.bits if "scales" in part else columns
+    heads, rows, _ = part["weight"].shape
+    return heads, rows, columns_of(part)
 
 
-def _add_stack(call: Any, name: str, part: nn.Module) -> None:
+def _add_matrices(call: Any, name: str, part: nn.Module) -> None:
     quantization = (part.group_size, part.bits, part.mode) if "scales" in part else ()
     call.project(name, part["weight"], part.get("scales"), part.get("biases"), None, *quantization)
     for key in ("weight", "scales", "biases"):
@@ -125,13 +133,13 @@ def _add_projections(call: Any, layer: nn.Module, shape: Shape) -> None:
     names = {"kv_a": "kv_a_proj_with_mqa", "o": output_of(layer)}
     names |= {"q_a": "q_a_proj", "q": "q_b_proj"} if "q_a_proj" in layer else {"q": "q_proj"}
     for name, key in names.items():
-        part = _part(layer, key)
+        part = part_of(layer, key)
         _add_projection(call, name, part)
         call.watch(None, key, part)
     norms = [("kv", "kv_a_layernorm", shape.kv_multiplier)]
     norms += [("q", "q_a_layernorm", 1.0)] if "q_a_proj" in layer else []
     for name, key, multiplier in norms:
-        norm = _part(layer, key)
+        norm = part_of(layer, key)
         _add_norm(call, name, norm, multiplier)
         call.watch(None, key, norm)
     if "rope" in layer:
@@ -141,12 +149,39 @@ def _add_projections(call: Any, layer: nn.Module, shape: Shape) -> None:
 
 def input_width(layer: nn.Module) -> int:
     """Return the hidden size."""
-    part = _part(layer, "kv_a_proj_with_mqa")
+    return columns_of(part_of(layer, "kv_a_proj_with_mqa"))
+
+
+def low_rank(layer: Any, x: mx.array) -> mx.array | None:
+    """Return what a layer makes its queries from, where that is not x itself."""
+    return layer.q_a_layernorm(layer.q_a_proj(x)) if "q_a_proj" in layer else None
+
+
+def projected(
+    layer: Any, shape: Shape, x: mx.array, low: mx.array | None
+) -> tuple[mx.array, mx.array, mx.array, mx.array]:
+    """Return what a layer projects x [B, L, hidden] and `low_rank` of it to, by its own modules, with nothing rotated.
+
+    Queries [B, H, L, nope] and [B, H, L, rope], latents [B, 1, L, rank] and keys [B, 1, L, rope].
+    """
+    batch, length, _ = x.shape
+    q = layer.q_proj(x) if low is None else layer.q_b_proj(low)
+    q = q.reshape(batch, length, shape.heads, shape.nope + shape.rope).transpose(0, 2, 1, 3)
+    compressed = layer.kv_a_proj_with_mqa(x)
+    k_pe = compressed[..., shape.rank :].reshape(batch, length, 1, shape.rope).transpose(0, 2, 1, 3)
+    c = layer.kv_a_layernorm(compressed[..., : shape.rank])
+    c = mx.expand_dims(c if shape.kv_multiplier == 1 else c * shape.kv_multiplier, 1)
+    return q[..., : shape.nope], q[..., shape.nope :], c, k_pe
+
+
+def columns_of(part: Any) -> int:
+    """Return how many elements the rows have that a layer multiplies."""
     columns: int = part["weight"].shape[-1]
     return columns * 32 // part.bits if "scales" in part else columns
 
 
-def _part(owner: nn.Module, name: str) -> Any:
+def part_of(owner: nn.Module, name: str) -> Any:
+    """Return a module of a module. Raises UnfitError where it is none."""
     part = owner.get(name)
     if not isinstance(part, nn.Module):
         raise UnfitError(f"it has no {name}" if part is None else f"its {name} is not one layer")
@@ -157,7 +192,7 @@ def _add_projection(call: Any, name: str, projection: nn.Module) -> None:
     # Not subclasses in general: an adapter's computes something else.
     if type(projection) is nn.Linear:
         call.project(name, projection["weight"], bias=projection.get("bias"))
-    elif isinstance(projection, nn.QuantizedLinear) and type(projection).__name__ in _PLAIN_QUANTIZED:
+    elif isinstance(projection, nn.QuantizedLinear) and type(projection).__name__ in PLAIN_QUANTIZED:
         quantization = (projection.group_size, projection.bits, projection.mode)
         weights = (projection["weight"], projection["scales"], projection.get("biases"), projection.get("bias"))
         call.project(name, *weights, *quantization)
@@ -178,11 +213,22 @@ def _add_norm(call: Any, name: str, norm: nn.Module, multiplier: float) -> None:
 
 def _add_rope(call: Any, rope: Any) -> None:
     dims = getattr(rope, "dims", getattr(rope, "dim", None))
-    interleaved = bool(getattr(rope, "traditional", False))
     freqs = getattr(rope, "_freqs", None)
-    if dims is not None and freqs is not None:
+    if dims is None and freqs is not None:
+        dims = 2 * freqs.size
+    if dims is None:
+        raise UnfitError(f"its rope is a {type(rope).__name__}")
+    told = getattr(rope, "traditional", None)
+    interleaved = _turns_neighbours(rope, dims) if told is None else bool(told)
+    if freqs is not None:
         call.rope(dims, interleaved, None, freqs, 1.0, float(getattr(rope, "mscale", getattr(rope, "_scale", 1.0))))
-    elif dims is not None and hasattr(rope, "base") and hasattr(rope, "scale"):
+    elif hasattr(rope, "base") and hasattr(rope, "scale"):
         call.rope(dims, interleaved, float(rope.base), None, float(rope.scale), 1.0)
     else:
         raise UnfitError(f"its rope is a {type(rope).__name__}")
+
+
+def _turns_neighbours(rope: Any, dims: int) -> bool:
+    """Whether a rotation that does not tell turns elements 2 i and 2 i + 1 together, rather than i and i + dims / 2."""
+    turned = rope(mx.array([1.0] + [0.0] * (dims - 1))[None, None, None], 1)
+    return bool(turned[0, 0, 0, 1].item() != 0)

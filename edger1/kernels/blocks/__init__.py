@@ -17,8 +17,8 @@ adapter, new weights or a gradient to compute runs as it was.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType, ModuleType
 from typing import Any
 
@@ -28,7 +28,7 @@ from edger1.kernels.blocks import wire
 from edger1.kernels.blocks.probe import Planner
 from edger1.kernels.blocks.recognise import UnfitError
 
-LAYER, HALF, ATTENTION, PARTS = "layer", "attention half", "attention", "parts"
+LAYER, HALF, ATTENTION, LATENT, PARTS = "layer", "attention half", "attention", "latent attention", "parts"
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,8 @@ class LayerReport:
     kind: str
     """Name of its class."""
     runs: str
-    """What of it is one operation: "layer", "attention half" (up to the MLP), "attention", or "parts" for nothing."""
+    """What of it is one operation: "layer", "attention half" (up to the MLP), "attention", "latent attention" (of
+    `edger1.kernels.latent`), or "parts" for nothing."""
     reason: str = ""
     """Why it is no more than that."""
 
@@ -80,6 +81,8 @@ class Blocks:
             line += f", {self.counts[HALF]} up to the MLP"
         if self.counts[ATTENTION]:
             line += f", {self.counts[ATTENTION]} in their attention"
+        if self.counts[LATENT]:
+            line += f", {self.counts[LATENT]} in their latent attention"
         return line + "".join(f"; {n}: {reason}" for reason, n in self.others.items())
 
     def report(self) -> list[dict[str, Any]]:
@@ -93,6 +96,13 @@ class Blocks:
             else:
                 groups.append({"first": layer.index, "last": layer.index} | how)
         return groups
+
+    def add_latent(self, model: nn.Module, runs: Callable[[nn.Module], bool]) -> None:
+        """Note which layers of `model` have latent attention that `runs` as an operation of its own."""
+        layers = _layers(model)
+        for i, layer in enumerate(self.found):
+            if layer.runs == PARTS and any(runs(module) for module in layers[layer.index].modules()):
+                self.found[i] = replace(layer, runs=LATENT, reason="its attention caches latents")
 
     def uninstall(self) -> None:
         """Give the layers their classes back."""

@@ -125,5 +125,64 @@ static void dequantize_row(float* out, const QuantizedRow& row, int64_t n) {
   }
 }
 
+// 32 columns of one group for M rows of x: scales go to their side, and what biases add is the same for all columns.
+template <int BITS, int M>
+EDGER1_INLINE void back_strip(float* const* out, const float* x, int rows, const QuantizedRow& first, int64_t code_bytes,
+                              int64_t scale_bytes, int64_t at) {
+  constexpr int vectors = 32 / kWidth;
+  int64_t group = at / first.group;
+  vf sums[M][vectors];
+  float shared[M] = {};
+  for (auto& row : sums) {
+    for (vf& sum : row) {
+      sum = vf{};
+    }
+  }
+  const uint8_t* codes = first.codes;
+  const char *scales = static_cast<const char*>(first.scales), *biases = static_cast<const char*>(first.biases);
+  for (int i = 0; i < rows; i++) {
+    float scale = number_at(scales, first.type, group), bias = number_at(biases, first.type, group);
+    vf factors[M];
+    for (int r = 0; r < M; r++) {
+      factors[r] = splat(x[r * rows + i] * scale);
+      shared[r] += x[r * rows + i] * bias;
+    }
+    for (int v = 0; v < vectors; v++) {
+      vf values = __builtin_convertvector(codes_at<BITS>(codes, at + v * kWidth), vf);
+      for (int r = 0; r < M; r++) {
+        sums[r][v] = mad(factors[r], values, sums[r][v]);
+      }
+    }
+    codes += code_bytes;
+    scales += scale_bytes;
+    biases += scale_bytes;
+  }
+  for (int r = 0; r < M; r++) {
+    for (int v = 0; v < vectors; v++) {
+      store(out[r] + at + v * kWidth, sums[r][v] + splat(shared[r]));
+    }
+  }
+}
+
+template <int BITS>
+static void back_of(float* const* out, const float* x, int m, int rows, const QuantizedRow& first, int64_t code_bytes,
+                    int64_t scale_bytes, int64_t n) {
+  for (int64_t at = 0; at < n; at += 32) {
+    int r = 0;
+    for (; r + 2 <= m; r += 2) {
+      back_strip<BITS, 2>(out + r, x + int64_t{r} * rows, rows, first, code_bytes, scale_bytes, at);
+    }
+    if (r < m) {
+      back_strip<BITS, 1>(out + r, x + int64_t{r} * rows, rows, first, code_bytes, scale_bytes, at);
+    }
+  }
+}
+
+static void back(float* const* out, const float* x, int m, int rows, const QuantizedRow& first, int64_t code_bytes,
+                 int64_t scale_bytes, int64_t n) {
+  auto run = first.bits == 2 ? back_of<2> : first.bits == 4 ? back_of<4> : back_of<8>;
+  run(out, x, m, rows, first, code_bytes, scale_bytes, n);
+}
+
 } // namespace
 } // namespace edger1

@@ -22,6 +22,10 @@ struct QuantizedRow {
 struct DequantizeOps {
   // n values, a multiple of the group.
   void (*row)(float* out, const QuantizedRow& row, int64_t n);
+  // out[r][j] = sum of x[r, i] * value j of row i, for the n values of each of `rows` rows whose codes and scales lie so
+  // many bytes apart; x [m, rows]. What is in out[r] does not depend on m. Affine of 2, 4 or 8 bits only.
+  void (*back)(float* const* out, const float* x, int m, int rows, const QuantizedRow& first, int64_t code_bytes,
+               int64_t scale_bytes, int64_t n);
 };
 
 extern const DequantizeOps dequantize_portable;

@@ -1,5 +1,5 @@
 #include "dequantize_body.h"
 
 namespace edger1 {
-const DequantizeOps dequantize_portable = {dequantize_row};
+const DequantizeOps dequantize_portable = {dequantize_row, back};
 } // namespace edger1

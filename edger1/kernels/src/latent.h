@@ -26,7 +26,9 @@ class LatentAttention {
  public:
   explicit LatentAttention(const LatentSettings& settings);
 
-  // `name` is embed [heads, rank, nope] or unembed [heads, value, rank], needed by all; or, for whole(), q_a, q, kv_a or o.
+  // `name` is embed [heads, rank, nope] or unembed [heads, value, rank], or kv_b [heads * (nope + value), rank], of each head
+  // first the rows that make keys and then those that make values: the two, or the one, are needed by all. For whole() it is
+  // q_a, q, kv_a or o.
   // Without scales, w is plain floats; with them, uint32 as mx.quantize packs.
   void project(const std::string& name, const mx::array& w, const std::optional<mx::array>& scales,
                const std::optional<mx::array>& biases, const std::optional<mx::array>& bias, int group_size, int bits,

@@ -15,10 +15,9 @@ template <class... Parts>
   throw std::invalid_argument(out.str());
 }
 
-// One head of a stack of matrices.
-Projection head_of(const Projection& stack, int head, int rows) {
-  Projection p = stack;
-  int64_t first = int64_t{head} * rows;
+// Some rows of a matrix.
+Projection rows_of(const Projection& all, int64_t first, int rows) {
+  Projection p = all;
   p.n = rows;
   if (p.quantized) {
     p.w.n = rows;
@@ -75,8 +74,25 @@ void LatentAttention::project(const std::string& name, const mx::array& w, const
     auto& heads = embed ? plan.embed : plan.unembed;
     heads.clear();
     for (int h = 0; h < plan.heads; h++) {
-      heads.push_back(head_of(p, h, n));
+      heads.push_back(rows_of(p, int64_t{h} * n, n));
     }
+    plan.embed_by_rows = plan.embed_by_rows && !embed;
+    return;
+  }
+  if (name == "kv_b") {
+    int rows_of_head = plan.nope + plan.value;
+    if (p.n != plan.heads * rows_of_head || p.k != plan.rank || bias) {
+      refuse(name, " is [", p.n, ", ", p.k, bias ? "] with a bias" : "]", "; expected [", plan.heads * rows_of_head, ", ",
+             plan.rank, "]");
+    }
+    plan.embed.clear();
+    plan.unembed.clear();
+    for (int h = 0; h < plan.heads; h++) {
+      int64_t first = int64_t{h} * rows_of_head;
+      plan.embed.push_back(rows_of(p, first, plan.nope));
+      plan.unembed.push_back(rows_of(p, first + plan.nope, plan.value));
+    }
+    plan.embed_by_rows = true;
     return;
   }
   if (bias) {
@@ -127,7 +143,7 @@ void LatentAttention::rope(int dims, bool interleaved, std::optional<float> base
 void LatentAttention::finish(bool whole) {
   auto& plan = held_->plan;
   if (plan.embed.empty() || plan.unembed.empty()) {
-    refuse("the matrices of keys (embed) and values (unembed) are needed");
+    refuse("the matrices of keys (embed) and values (unembed), or of both (kv_b), are needed");
   }
   if (whole) {
     plan.hidden = plan.kv_a.k;

@@ -5,7 +5,6 @@
 
 #include "latent_plan.h"
 #include "pool.h"
-#include "qmm_driver.h"
 
 namespace edger1 {
 namespace {
@@ -135,7 +134,11 @@ class FewRows {
                             ops().scale_row(pe, plan_.scale, plan_.rope);
                           }
                         }
-                        project_rows(plan_.embed[h], plan_.fast, x.data(), m, out);
+                        if (plan_.embed_by_rows) {
+                          project_back(plan_.embed[h], x.data(), m, out);
+                        } else {
+                          project_rows(plan_.embed[h], plan_.fast, x.data(), m, out);
+                        }
                         for (int i = 0; i < m; i++) {
                           ops().scale_row(out[i], plan_.scale, plan_.rank);
                         }
@@ -321,30 +324,6 @@ float weigh_keys(const LatentCall& call, const KeySpan& span, int b, int l, int 
   float factor = ops().online_softmax(scores, end, maximum, sum);
   std::fill(scores + end, scores + n, 0.0f);
   return factor;
-}
-
-void project_rows(const Projection& p, bool fast, const float* x, int m, float* const* out) {
-  if (p.quantized) {
-    int64_t bytes = prepared_layout(p.k, fast).bytes;
-    auto* prepared = static_cast<char*>(thread_scratch(0, static_cast<size_t>(m * bytes)));
-    const void* rows[kMaxRows];
-    for (int i = 0; i < m; i++) {
-      rows[i] = prepared + i * bytes;
-      (fast ? qmm_kernels().prepare_fast : qmm_kernels().prepare_exact)(p.w, x + int64_t{i} * p.k, prepared + i * bytes);
-    }
-    (fast ? qmm_kernels().rows_fast : qmm_kernels().rows_exact)(p.w, rows, m, 0, p.n, out);
-  } else {
-    for (int i = 0; i < m;) {
-      // Rows that lie at one stride go together.
-      int count = 1;
-      int64_t stride = i + 1 < m ? out[i + 1] - out[i] : 0;
-      while (i + count < m && out[i + count] - out[i + count - 1] == stride) {
-        count++;
-      }
-      ops().dot_rows(out[i], stride, x + int64_t{i} * p.k, p.k, count, p.plain, p.plain_type, p.plain_stride, p.k, 0, p.n);
-      i += count;
-    }
-  }
 }
 
 void run_latent_few(const LatentPlan& plan, const LatentCall& call) {

@@ -127,14 +127,15 @@ class Run {
   void prepare(int h) {
     const LatentMath& math = math_;
     int rank = plan_.rank, nope = plan_.nope;
+    bool by_rows = plan_.embed_by_rows;
     widen(plan_.embed[piece_.head + h], wide_);
     if (expand_) {
       char* to = matrices_ + h * matrix_bytes_;
-      math.pack_b(to, wide_, Float::f32, nope, 1, rank, nope);
+      math.pack_b(to, wide_, Float::f32, by_rows ? 1 : nope, by_rows ? rank : 1, rank, nope);
       widen(plan_.unembed[piece_.head + h], wide_);
       math.pack_b(to + embed_bytes_, wide_, Float::f32, 1, rank, rank, plan_.value);
     } else {
-      math.pack_b(matrices_, wide_, Float::f32, 1, nope, nope, rank);
+      math.pack_b(matrices_, wide_, Float::f32, by_rows ? rank : 1, by_rows ? 1 : nope, nope, rank);
     }
     for (int tile = 0; tile < tiles_; tile++) {
       int rows = tile_rows(tile);

@@ -27,6 +27,7 @@ struct LatentPlan {
   int heads = 0, nope = 0, rope = 0, rank = 0, value = 0;
   float scale = 1;                     // of scores
   std::vector<Projection> embed;       // of each head [rank, nope]: K_h^T
+  bool embed_by_rows = false;          // or [nope, rank]: K_h, the rows that lie in one matrix with those of V_h
   std::vector<Projection> unembed;     // of each head [value, rank]: V_h
 
   // The projections around it, where `whole`: q = q_b(norm(q_a(x))) or q(x); c, k_pe = kv_a(x); y = o(out).
@@ -82,8 +83,13 @@ float weigh_keys(const LatentCall& call, const KeySpan& span, int b, int l, int 
 // depend on how many there are; m <= kMaxRows.
 void project_rows(const Projection& p, bool fast, const float* x, int m, float* const* out);
 
-// A projection's weights [n, k] as floats.
+// The same with the weights [n, k] not transposed: `out` rows of `p.k` elements = rows of x [m, p.n], in float32 whatever
+// the precision.
+void project_back(const Projection& p, const float* x, int m, float* const* out);
+
+// A projection's weights [n, k] as floats; and of one row `count` from `first` on, both whole groups of a quantized one.
 void widen(const Projection& p, float* out);
+void widen_row(const Projection& p, int row, int first, int count, float* out);
 
 // Queries of up to kMaxRows positions: absorbed; a row's result does not depend on the others.
 void run_latent_few(const LatentPlan& plan, const LatentCall& call);

@@ -1,77 +1,101 @@
+// Products of latent attention's few rows with its weights, and these as floats.
 #include <algorithm>
-#include <cmath>
-#include <cstring>
 
+#include "dequantize_ops.h"
 #include "latent_plan.h"
+#include "pool.h"
+#include "qmm_driver.h"
 
 namespace edger1 {
 namespace {
 
-float element(const void* p, ScaleType type, int64_t i) {
-  float value = 0;
-  switch (type) {
-    case ScaleType::f32:
-      return static_cast<const float*>(p)[i];
-    case ScaleType::f16:
-      ops().to_f32(&value, static_cast<const uint16_t*>(p) + i, Float::f16, 1);
-      return value;
-    case ScaleType::bf16:
-      ops().to_f32(&value, static_cast<const uint16_t*>(p) + i, Float::bf16, 1);
-      return value;
-    case ScaleType::e8m0:
-      return std::ldexp(1.0f, static_cast<const uint8_t*>(p)[i] - 127);
-  }
-  return value;
+// mxfp4 has no scales of a float type.
+Float float_type(ScaleType type) {
+  return type == ScaleType::f16 ? Float::f16 : type == ScaleType::bf16 ? Float::bf16 : Float::f32;
 }
 
-// Code `i` of a row: `bits` bits, little-endian without gaps, the row's last bytes being its end.
-uint32_t code_at(const uint8_t* row, int64_t row_bytes, int i, int bits) {
-  int64_t bit = int64_t{i} * bits, byte = bit / 8;
-  uint32_t word = row[byte];
-  if (byte + 1 < row_bytes) {
-    word |= static_cast<uint32_t>(row[byte + 1]) << 8;
-  }
-  return (word >> (bit % 8)) & ((1u << bits) - 1);
+const void* group_at(const void* groups, int64_t row_offset, ScaleType type, int group) {
+  int64_t bytes = type == ScaleType::f32 ? 4 : type == ScaleType::e8m0 ? 1 : 2;
+  return static_cast<const char*>(groups) + row_offset + group * bytes;
 }
 
-// E2M1: a sign, two bits of exponent, one of mantissa.
-constexpr float kFp4[16] = {0, 0.5f, 1, 1.5f, 2, 3, 4, 6, -0.0f, -0.5f, -1, -1.5f, -2, -3, -4, -6};
+// A row's values from column `first` on, which begins a group.
+QuantizedRow quantized_row(const QuantMatrix& w, int row, int first) {
+  int group = first / w.group;
+  return {w.codes + row * w.row_bytes + int64_t{first} * w.bits / 8,
+          group_at(w.scales, row * w.scale_stride, w.type, group),
+          w.fp4 ? nullptr : group_at(w.biases, row * w.bias_stride, w.type, group),
+          float_type(w.type),
+          w.group,
+          w.bits,
+          w.fp4};
+}
 
-void widen_group(const QuantMatrix& w, const uint8_t* row, int first, float scale, float bias, float* to) {
-  if (w.bits == 8) {
-    for (int i = 0; i < w.group; i++) {
-      to[i] = scale * static_cast<float>(row[first + i]) + bias;
+// Calls body(i, count, stride) for runs of rows that lie at one stride.
+template <class Body>
+void for_each_stride(int m, float* const* out, Body&& body) {
+  for (int i = 0; i < m;) {
+    int count = 1;
+    int64_t stride = i + 1 < m ? out[i + 1] - out[i] : 0;
+    while (i + count < m && out[i + count] - out[i + count - 1] == stride) {
+      count++;
     }
-  } else if (w.bits == 4) {
-    const uint8_t* codes = row + first / 2;
-    for (int i = 0; i < w.group; i += 2) {
-      uint8_t two = codes[i / 2];
-      to[i] = w.fp4 ? scale * kFp4[two & 15] : scale * static_cast<float>(two & 15) + bias;
-      to[i + 1] = w.fp4 ? scale * kFp4[two >> 4] : scale * static_cast<float>(two >> 4) + bias;
-    }
-  } else {
-    for (int i = 0; i < w.group; i++) {
-      to[i] = scale * static_cast<float>(code_at(row, w.row_bytes, first + i, w.bits)) + bias;
-    }
+    body(i, count, stride);
+    i += count;
   }
 }
 
 } // namespace
 
+void widen_row(const Projection& p, int row, int first, int count, float* out) {
+  if (p.quantized) {
+    dequantize_ops().row(out, quantized_row(p.w, row, first), count);
+  } else {
+    ops().to_f32(out, offset(p.plain, p.plain_type, row * p.plain_stride + first), p.plain_type, count);
+  }
+}
+
 void widen(const Projection& p, float* out) {
   for (int n = 0; n < p.n; n++) {
-    float* row = out + int64_t{n} * p.k;
-    if (!p.quantized) {
-      ops().to_f32(row, offset(p.plain, p.plain_type, n * p.plain_stride), p.plain_type, p.k);
-      continue;
+    widen_row(p, n, 0, p.k, out + int64_t{n} * p.k);
+  }
+}
+
+void project_rows(const Projection& p, bool fast, const float* x, int m, float* const* out) {
+  if (p.quantized) {
+    int64_t bytes = prepared_layout(p.k, fast).bytes;
+    auto* prepared = static_cast<char*>(thread_scratch(0, static_cast<size_t>(m * bytes)));
+    const void* rows[kMaxRows];
+    for (int i = 0; i < m; i++) {
+      rows[i] = prepared + i * bytes;
+      (fast ? qmm_kernels().prepare_fast : qmm_kernels().prepare_exact)(p.w, x + int64_t{i} * p.k, prepared + i * bytes);
     }
-    const QuantMatrix& w = p.w;
-    const char* scales = static_cast<const char*>(w.scales) + n * w.scale_stride;
-    const char* biases = w.fp4 ? nullptr : static_cast<const char*>(w.biases) + n * w.bias_stride;
-    for (int g = 0; g < p.k / w.group; g++) {
-      widen_group(w, w.codes + n * w.row_bytes, g * w.group, element(scales, w.type, g),
-                  biases ? element(biases, w.type, g) : 0.0f, row + g * w.group);
+    (fast ? qmm_kernels().rows_fast : qmm_kernels().rows_exact)(p.w, rows, m, 0, p.n, out);
+  } else {
+    for_each_stride(m, out, [&](int i, int count, int64_t stride) {
+      ops().dot_rows(out[i], stride, x + int64_t{i} * p.k, p.k, count, p.plain, p.plain_type, p.plain_stride, p.k, 0, p.n);
+    });
+  }
+}
+
+void project_back(const Projection& p, const float* x, int m, float* const* out) {
+  const QuantMatrix& w = p.w;
+  if (p.quantized && !w.fp4 && (w.bits == 2 || w.bits == 4 || w.bits == 8)) {
+    return dequantize_ops().back(out, x, m, p.n, quantized_row(w, 0, 0), w.row_bytes, w.scale_stride, p.k);
+  }
+  // Else columns are read back as floats: whole groups, and few enough for the first-level cache.
+  int width = p.quantized ? std::max(w.group, 64) : p.k;
+  auto* scratch = static_cast<float*>(thread_scratch(0, static_cast<size_t>(p.quantized ? int64_t{p.n} * width : 0) * 4));
+  for (int first = 0; first < p.k; first += width) {
+    int columns = std::min(width, p.k - first);
+    for (int n = 0; n < p.n && p.quantized; n++) {
+      widen_row(p, n, first, columns, scratch + int64_t{n} * columns);
     }
+    const void* rows = p.quantized ? scratch : p.plain;
+    for_each_stride(m, out, [&](int i, int count, int64_t stride) {
+      ops().axpy_rows(out[i] + first, stride, x + int64_t{i} * p.n, p.n, count, rows,
+                      p.quantized ? Float::f32 : p.plain_type, p.quantized ? columns : p.plain_stride, p.n, 0, columns);
+    });
   }
 }
 
