@@ -112,7 +112,7 @@ def open_source(path: Path, *, allow_nonfinite: bool = False, coming: Iterable[H
     if path.suffix.lower() == ".gguf":
         from edger1.quant.formats.gguf_source import open_gguf
 
-        return open_gguf(path)
+        return open_gguf(path, allow_nonfinite=allow_nonfinite)
     raise FormatError(f"{path} is a file; expected a folder with config.json and model*.safetensors, or a .gguf file.")
 
 
