@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from edger1 import worker
-from edger1.errors import FormatError
+from edger1.errors import FormatError, UsageError
 from edger1.kv_layout import kv_layout
 from edger1.layers import ModelLayers
 from edger1.loader import prefill_step
@@ -26,6 +26,7 @@ from edger1.quant import calibrate, fit, recipes
 from edger1.quant.calibrate import Statistics
 from edger1.quant.recipes import Recipe
 from edger1.source_layers import open_any
+from edger1.units import format_bytes
 
 WINDOWS = 64
 """Windows of text that are calibrated on, at most."""
@@ -89,7 +90,15 @@ def _fitted(
     every = (*range(layers.layers), None)
     shapes = {path: shape for layer in every for path, shape in layers.linears(layer).items()}
     shapes = {path: shape for path, shape in shapes.items() if shape[-1] % min(fit.GROUPS) == 0}
-    budget = ceiling_bytes - _beside(layers, shapes)
+    beside = _beside(layers, shapes)
+    budget = ceiling_bytes - beside
+    # Said before the work rather than after it: no weight takes less than 2 bits.
+    if budget * 8 < 2 * sum(math.prod(shape) for shape in shapes.values()):
+        raise UsageError(
+            f"{layers.name} takes {format_bytes(beside, up=True)} beside its weights with a context of "
+            f"{DEFAULT_CONTEXT:,} tokens, which leaves too little of {format_bytes(ceiling_bytes)} for weights even at "
+            "2 bits. Give more memory, or choose a smaller model."
+        )
     kept = statistics.folder / f"{budget}-{RECIPE}"
     if kept.is_file():
         return recipes.read(kept)
@@ -102,7 +111,7 @@ def _fitted(
     ways = {
         path: fit.options(layers, path, shape, losses[path], statistics, dtype=dtype) for path, shape in shapes.items()
     }
-    mix = fit.choose(ways, max(budget, 0))
+    mix = fit.choose(ways, budget)
     table = mix.recipe("fitted")
     kept.write_text(json.dumps(table) + "\n", encoding="utf-8")
     return recipes.from_json(table, "the fitted mix")

@@ -318,7 +318,7 @@ def test_bits_are_fitted_to_a_size(home: Path, tmp_path: Path, tiny_folder: Path
         "bits in groups of" in said["tensors"][f"model.layers.1.mlp.{one}_proj.weight"] for one in ("up", "down")
     )
     tight = Wanted(str(tiny_folder), tmp_path / "tight", calibration=Calibration(text, 10**6))
-    with pytest.raises(UsageError, match="At the fewest bits"):
+    with pytest.raises(UsageError, match="too little of 1.00 MB for weights"):
         convert(tight, Settings(), Watch())
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import hub_server
 import pytest
+from model_files import tiny_model
 from pulling import (
     CONFIG,
     GGUF,
@@ -200,12 +201,13 @@ def test_a_conversion_that_fails_keeps_what_was_there(tmp_path: Path, monkeypatc
         raise FormatError("damaged")
 
     monkeypatch.setattr("edger1.quant.convert.convert_gguf", fails)
+    source = tiny_model().write(tmp_path / "x.gguf")
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "config.json").write_bytes(CONFIG)
     for _ in range(2):
         with pytest.raises(FormatError):
-            convert(tmp_path / "x.gguf", folder, Watch())
+            convert(source, folder, Watch())
     assert (folder / "config.json").read_bytes() == CONFIG
 
 
