@@ -21,6 +21,8 @@ BENCHMARKS = (
     ("blocks", "Blocks of large models, random weights at 4 bits"),
     ("kernels", "Single kernels"),
     ("streaming", "Experts streamed from disk: Qwen3-30B-A3B's widths, 24 layers, random weights at 4 bits"),
+    ("convert", "Converting: DeepSeek-R1's tensor shapes in FP8, and 3 GB of bf16"),
+    ("quantization", "What quantizing loses: the recipes' two models, KL divergence to bf16 on held-out problems"),
     ("pretrain", "Training the recipes' two models from nothing"),
 )
 
@@ -34,7 +36,8 @@ def render() -> str:
     machines = sorted({f"{p['machine']['physical_cores']} cores of an {p['machine']['cpu']}" for p in parts})
     dates = sorted({part["date"][:10] for part in parts})
     lines = [
-        f"On {' and on '.join(machines)}, without a GPU, {dates[0] + ('' if len(dates) == 1 else f' to {dates[-1]}')}.",
+        f"On {', '.join(machines)}, without a GPU, {dates[0] + ('' if len(dates) == 1 else f' to {dates[-1]}')}; which",
+        "of them made a line stands with its readings.",
         "Both sides of a line in one run on the same weights, interleaved, medians; EdgeR1 in its default",
         '`precision="fast"` ([how](docs/benchmarks.md); every reading, and those of `precision="exact"`, in',
         "`benchmarks/results/`). *Ratio* is how many times better EdgeR1 is, or, with ≤, a share or a difference that",

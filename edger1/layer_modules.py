@@ -39,7 +39,7 @@ def kinds() -> dict[type, Callable[[type], type]]:
 
 
 def _linear(kind: type) -> type:
-    class RowsLinear(kind):  # type: ignore[misc]
+    class RowsLinear(kind):
         def __call__(self, x: Any) -> Any:
             out = _flat(self, x, None)
             return out + self["bias"] if "bias" in self else out
@@ -48,7 +48,7 @@ def _linear(kind: type) -> type:
 
 
 def _embedding(kind: type) -> type:
-    class RowsEmbedding(kind):  # type: ignore[misc]
+    class RowsEmbedding(kind):
         def __call__(self, x: Any) -> Any:
             return vars(self)[OWNER].take(self, x)
 
@@ -59,7 +59,7 @@ def _embedding(kind: type) -> type:
 
 
 def _multi(kind: type) -> type:
-    class RowsMulti(kind):  # type: ignore[misc]
+    class RowsMulti(kind):
         def __call__(self, x: Any, transpose: bool = True) -> Any:
             import mlx.core as mx
 
@@ -77,7 +77,7 @@ def _multi(kind: type) -> type:
 
 
 def _switch_linear(kind: type) -> type:
-    class RowsSwitchLinear(kind):  # type: ignore[misc]
+    class RowsSwitchLinear(kind):
         def __call__(self, x: Any, indices: Any, sorted_indices: bool = False) -> Any:
             # Only called for rows that have all chosen the same expert: see `_ask_experts`.
             expert = int(np.array(indices).reshape(-1)[0])
@@ -88,7 +88,7 @@ def _switch_linear(kind: type) -> type:
 
 
 def _switch(kind: type) -> type:
-    class RowsSwitch(kind):  # type: ignore[misc]
+    class RowsSwitch(kind):
         def __call__(self, x: Any, indices: Any, *args: Any, **kwargs: Any) -> Any:
             return vars(self)[OWNER].answer(self, x, indices)
 

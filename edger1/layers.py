@@ -357,7 +357,7 @@ def _decoders(model: Any) -> list[Any]:
 
 
 def _visiting(kind: type, index: int, called: Callable[..., Any]) -> type:
-    class Visiting(kind):  # type: ignore[misc]
+    class Visiting(kind):
         def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
             return called(index, kind, self, x, args, kwargs)
 

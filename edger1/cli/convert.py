@@ -134,3 +134,5 @@ def _measure(wanted: Wanted, folder: Path, watch: Watch) -> None:
     (folder / "report.json").write_text(json.dumps(found.as_json(), indent=1) + "\n", encoding="utf-8")
     for line in table(found):
         watch.note(line)
+    if wanted.calibration is not None:
+        watch.note("  Measured on the text that the codes were fitted to; on other texts a little more is lost.")

@@ -359,7 +359,8 @@ def _read_in_place(file: _File, offset: int, into: Bytes, staging: Bytes) -> boo
         return False
     first, last = staging[:DIRECT_BLOCK], staging[DIRECT_BLOCK : 2 * DIRECT_BLOCK]
     middle = into[before : into.size - end]
-    pieces = [*([first] if before else []), middle, *([last] if end else [])]
+    # As views: that is what the type checker knows of `preadv`.
+    pieces = [*([first.data] if before else []), middle.data, *([last.data] if end else [])]
     if os.preadv(file.direct, pieces, offset - ahead) < ahead + into.size:
         return False
     if before:
