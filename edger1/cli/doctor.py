@@ -8,7 +8,6 @@ import platform
 import shutil
 import sys
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -67,6 +66,9 @@ def _cpu_name() -> str:
 
 
 def _version(package: str) -> str | None:
+    # Here, because reading packages' data takes as long to import as all other commands together.
+    from importlib import metadata
+
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import unicodedata
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from edger1.messages import Figures, Usage
+if TYPE_CHECKING:
+    from edger1.messages import Figures, Usage
 
 Memory = Annotated[
     str | None,
