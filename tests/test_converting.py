@@ -170,13 +170,19 @@ def test_killed_at_twenty_moments_it_goes_on_to_the_same_bytes(tmp_path: Path) -
     assert sum(name.startswith("model-") for name in expected) > 3
     rng = random.Random(5)
     gone_on = 0
+    child = Path(__file__).with_name("converting_child.py")
+    with subprocess.Popen([sys.executable, child, tmp_path / "slow"], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "begun\n"
+        began = time.monotonic()
+        assert process.stdout.readline() == "ended\n"
+        takes_s = time.monotonic() - began
     for attempt in range(20):
         home = tmp_path / str(attempt)
-        child = Path(__file__).with_name("converting_child.py")
         with subprocess.Popen([sys.executable, child, home], stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None
             assert process.stdout.readline() == "begun\n"
-            time.sleep(rng.uniform(0.0, 0.45))
+            time.sleep(rng.uniform(0.0, takes_s))
             process.send_signal(signal.SIGKILL)
             process.stdout.read()
         # It may have been killed after its last step.
