@@ -134,6 +134,8 @@ class KVStore:
         """
         if not self._reserve(holder, len(ids)):
             return None
+        # What is handed over may be a copy.
+        self.on_claim(self.nbytes)
         caches, shared = self._best(ids)
         self._make_room(holder)
         return caches, shared

@@ -364,14 +364,15 @@ def load(
         account=Account(),
     )
     if streaming is not None and plan.stream is not None and not plan.stream.by_hand:
-        live.kv.on_claim = partial(_lend, streaming, plan.stream.bank_bytes + plan.kv_bytes)
+        live.kv.on_claim = partial(_lend, streaming, plan)
     runs.note(path, live.installed.report())
     return live
 
 
-def _lend(streaming: Streaming, nbytes: int, kv_bytes: int) -> None:
-    """Let banks and KV caches hold `nbytes` together, of which the caches ask for `kv_bytes`."""
-    streaming.allow(nbytes - kv_bytes)
+def _lend(streaming: Streaming, plan: Plan, claimed_bytes: int) -> None:
+    """Let the banks hold what was planned, and of the KV caches' room what these do not claim."""
+    assert plan.stream is not None
+    streaming.allow(plan.stream.bank_bytes + max(0, plan.kv_bytes - claimed_bytes))
 
 
 @cache

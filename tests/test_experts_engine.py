@@ -24,6 +24,7 @@ from edger1.client import next_id
 from edger1.errors import MemoryCeilingError, StreamError, UnstreamableError, UsageError
 from edger1.experts import store as store_module
 from edger1.experts.pressure import Pressure
+from edger1.experts.streaming import Streaming
 from edger1.messages import Score, Scores
 
 QUESTION = "What is 17 + 25?"
@@ -241,3 +242,24 @@ def test_banks_make_room_for_other_programs_and_grow_again(
             wanted.pop(0)
     held = [nbytes for nbytes, _ in said]
     assert min(held) < max(held) / 4
+
+
+def test_banks_give_back_what_the_context_asks_for(nano: Path, answer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[tuple[int, int]] = []
+    allow = Streaming.allow
+
+    def noted(streaming: Streaming, nbytes: int) -> None:
+        allow(streaming, nbytes)
+        held.append((nbytes, streaming.nbytes))
+
+    monkeypatch.setattr(Streaming, "allow", noted)
+    least = edger1.plan(nano, context=4096).smallest_ceiling_bytes
+    with edger1.load(nano, precision="exact", context=4096, memory=least) as model:
+        plan = model.plan.stream
+        assert sum(plan.lent_slots) > sum(plan.slots)
+        got = model.generate(QUESTION, temperature=0, max_tokens=120)
+        assert (got.text, got.thinking) == (answer.text, answer.thinking)
+        short = max(nbytes for _, nbytes in held)
+        model.generate("What is 2 + 2? " * 500, raw=True, temperature=0, max_tokens=8)
+    assert all(nbytes <= max(allowed, plan.bank_bytes) for allowed, nbytes in held)
+    assert held[-1][1] < short
