@@ -2,6 +2,8 @@
 // instruction set has shorter ones. Anonymous namespace, as everything that is compiled once an instruction set.
 #pragma once
 
+#include <type_traits>
+
 #include "qmm_kernels.h"
 
 namespace edger1 {
@@ -145,20 +147,46 @@ inline void convert_back(const float* from, ScaleType type, int64_t count, void*
   }
 }
 
-// 32 codes by shifting 64-bit words: what every instruction set can do.
+// Bytes Count of p as a number, without a buffer in between: loads that are wider than the stores before them wait.
+template <int Count>
+inline uint64_t load_bytes(const uint8_t* p) {
+  constexpr int head = Count >= 8 ? 8 : Count >= 4 ? 4 : Count >= 2 ? 2 : 1;
+  using Head = std::conditional_t<head == 8, uint64_t,
+                                  std::conditional_t<head == 4, uint32_t, std::conditional_t<head == 2, uint16_t, uint8_t>>>;
+  Head value;
+  __builtin_memcpy(&value, p, head);
+  if constexpr (Count > head) {
+    return value | load_bytes<Count - head>(p + head) << (8 * head);
+  } else {
+    return value;
+  }
+}
+
+// 32 codes by halving 64-bit words, which every instruction set can do: eight codes become two fours with room between,
+// those four twos, and those eight bytes.
 template <class F>
 inline b32 decode32_any(const uint8_t* p) {
-  alignas(32) uint8_t code[32];
+  constexpr uint64_t four = (uint64_t{1} << 4 * F::bits) - 1;
+  constexpr uint64_t two = ((uint64_t{1} << 2 * F::bits) - 1) * 0x0000000100000001;
+  constexpr uint64_t one = ((uint64_t{1} << F::bits) - 1) * 0x0001000100010001;
+  uint64_t words[4];
   for (int q = 0; q < 4; q++) {
-    uint64_t word = 0;
-    __builtin_memcpy(&word, p + q * F::bits, F::bits);
-    for (int i = 0; i < 8; i++) {
-      auto one = static_cast<uint8_t>(word >> (F::bits * i) & ((1u << F::bits) - 1));
-      code[8 * q + i] = F::fp4 ? kFp4Table[one] : one;
+    uint64_t word = load_bytes<F::bits>(p + q * F::bits);
+    if constexpr (F::bits < 8) {
+      word = (word & four) | (word >> 4 * F::bits) << 32;
+      word = (word & two) | (word >> 2 * F::bits & two) << 16;
+      word = (word & one) | (word >> F::bits & one) << 8;
+    }
+    words[q] = word;
+  }
+  if constexpr (F::fp4) {
+    auto* codes = reinterpret_cast<uint8_t*>(words);
+    for (int i = 0; i < 32; i++) {
+      codes[i] = kFp4Table[codes[i]];
     }
   }
   b32 v;
-  __builtin_memcpy(&v, code, 32);
+  __builtin_memcpy(&v, words, 32);
   return v;
 }
 
