@@ -162,31 +162,40 @@ inline uint64_t load_bytes(const uint8_t* p) {
   }
 }
 
-// 32 codes by halving 64-bit words, which every instruction set can do: eight codes become two fours with room between,
-// those four twos, and those eight bytes.
+// Eight codes of Bits bits as the bytes of a word: they become two fours with room between, those four twos.
+template <int Bits>
+inline uint64_t spread_eight(uint64_t word) {
+  constexpr uint64_t four = (uint64_t{1} << 4 * Bits) - 1;
+  constexpr uint64_t two = ((uint64_t{1} << 2 * Bits) - 1) * 0x0000000100000001;
+  constexpr uint64_t one = ((uint64_t{1} << Bits) - 1) * 0x0001000100010001;
+  word = (word & four) | (word >> 4 * Bits) << 32;
+  word = (word & two) | (word >> 2 * Bits & two) << 16;
+  return (word & one) | (word >> Bits & one) << 8;
+}
+
+// 32 codes by shifting 64-bit words: what every instruction set can do. Where codes straddle bytes, storing them one by
+// one takes twice as long as spreading eight at once; where none does, it is the spreading that takes longer.
 template <class F>
 inline b32 decode32_any(const uint8_t* p) {
-  constexpr uint64_t four = (uint64_t{1} << 4 * F::bits) - 1;
-  constexpr uint64_t two = ((uint64_t{1} << 2 * F::bits) - 1) * 0x0000000100000001;
-  constexpr uint64_t one = ((uint64_t{1} << F::bits) - 1) * 0x0001000100010001;
-  uint64_t words[4];
-  for (int q = 0; q < 4; q++) {
-    uint64_t word = load_bytes<F::bits>(p + q * F::bits);
-    if constexpr (F::bits < 8) {
-      word = (word & four) | (word >> 4 * F::bits) << 32;
-      word = (word & two) | (word >> 2 * F::bits & two) << 16;
-      word = (word & one) | (word >> F::bits & one) << 8;
-    }
-    words[q] = word;
-  }
-  if constexpr (F::fp4) {
-    auto* codes = reinterpret_cast<uint8_t*>(words);
-    for (int i = 0; i < 32; i++) {
-      codes[i] = kFp4Table[codes[i]];
-    }
-  }
   b32 v;
-  __builtin_memcpy(&v, words, 32);
+  if constexpr (8 % F::bits != 0) {
+    constexpr int bits = F::bits;
+    using Words = uint64_t __attribute__((vector_size(32)));
+    Words words{spread_eight<bits>(load_bytes<bits>(p)), spread_eight<bits>(load_bytes<bits>(p + bits)),
+                spread_eight<bits>(load_bytes<bits>(p + 2 * bits)), spread_eight<bits>(load_bytes<bits>(p + 3 * bits))};
+    __builtin_memcpy(&v, &words, 32);
+  } else {
+    alignas(32) uint8_t code[32];
+    for (int q = 0; q < 4; q++) {
+      uint64_t word = 0;
+      __builtin_memcpy(&word, p + q * F::bits, F::bits);
+      for (int i = 0; i < 8; i++) {
+        auto one = static_cast<uint8_t>(word >> (F::bits * i) & ((1u << F::bits) - 1));
+        code[8 * q + i] = F::fp4 ? kFp4Table[one] : one;
+      }
+    }
+    __builtin_memcpy(&v, code, 32);
+  }
   return v;
 }
 
