@@ -2,8 +2,7 @@
 // instruction set has shorter ones. Anonymous namespace, as everything that is compiled once an instruction set.
 #pragma once
 
-#include <type_traits>
-
+#include "few_bytes.h"
 #include "qmm_kernels.h"
 
 namespace edger1 {
@@ -144,21 +143,6 @@ inline void convert_back(const float* from, ScaleType type, int64_t count, void*
     } else {
       static_cast<uint16_t*>(to)[i] = type == ScaleType::f16 ? float_to_half(from[i]) : float_to_bf16(from[i]);
     }
-  }
-}
-
-// Bytes Count of p as a number, without a buffer in between: loads that are wider than the stores before them wait.
-template <int Count>
-inline uint64_t load_bytes(const uint8_t* p) {
-  constexpr int head = Count >= 8 ? 8 : Count >= 4 ? 4 : Count >= 2 ? 2 : 1;
-  using Head = std::conditional_t<head == 8, uint64_t,
-                                  std::conditional_t<head == 4, uint32_t, std::conditional_t<head == 2, uint16_t, uint8_t>>>;
-  Head value;
-  __builtin_memcpy(&value, p, head);
-  if constexpr (Count > head) {
-    return value | load_bytes<Count - head>(p + head) << (8 * head);
-  } else {
-    return value;
   }
 }
 
