@@ -1,4 +1,4 @@
-// A word of fewer bytes than a register holds. Anonymous namespace, as everything that is compiled once an instruction set.
+// Words of fewer bytes than a register holds. Anonymous namespace, as everything compiled once an instruction set.
 #pragma once
 
 #include <cstdint>
@@ -7,8 +7,8 @@
 namespace edger1 {
 namespace {
 
-// The first Count <= 8 bytes of p, little-endian, and nothing behind them; in registers throughout, since a load that is
-// wider than the stores before it would wait for them.
+// The first Count <= 8 bytes of p, little-endian, and nothing behind them; in registers throughout, since a load that
+// is wider than the stores before it would wait for them.
 template <int Count>
 inline uint64_t load_bytes(const uint8_t* p) {
   constexpr int head = Count >= 8 ? 8 : Count >= 4 ? 4 : Count >= 2 ? 2 : 1;

@@ -31,8 +31,8 @@ inline void convert(const void* from, ScaleType type, int64_t count, float* to) 
   convert_any(static_cast<const char*>(from) + i * size, type, count - i, to + i);
 }
 
-// How the 32 codes of Bits bits each in 4 * Bits bytes come to their places. Each 128-bit lane makes 16 codes of 2 * Bits
-// bytes; a code's 16-bit window is the byte that it begins in and the one behind, which it may reach into.
+// How the 32 codes of Bits bits each in 4 * Bits bytes come to their places. Each 128-bit lane makes 16 codes of
+// 2 * Bits bytes; a code's 16-bit window is the byte that it begins in and the one behind, which it may reach into.
 template <int Bits>
 struct Unpacking {
   // What the second lane loads ends where the block does, so that nothing behind the block is read.
