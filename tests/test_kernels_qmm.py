@@ -152,6 +152,25 @@ def test_exact_agrees_with_mlx(form):
 
 
 @pytest.mark.parametrize("precision", ["exact", "fast"])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+def test_every_code_is_read_at_every_place_of_a_block(bits, precision):
+    values, columns = 1 << bits, 96
+    codes = (np.arange(values)[:, None] + np.arange(columns)) % values
+    each_bit = (codes[:, :, None] >> np.arange(bits)) & 1
+    packed = np.packbits(each_bit.reshape(values, -1).astype(np.uint8), axis=1, bitorder="little")
+    groups = (values, columns // 32)
+    w = mx.array(packed.view(np.uint32)), mx.ones(groups), mx.zeros(groups)
+    x = 127 * mx.eye(columns)  # the largest that int8 holds, so that it stays what it is
+
+    def product(x: mx.array) -> np.ndarray:
+        return np.array(quantized_matmul(x, *w, group_size=32, bits=bits, precision=precision))
+
+    if not on_tiles(precision, True, columns):  # bf16 holds no product of 127 and eight bits
+        assert np.array_equal(product(x), 127 * codes.T)
+    assert np.array_equal(np.concatenate([product(x[i : i + 16]) for i in range(0, columns, 16)]), 127 * codes.T)
+
+
+@pytest.mark.parametrize("precision", ["exact", "fast"])
 @pytest.mark.parametrize("form", FORMATS, ids=str)
 def test_a_row_among_sixteen_is_that_row_alone(form, precision):
     w = make_weights((131, 1152), form, 5)

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "dequantize_ops.h"
+#include "few_bytes.h"
 #include "simd.h"
 
 namespace edger1 {
@@ -37,11 +38,28 @@ EDGER1_INLINE vi bytes_at(const uint8_t* p) {
 #endif
 }
 
-// kWidth codes from number i on, i a multiple of kWidth; BITS divides 32.
+// codes_at for codes that straddle words: eight of them fill BITS bytes, and four fit into 32 bits.
+template <int BITS>
+EDGER1_INLINE vi uneven_codes_at(const uint8_t* codes, int64_t i) {
+  vu words, shifts;
+  for (int j = 0; j < kWidth; j += 4) {
+    uint64_t eight = load_bytes<BITS>(codes + (i + j) / 8 * BITS);
+    auto four = static_cast<uint32_t>(eight >> ((i + j) % 8 * BITS));
+    for (int l = 0; l < 4; l++) {
+      words[j + l] = four;
+      shifts[j + l] = static_cast<uint32_t>(l * BITS);
+    }
+  }
+  return (vi)((words >> shifts) & ((1u << BITS) - 1u));
+}
+
+// kWidth codes from number i on, i a multiple of kWidth.
 template <int BITS>
 EDGER1_INLINE vi codes_at(const uint8_t* codes, int64_t i) {
   if constexpr (BITS == 8) {
     return bytes_at(codes + i);
+  } else if constexpr (32 % BITS != 0) {
+    return uneven_codes_at<BITS>(codes, i);
   } else {
     constexpr int per_word = 32 / BITS;
     vu shifts;
@@ -77,22 +95,6 @@ static void affine_row(float* out, const QuantizedRow& row, int64_t n) {
   }
 }
 
-// Codes that straddle bytes.
-static void uneven_row(float* out, const QuantizedRow& row, int64_t n) {
-  uint32_t mask = (1u << row.bits) - 1u;
-  for (int64_t g = 0; g * row.group < n; g++) {
-    float scale = number_at(row.scales, row.type, g), bias = number_at(row.biases, row.type, g);
-    for (int64_t i = g * row.group; i < (g + 1) * row.group; i++) {
-      int64_t bit = i * row.bits;
-      uint32_t code = row.codes[bit / 8];
-      if (bit % 8 + row.bits > 8) {
-        code |= static_cast<uint32_t>(row.codes[bit / 8 + 1]) << 8;
-      }
-      out[i] = static_cast<float>((code >> (bit % 8)) & mask) * scale + bias;
-    }
-  }
-}
-
 static void mxfp4_row(float* out, const QuantizedRow& row, int64_t n) {
   constexpr float values[16] = {0, 0.5f, 1, 1.5f, 2, 3, 4, 6, -0.0f, -0.5f, -1, -1.5f, -2, -3, -4, -6};
   const auto* exponents = static_cast<const uint8_t*>(row.scales);
@@ -118,10 +120,14 @@ static void dequantize_row(float* out, const QuantizedRow& row, int64_t n) {
       return affine_row<2>(out, row, n);
     case 4:
       return affine_row<4>(out, row, n);
-    case 8:
-      return affine_row<8>(out, row, n);
+    case 3:
+      return affine_row<3>(out, row, n);
+    case 5:
+      return affine_row<5>(out, row, n);
+    case 6:
+      return affine_row<6>(out, row, n);
     default:
-      return uneven_row(out, row, n);
+      return affine_row<8>(out, row, n);
   }
 }
 

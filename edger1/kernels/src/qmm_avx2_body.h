@@ -31,6 +31,61 @@ inline void convert(const void* from, ScaleType type, int64_t count, float* to) 
   convert_any(static_cast<const char*>(from) + i * size, type, count - i, to + i);
 }
 
+// How the 32 codes of Bits bits each in 4 * Bits bytes come to their places. Each 128-bit lane makes 16 codes of
+// 2 * Bits bytes; a code's 16-bit window is the byte that it begins in and the one behind, which it may reach into.
+template <int Bits>
+struct Unpacking {
+  // What the second lane loads ends where the block does, so that nothing behind the block is read.
+  static constexpr int second = Bits > 4 ? 4 * Bits - 16 : 0;
+  alignas(32) uint8_t even[32], odd[32]; // bytes of the windows
+  alignas(32) uint16_t up_even[16], up_odd[16]; // factors that shift a window to the left
+
+  constexpr Unpacking() : even{}, odd{}, up_even{}, up_odd{} {
+    for (int i = 0; i < 32; i++) {
+      int bit = Bits * (i % 16), from = bit / 8 + (i < 16 ? 0 : 2 * Bits - second);
+      int inside = bit % 8, at = i / 2;
+      auto* window = (i % 2 == 0 ? even : odd) + 2 * at;
+      window[0] = static_cast<uint8_t>(from);
+      window[1] = static_cast<uint8_t>(inside + Bits > 8 ? from + 1 : 0x80);
+      if (i % 2 == 0) {
+        up_even[at] = static_cast<uint16_t>(1 << (16 - Bits - inside)); // to the top
+      } else {
+        up_odd[at] = static_cast<uint16_t>(1 << (8 - inside)); // to the upper byte
+      }
+    }
+  }
+};
+
+template <int Bits>
+constexpr Unpacking<Bits> kUnpacking{};
+
+inline __m256i load_table(const void* p) {
+  return _mm256_load_si256(static_cast<const __m256i*>(p));
+}
+
+// 2, 3, 5 or 6 bits. There is no shift of 16-bit lanes by an amount each: products with powers of two stand for it.
+template <int Bits>
+inline __m256i unpack_uneven(const uint8_t* p) {
+  constexpr const Unpacking<Bits>& how = kUnpacking<Bits>;
+  __m256i raw;
+  if constexpr (Bits < 4) {
+    __m128i all = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+    if constexpr (Bits == 3) {
+      int32_t rest;
+      __builtin_memcpy(&rest, p + 8, 4);
+      all = _mm_insert_epi32(all, rest, 2);
+    }
+    raw = _mm256_broadcastsi128_si256(all);
+  } else {
+    raw = _mm256_set_m128i(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + how.second)),
+                           _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  __m256i even = _mm256_mullo_epi16(_mm256_shuffle_epi8(raw, load_table(how.even)), load_table(how.up_even));
+  __m256i odd = _mm256_mullo_epi16(_mm256_shuffle_epi8(raw, load_table(how.odd)), load_table(how.up_odd));
+  odd = _mm256_and_si256(odd, _mm256_set1_epi16(((1 << Bits) - 1) << 8));
+  return _mm256_or_si256(_mm256_srli_epi16(even, 16 - Bits), odd);
+}
+
 template <class F>
 inline b32 decode32(const uint8_t* p) {
   __m256i codes;
@@ -44,23 +99,8 @@ inline b32 decode32(const uint8_t* p) {
       codes = _mm256_shuffle_epi8(
           _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(kFp4Table))), codes);
     }
-  } else if constexpr (F::bits == 2) {
-    int64_t word;
-    __builtin_memcpy(&word, p, 8);
-    // Each byte four times, then each copy shifted by its own amount through a multiplication of 16-bit lanes.
-    __m256i spread = _mm256_shuffle_epi8(
-        _mm256_set1_epi64x(word), _mm256_setr_epi8(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3, 4, 4, 4, 4, 5, 5, 5,
-                                                   5, 6, 6, 6, 6, 7, 7, 7, 7));
-    __m256i a = _mm256_and_si256(spread, _mm256_set1_epi32(0x00030003));
-    __m256i shifted = _mm256_srlv_epi32(spread, _mm256_set1_epi32(4));
-    // Bytes 0 and 2 of a word want bits 0-1 and 4-5, bytes 1 and 3 bits 2-3 and 6-7.
-    a = _mm256_blend_epi16(_mm256_and_si256(spread, _mm256_set1_epi32(0x0003)),
-                           _mm256_and_si256(shifted, _mm256_set1_epi32(0x00030000)), 0xaa);
-    __m256i b = _mm256_blend_epi16(_mm256_and_si256(_mm256_srli_epi16(spread, 2), _mm256_set1_epi32(0x0300)),
-                                   _mm256_and_si256(_mm256_srli_epi16(spread, 6), _mm256_set1_epi32(0x03000000)), 0xaa);
-    codes = _mm256_or_si256(a, b);
   } else {
-    return decode32_any<F>(p);
+    codes = unpack_uneven<F::bits>(p);
   }
   b32 v;
   __builtin_memcpy(&v, &codes, 32);
