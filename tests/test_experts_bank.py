@@ -82,6 +82,18 @@ def test_what_is_asked_for_is_there_and_the_oldest_leaves(layer: LayerExperts, s
     assert bank.nbytes == 4 * layer.expert_bytes
 
 
+def test_a_guess_that_comes_while_others_are_asked_for(layer: LayerExperts, store: Store) -> None:
+    bank = Bank(layer, 4, store, LRU(EXPERTS))
+    guess = bank.request(5, (), guessed=True)
+    assert guess is not None
+    assert guess.wait(10)
+    # Nobody has taken note of it yet: it is missing still when this begins, and there when its turn comes.
+    bank.ensure([2, 5])
+    assert holds(bank, 2)
+    assert holds(bank, 5)
+    assert bank.present == 2
+
+
 def test_more_experts_than_slots_are_refused(layer: LayerExperts, store: Store) -> None:
     bank = Bank(layer, 2, store, LRU(EXPERTS))
     with pytest.raises(ValueError, match="3 experts at once in 2 slots"):

@@ -87,10 +87,12 @@ class Bank:
         """Begin to bring in an expert that is not there; None where no slot can be freed without one of `keep`.
 
         A read that is under way already is returned, and goes before others now unless this one is a guess as well. A
-        guess that is `lasting` is good for longer than the next call of the layer.
+        guess that is `lasting` is good for longer than the next call of the layer. Guesses may come at any moment after
+        somebody looked: for an expert that is there by now a read that has ended is returned.
         """
         self.settle()
-        assert self.table[expert] < 0, "an expert has one slot"
+        if self.table[expert] >= 0:
+            return Read.over(self.layer, expert)
         under_way = self.loading.get(expert)
         if under_way is not None:
             if not guessed:
