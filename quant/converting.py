@@ -37,11 +37,13 @@ class Settings:
     """How to convert. `importance` and what made it (`calibration`, for the record) come from calibrating.
 
     `zero_nonfinite` makes zeros of NaN and infinities, which otherwise are an error. `restart` throws away what an
-    interrupted conversion left. `extra_bytes` are needed on the disk beside the output.
+    interrupted conversion left, `renew` does so where it was one of something else. `extra_bytes` are needed on the
+    disk beside the output.
     """
 
     zero_nonfinite: bool = False
     restart: bool = False
+    renew: bool = False
     threads: int | None = None
     shard_bytes: int = SHARD_BYTES
     importance: Importance | None = None
@@ -102,7 +104,7 @@ def convert(
         destination.parent.mkdir(parents=True, exist_ok=True)
         with journal.working(destination, restart=settings.restart) as folder:
             digest = f"{made.digest}-{settings.calibration}" if settings.calibration else made.digest
-            begun = journal.begun(folder, source.fingerprint, digest)
+            begun = journal.begun(folder, source.fingerprint, digest, renew=settings.renew)
             check_space(made, folder, settings.extra_bytes)
             options = Options(settings.threads or default_threads(), settings.zero_nonfinite, settings.importance)
             ended = run(made, folder, begun, options, settings.supply, on_progress or (lambda done, total: None))

@@ -54,14 +54,17 @@ def write(folder: Path, journal: Journal) -> None:
     write_text(folder / JOURNAL, json.dumps(asdict(journal)) + "\n")
 
 
-def begun(folder: Path, source: str, plan: str) -> Journal:
+def begun(folder: Path, source: str, plan: str, *, renew: bool = False) -> Journal:
     """Return the journal of an earlier run of this plan in `folder`, or a fresh one.
 
-    Raises UsageError where it was another source or another plan: what is there then cost work that nobody said to
-    throw away.
+    Where it was another source or another plan, `renew` empties the folder; otherwise UsageError is raised: what is
+    there then cost work that nobody said to throw away.
     """
     found = read(folder)
     if found is None:
+        return Journal(source, plan)
+    if renew and (found.source, found.plan) != (source, plan):
+        empty(folder)
         return Journal(source, plan)
     for what, have, want in (("its source", found.source, source), ("the recipe", found.plan, plan)):
         if have != want:

@@ -248,6 +248,40 @@ def test_another_source_or_recipe_does_not_go_on(tmp_path: Path, other: str) -> 
     assert files(report.folder) == files(tmp_path / "other" / "model")
 
 
+def test_another_source_or_recipe_begins_anew_where_that_was_said_before(tmp_path: Path) -> None:
+    stopped_half_way(tmp_path)
+    report = converted(FakeSource(seed=1), tmp_path, uniform(5), renew=True)
+    converted(FakeSource(seed=1), tmp_path / "other", uniform(5))
+    assert files(report.folder) == files(tmp_path / "other" / "model")
+    # The same one goes on.
+    stopped_half_way(tmp_path / "same")
+    again = FakeSource()
+    converted(again, tmp_path / "same", renew=True)
+    assert not again.tensors["model.embed_tokens.weight"].reads
+
+
+def test_what_the_disk_refused_to_keep_is_not_journaled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import errno
+    import stat
+
+    monkeypatch.setattr(running, "SYNC_BYTES", 1 << 12)
+    fsync, refused = os.fsync, []
+
+    def once(fd: int) -> None:
+        about = os.fstat(fd)
+        if stat.S_ISREG(about.st_mode) and about.st_size > 1 << 14 and not refused:
+            refused.append(fd)
+            raise OSError(errno.EIO, "Input/output error")
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", once)
+    with pytest.raises(EdgeR1Error, match="input/output error"):
+        converted(FakeSource(), tmp_path)
+    assert refused
+    found = journal.read(journal.working_folder(tmp_path / "model"))
+    assert found is None or found.units == 0
+
+
 def test_a_journal_over_missing_files_is_not_believed(tmp_path: Path) -> None:
     stopped_half_way(tmp_path)
     (first,) = journal.working_folder(tmp_path / "model").glob("model-00001-of-*.safetensors")

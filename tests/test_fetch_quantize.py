@@ -9,6 +9,7 @@ import threading
 import time
 from pathlib import Path
 
+import hub_server
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -175,6 +176,44 @@ def test_an_interrupted_conversion_fetches_no_file_twice(
     for name, times in fetched.items():
         assert len(server.ranges(name)) == times
     assert server.ranges(broken)[-1] == "bytes=1000-"
+
+
+def stopped_on_the_way(server: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """See to it that a conversion of REPO stops at its fourth file."""
+    monkeypatch.setattr(running, "SYNC_BYTES", 1 << 12)
+    monkeypatch.setattr(hub, "_ATTEMPTS", 1)
+    server.repos[REPO] = checkpoint()
+    server.cuts["model-00004-of-00006.safetensors"] = [1 << 30, 1000]
+
+
+def changed(server: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give the repository other numbers of the same shapes, in another commit."""
+    monkeypatch.setattr(hub_server, "COMMIT", "f" * 40)
+    server.repos[REPO] = checkpoint(seed=1)
+
+
+def test_other_numbers_under_the_same_headers_are_not_gone_on_with(
+    server: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped_on_the_way(server, monkeypatch)
+    with pytest.raises(EdgeR1Error, match="00004"):
+        convert(Wanted(REPO, None, recipes.uniform(4)), Settings(), Watch())
+    changed(server, monkeypatch)
+    with pytest.raises(UsageError, match="its source is not the same any more"):
+        convert(Wanted(REPO, None, recipes.uniform(4)), Settings(), Watch())
+
+
+def test_a_pull_begins_anew_where_the_repository_has_changed(
+    server: Hub, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped_on_the_way(server, monkeypatch)
+    (home / "models.toml").write_text(f'[tiny]\nrepo = "{REPO}"\nrecipe = "4bit"\n')
+    with pytest.raises(EdgeR1Error, match="00004"):
+        pull("tiny")
+    changed(server, monkeypatch)
+    source = write(tmp_path / "source", checkpoint(seed=1))
+    expected = convert(Wanted(str(source), tmp_path / "local", recipes.uniform(4)), Settings(), Watch())
+    assert_same_model(pull("tiny"), expected)
 
 
 def test_a_lying_header_is_refused_before_any_weight_is_fetched(server: Hub) -> None:

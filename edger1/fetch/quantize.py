@@ -82,7 +82,7 @@ def hub_source(found: hub.Listing, origin: HubSource, folder: Path) -> Iterator[
 
     coming = streamed.headers(found, folder)
     # The converter looks at each number itself.
-    source = open_source(folder, coming=coming, allow_nonfinite=True)
+    source = open_source(folder, coming=coming, allow_nonfinite=True, contents=streamed.contents(found))
     assert isinstance(source, FolderSource)
     fetcher = hub.Fetcher(found, origin, folder)
     files = {name: tuple(path.name for path in source.paths(name)) for name in source.tensors}
@@ -114,10 +114,13 @@ def small_files(found: hub.Listing, origin: HubSource, folder: Path) -> dict[str
 def convert_hub(
     found: hub.Listing, origin: HubSource, folder: Path, destination: Path, recipe: Recipe, watch: Watch
 ) -> Report:
-    """Convert a repository whose small files are in `folder` into `destination`, fetching one weight file ahead."""
+    """Convert a repository whose small files are in `folder` into `destination`, fetching one weight file ahead.
+
+    What an interrupted conversion of another version left there is thrown away: whoever pulls chose neither of them.
+    """
     watch.note(f"Converting {found.repo} as it is fetched, with the recipe {recipe.name}: {recipe.purpose}.")
     with hub_source(found, origin, folder) as (source, settings):
-        return convert_source(source, destination, recipe, watch, settings)
+        return convert_source(source, destination, recipe, watch, replace(settings, renew=True))
 
 
 def empty(folder: Path) -> None:
