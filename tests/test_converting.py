@@ -14,6 +14,7 @@ import threading
 import time
 from collections import namedtuple
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -303,6 +304,38 @@ def test_what_is_not_finite_is_named_and_made_zero_only_if_told(tmp_path: Path, 
     restored = mx.dequantize(*(found[f"{UP}.{part}"] for part in ("weight", "scales", "biases")), group_size=64, bits=4)
     assert mx.all(mx.isfinite(restored))
     assert abs(restored[3, 7, 9].item()) < 0.3
+
+
+@pytest.mark.parametrize("part", ["scales", "biases"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_codes_that_stand_for_nan_are_refused_as_well(tmp_path: Path, part: str, value: float) -> None:
+    source = FakeSource({"a.weight": (256, 128), "b.weight": (256, 128)})
+    whole = coded(source, "a.weight", 4)
+    getattr(whole, part).data.setflags(write=True)
+    getattr(whole, part).data[7, 2] = value
+    with pytest.raises(FormatError, match=r"a\.weight holds 1 groups of codes that are NaN or infinite in rows 0 to"):
+        converted(source, tmp_path)
+    report = converted(source, tmp_path, zero_nonfinite=True)
+    assert report.zeroed == ("a.weight",)
+    found = arrays(report.folder)
+    numbers = mx.dequantize(found["a.weight"], found["a.scales"], found["a.biases"], group_size=32, bits=4)
+    assert mx.all(mx.isfinite(numbers))
+    assert not mx.any(numbers[7, 64:96])
+    np.testing.assert_array_equal(np.array(found["a.weight"])[:7], whole.weight.data[:7])
+
+
+@pytest.mark.parametrize(("mode", "nan"), [("mxfp4", 255), ("nvfp4", 127), ("mxfp8", 255)])
+def test_each_mode_has_a_nan_of_its_own(mode: str, nan: int) -> None:
+    from edger1.quant import quantizing
+
+    group = 16 if mode == "nvfp4" else 32
+    bits = 8 if mode == "mxfp8" else 4
+    codes = quantizing.quantize(np.ones((2, 64), np.float32), Spec(bits, group, mode), "BF16")
+    assert not quantizing.broken_groups(codes, mode).any()
+    scales = codes.scales.data.copy()
+    scales[1, 1] = nan
+    broken = quantizing.broken_groups(replace(codes, scales=replace(codes.scales, data=scales)), mode)
+    assert np.argwhere(broken).tolist() == [[1, 1]]
 
 
 def test_a_destination_that_exists_is_left_alone(tmp_path: Path) -> None:
