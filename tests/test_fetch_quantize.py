@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -20,12 +21,12 @@ from model_files import Tiny, tiny_model
 from pulling import home, in_progress, server
 from safetensors.numpy import save
 
-from edger1 import installed, mlx_runtime, paths
+from edger1 import calibration, installed, mlx_runtime, paths
 from edger1.errors import EdgeR1Error, SourceError, UsageError
 from edger1.fetch import hub, pull, streamed
 from edger1.fetch.quantize import Calibration, Wanted, convert, describe
 from edger1.fetch.steps import Watch
-from edger1.quant import recipes, running
+from edger1.quant import calibrate, recipes, running
 from edger1.quant.converting import Settings
 
 mlx_runtime.prepare()
@@ -344,6 +345,22 @@ def test_calibrated_codes_are_other_codes_and_the_record_says_so(home: Path, tmp
     assert not mx.array_equal(first["model.layers.0.mlp.up_proj.weight"], second["model.layers.0.mlp.up_proj.weight"])
     assert "tokens" in json.loads((folder / "conversion.json").read_text())["calibration"]
     assert "calibration" not in json.loads((plain / "conversion.json").read_text())
+
+
+def test_statistics_of_other_weights_are_not_used(home: Path, tmp_path: Path, tiny_folder: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("What is counted here is how often a letter comes. " * 40)
+    source = tmp_path / "one" / "model"
+    shutil.copytree(tiny_folder, source)
+    first = calibration.prepare(source, tmp_path / "work", text, None).statistics
+    made = (first.folder / calibrate.INDEX).stat().st_mtime_ns
+    again = calibration.prepare(source, tmp_path / "work", text, None).statistics
+    assert (again.folder / calibrate.INDEX).stat().st_mtime_ns == made
+    # Trained on, under the same name.
+    weights = source / "model.safetensors"
+    weights.touch()
+    other = calibration.prepare(source, tmp_path / "work", text, None).statistics
+    assert (other.folder / calibrate.INDEX).stat().st_mtime_ns > made
 
 
 def test_bits_are_fitted_to_a_size(home: Path, tmp_path: Path, tiny_folder: Path) -> None:
