@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from edger1.errors import EdgeR1Error, UsageError
-from edger1.quant.writing import write_text
+from edger1.quant.writing import sync_path, write_text
 
 JOURNAL = "journal.json"
 VERSION = 1
@@ -78,6 +78,24 @@ def begun(folder: Path, source: str, plan: str, *, renew: bool = False) -> Journ
 def working_folder(destination: Path) -> Path:
     """Return the folder in which a conversion to `destination` works."""
     return destination.with_name(f".{destination.name}.converting")
+
+
+def drop(folder: Path) -> None:
+    """Remove the journal of a conversion that is where it should be."""
+    (folder / JOURNAL).unlink(missing_ok=True)
+    sync_path(folder)
+
+
+def take_back(destination: Path) -> None:
+    """Make of a finished folder that nobody put in place what the same conversion goes on from.
+
+    One that has no journal is removed.
+    """
+    hidden = working_folder(destination)
+    if read(destination) is not None and not hidden.exists():
+        destination.rename(hidden)
+    else:
+        shutil.rmtree(destination, ignore_errors=True)
 
 
 @contextlib.contextmanager

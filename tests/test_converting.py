@@ -345,6 +345,25 @@ def test_a_destination_that_exists_is_left_alone(tmp_path: Path) -> None:
     assert not list((tmp_path / "model").iterdir())
 
 
+def test_what_cannot_take_its_name_is_kept_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rename = Path.rename
+
+    def refuse(path: Path, target: Path) -> Path:
+        if target == tmp_path / "model":
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return rename(path, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", refuse)
+        with pytest.raises(EdgeR1Error, match="cannot be written: permission denied"):
+            converted(FakeSource(), tmp_path)
+    again = FakeSource()
+    report = converted(again, tmp_path)
+    assert not any(tensor.reads for tensor in again.tensors.values())
+    converted(FakeSource(), tmp_path / "other")
+    assert files(report.folder) == files(tmp_path / "other" / "model")
+
+
 def test_two_conversions_do_not_write_into_one_folder(tmp_path: Path) -> None:
     hidden = journal.working_folder(tmp_path / "model")
     hidden.mkdir()

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import hub_server
@@ -23,9 +24,10 @@ from safetensors.numpy import save
 
 from edger1 import calibration, installed, mlx_runtime, paths
 from edger1.errors import EdgeR1Error, SourceError, UsageError
-from edger1.fetch import hub, pull, streamed
+from edger1.fetch import hub, pull, quantize, run, streamed
+from edger1.fetch.place import Manifest
 from edger1.fetch.quantize import Calibration, Wanted, convert, describe
-from edger1.fetch.steps import Watch
+from edger1.fetch.steps import OnNote, Watch
 from edger1.quant import calibrate, recipes, running
 from edger1.quant.converting import Settings
 
@@ -215,6 +217,49 @@ def test_a_pull_begins_anew_where_the_repository_has_changed(
     source = write(tmp_path / "source", checkpoint(seed=1))
     expected = convert(Wanted(str(source), tmp_path / "local", recipes.uniform(4)), Settings(), Watch())
     assert_same_model(pull("tiny"), expected)
+
+
+@pytest.mark.parametrize("pulled", [False, True])
+def test_a_whole_conversion_that_was_not_put_in_place_is_used(
+    server: Hub, home: Path, local: Path, monkeypatch: pytest.MonkeyPatch, pulled: bool
+) -> None:
+    server.repos[REPO] = checkpoint()
+    (home / "models.toml").write_text(f'[tiny]\nrepo = "{REPO}"\nrecipe = "4bit"\n')
+
+    def killed(ready: Path, manifest: Manifest) -> Path:
+        raise KeyboardInterrupt
+
+    def make() -> Path:
+        return pull("tiny") if pulled else convert(Wanted(REPO, None, recipes.uniform(4)), Settings(), Watch())
+
+    with monkeypatch.context() as patched:
+        patched.setattr(run if pulled else quantize, "install", killed)
+        with pytest.raises(KeyboardInterrupt):
+            make()
+    weights = [name for name in server.repos[REPO] if name.endswith(".safetensors")]
+    before = [len(server.ranges(name)) for name in weights]
+    folder = make()
+    assert [len(server.ranges(name)) for name in weights] == before
+    assert_same_model(folder, local)
+    assert not (folder / "journal.json").exists()
+
+
+def test_a_conversion_that_waited_for_the_same_one_does_not_do_it_again(
+    home: Path, tmp_path: Path, local: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from contextlib import contextmanager
+
+    hold = quantize.locked
+
+    @contextmanager
+    def late(name: str, note: OnNote) -> Iterator[Path]:
+        with hold(name, note) as work:
+            (paths.models() / name).mkdir(parents=True)
+            yield work
+
+    monkeypatch.setattr(quantize, "locked", late)
+    with pytest.raises(UsageError, match="source-4bit is installed already"):
+        convert(Wanted(str(tmp_path / "source"), None, recipes.uniform(4)), Settings(), Watch())
 
 
 def test_a_lying_header_is_refused_before_any_weight_is_fetched(server: Hub) -> None:

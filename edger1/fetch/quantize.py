@@ -117,10 +117,15 @@ def convert_hub(
     """Convert a repository whose small files are in `folder` into `destination`, fetching one weight file ahead.
 
     What an interrupted conversion of another version left there is thrown away: whoever pulls chose neither of them.
+    The journal is still in the folder, to be dropped once that is in place.
     """
     watch.note(f"Converting {found.repo} as it is fetched, with the recipe {recipe.name}: {recipe.purpose}.")
+    from edger1.quant import journal
+
+    journal.take_back(destination)
     with hub_source(found, origin, folder) as (source, settings):
-        return convert_source(source, destination, recipe, watch, replace(settings, renew=True))
+        settings = replace(settings, renew=True, keep_journal=True)
+        return convert_source(source, destination, recipe, watch, settings)
 
 
 def empty(folder: Path) -> None:
@@ -157,27 +162,38 @@ def convert(wanted: Wanted, settings: Settings, watch: Watch) -> Path:
     Raises UnknownModelError for a name that means nothing, SourceError where the hub fails, UsageError where the
     destination exists, FormatError for a source that is damaged or cannot be converted.
     """
+    from edger1.quant import journal
+
     target, recipe = parse(wanted.text), _recipe(wanted)
     name = f"{target.name}-{recipe.name}"
-    if wanted.to is None and (paths.models() / name).exists():
-        raise UsageError(f"{name} is installed already; remove it with `edger1 models rm {name}`, or give --to.")
+    _check_free(wanted, name)
     with locked(name, watch.note) as work:
+        # Another conversion may have finished while this one waited.
+        _check_free(wanted, name)
         if settings.restart:
             empty(work)
         ready = wanted.to or work / "converted"
         if wanted.to is None:
             # From a conversion that was killed before it was put in place.
-            shutil.rmtree(ready, ignore_errors=True)
+            journal.take_back(ready)
+            settings = replace(settings, keep_journal=True)
         with _opened(wanted, target, work, watch) as (source, manifest, own):
             settings = replace(settings, supply=own.supply, extra_bytes=own.extra_bytes)
             if wanted.calibration is not None:
                 settings, recipe = _calibrated(wanted.calibration, manifest, work, settings, recipe, watch)
             watch.note(f"Converting {source.name} with the recipe {recipe.name}: {recipe.purpose}.")
             convert_source(source, ready, recipe, watch, settings)
-        for left in work.iterdir():
-            if left != ready:
-                shutil.rmtree(left, ignore_errors=True)
-        return ready if wanted.to else install(ready, replace(manifest, name=name))
+        folder = ready
+        if wanted.to is None:
+            folder = install(ready, replace(manifest, name=name))
+            journal.drop(folder)
+        empty(work)
+        return folder
+
+
+def _check_free(wanted: Wanted, name: str) -> None:
+    if wanted.to is None and (paths.models() / name).exists():
+        raise UsageError(f"{name} is installed already; remove it with `edger1 models rm {name}`, or give --to.")
 
 
 def describe(wanted: Wanted, watch: Watch) -> Iterator[str]:
@@ -276,14 +292,14 @@ def source_of(wanted: Wanted) -> Path:
 
 def _installed(text: str) -> Path | None:
     from edger1 import installed
+    from edger1.quant.formats.folder import read_config
 
     try:
         folder = installed.resolve(text)
     except EdgeR1Error:
         return None
     # What was quantized already is no source to do better from, where the original can be had.
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return None if is_ready(config) and registry.find(text) else folder
+    return None if registry.find(text) and is_ready(read_config(folder)) else folder
 
 
 def _original(target: Target) -> HubSource:
