@@ -423,6 +423,54 @@ def test_bits_are_fitted_to_a_size(home: Path, tmp_path: Path, tiny_folder: Path
         convert(tight, Settings(), Watch())
 
 
+def test_a_fitted_model_is_called_after_its_size(home: Path, tmp_path: Path, tiny_folder: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("What is counted here is how often a letter comes. " * 40)
+    folder = convert(Wanted(str(tiny_folder), calibration=Calibration(text, 10**10)), Settings(), Watch())
+    assert folder == paths.models() / f"{tiny_folder.name}-fitted-10.0GB"
+
+
+def test_a_recipe_of_any_name_stays_in_the_models_folder(home: Path, tmp_path: Path) -> None:
+    source = write(tmp_path / "source", checkpoint())
+    recipe = recipes.from_json(
+        {"name": "/../../../up", "rules": [{"patterns": ["*"], "bits": 4}]}, "a file from somewhere"
+    )
+    folder = convert(Wanted(str(source), None, recipe), Settings(), Watch())
+    assert folder.parent == paths.models()
+    assert not (tmp_path / "up").exists()
+    assert [model.name for model in installed.models()] == [folder.name]
+
+
+def test_nothing_is_written_into_the_source(home: Path, tmp_path: Path) -> None:
+    source = write(tmp_path / "source", checkpoint())
+    before = sorted(source.iterdir())
+    with pytest.raises(UsageError, match="which is only ever read"):
+        convert(Wanted(str(source), source / "out", recipes.uniform(4)), Settings(), Watch())
+    assert sorted(source.iterdir()) == before
+
+
+def test_fetched_files_need_room_on_their_own_disk(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = Path("/dev/shm")
+    if not other.is_dir() or other.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("there is no second disk")
+    assert quantize._beside(tmp_path, tmp_path / "to" / "model", 1000) == 1000
+    assert quantize._beside(tmp_path, other / "to" / "model", 1000) == 0
+    with pytest.raises(SourceError, match="Fetching two weight files"):
+        quantize._beside(tmp_path, other / "model", 1 << 60)
+
+
+def test_what_cannot_be_measured_is_said_before_it_is_converted(home: Path, server: Hub) -> None:
+    from typer.testing import CliRunner
+
+    from edger1.cli import app
+
+    server.repos[REPO] = checkpoint()
+    result = CliRunner().invoke(app, ["convert", REPO, "--bits", "4", "--report"])
+    assert isinstance(result.exception, UsageError)
+    assert "cannot be measured against it" in str(result.exception)
+    assert not server.requests
+
+
 def test_calibrating_needs_the_source_here(server: Hub) -> None:
     server.repos[REPO] = checkpoint()
     with pytest.raises(UsageError, match="edger1 pull lab/tiny"):

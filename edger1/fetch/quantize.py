@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from edger1 import paths, registry
 from edger1.errors import EdgeR1Error, FormatError, SourceError, UsageError
 from edger1.fetch import hub, streamed
-from edger1.fetch.place import Manifest, folder_name, install, locked
+from edger1.fetch.place import Manifest, folder_name, install, locked, require_space
 from edger1.fetch.steps import Step, Watch
 from edger1.fetch.target import Target, parse
 from edger1.registry import HubSource
@@ -165,7 +165,8 @@ def convert(wanted: Wanted, settings: Settings, watch: Watch) -> Path:
     from edger1.quant import journal
 
     target, recipe = parse(wanted.text), _recipe(wanted)
-    name = f"{target.name}-{recipe.name}"
+    # A recipe from a file may be called anything.
+    name = folder_name(f"{target.name}-{_label(wanted, recipe)}")
     _check_free(wanted, name)
     with locked(name, watch.note) as work:
         # Another conversion may have finished while this one waited.
@@ -173,12 +174,14 @@ def convert(wanted: Wanted, settings: Settings, watch: Watch) -> Path:
         if settings.restart:
             empty(work)
         ready = wanted.to or work / "converted"
+        if target.path is not None and ready.resolve().is_relative_to(target.path):
+            raise UsageError(f"{ready} lies in {target.path}, which is only ever read; choose a folder elsewhere.")
         if wanted.to is None:
             # From a conversion that was killed before it was put in place.
             journal.take_back(ready)
             settings = replace(settings, keep_journal=True)
         with _opened(wanted, target, work, watch) as (source, manifest, own):
-            settings = replace(settings, supply=own.supply, extra_bytes=own.extra_bytes)
+            settings = replace(settings, supply=own.supply, extra_bytes=_beside(work, ready, own.extra_bytes))
             if wanted.calibration is not None:
                 settings, recipe = _calibrated(wanted.calibration, manifest, work, settings, recipe, watch)
             watch.note(f"Converting {source.name} with the recipe {recipe.name}: {recipe.purpose}.")
@@ -189,6 +192,24 @@ def convert(wanted: Wanted, settings: Settings, watch: Watch) -> Path:
             journal.drop(folder)
         empty(work)
         return folder
+
+
+def _label(wanted: Wanted, recipe: Recipe) -> str:
+    """Return what the name of the result ends with: the recipe's, or the size that one is to be fitted to."""
+    ceiling = wanted.calibration and wanted.calibration.ceiling_bytes
+    return f"fitted-{format_bytes(ceiling).replace(' ', '')}" if ceiling else recipe.name
+
+
+def _beside(work: Path, ready: Path, nbytes: int) -> int:
+    """Return how many of the bytes that fetched files take in `work` are needed on the disk of `ready`.
+
+    Raises NoSpaceError where they lie on another disk, and that has no room for them.
+    """
+    parent = next(path for path in ready.absolute().parents if path.exists())
+    if not nbytes or parent.stat().st_dev == work.stat().st_dev:
+        return nbytes
+    require_space(work, nbytes, "Fetching two weight files at a time")
+    return 0
 
 
 def _check_free(wanted: Wanted, name: str) -> None:
