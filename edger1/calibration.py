@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from edger1 import worker
 from edger1.errors import FormatError, UsageError
 from edger1.fetch.place import write_atomically
@@ -34,6 +36,10 @@ from edger1.units import format_bytes
 WINDOWS = 64
 """Windows of text that are calibrated on, at most."""
 PROBED_WINDOWS = 8
+PROBED_BYTES = 1 << 30
+"""Hidden states that probing may hold, one for each linear; in models for which that is little, fewer tokens go in."""
+LEAST_PROBED = 32
+"""Tokens that a window is cut to before there are fewer windows."""
 RECIPE = "fitted.json"
 SOURCE = "source"
 """The file that says of which state of the source the statistics are."""
@@ -121,7 +127,7 @@ def _fitted(
     kept = statistics.folder / f"{budget}-{RECIPE}"
     if kept.is_file():
         return recipes.read(kept)
-    probed = tokens[:: max(1, len(tokens) // PROBED_WINDOWS)][:PROBED_WINDOWS]
+    probed = _probed(layers, tokens, len(shapes))
     losses = fit.sensitivities(
         layers, probed, list(shapes), on_progress=lambda done, total: on_progress("fit", done, total)
     )
@@ -134,6 +140,17 @@ def _fitted(
     table = mix.recipe("fitted")
     write_atomically(kept, json.dumps(table) + "\n")
     return recipes.from_json(table, "the fitted mix")
+
+
+def _probed(layers: ModelLayers, tokens: np.ndarray, linears: int) -> np.ndarray:
+    """Return those of [windows, length] tokens that sensitivities are measured on, as many as memory is for."""
+    found = tokens[:: max(1, len(tokens) // PROBED_WINDOWS)][:PROBED_WINDOWS]
+    state_bytes = layers.begin(found[:1]).hidden.nbytes // found.shape[1]
+    most = max(2, PROBED_BYTES // (state_bytes * (linears + 1)))
+    if most >= found.size:
+        return found
+    length = min(found.shape[1], most, max(LEAST_PROBED, most // len(found)))
+    return found[: max(1, most // length), :length]
 
 
 def _beside(layers: ModelLayers, shapes: Mapping[str, tuple[int, ...]]) -> int:

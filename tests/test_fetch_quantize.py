@@ -30,6 +30,7 @@ from edger1.fetch.quantize import Calibration, Wanted, convert, describe
 from edger1.fetch.steps import OnNote, Watch
 from edger1.quant import calibrate, recipes, running
 from edger1.quant.converting import Settings
+from edger1.quant.layers import Pass
 
 mlx_runtime.prepare()
 
@@ -406,6 +407,19 @@ def test_statistics_of_other_weights_are_not_used(home: Path, tmp_path: Path, ti
     weights.touch()
     other = calibration.prepare(source, tmp_path / "work", text, None).statistics
     assert (other.folder / calibrate.INDEX).stat().st_mtime_ns > made
+
+
+@pytest.mark.parametrize("linears", [1, 60, 250, 800, 10_000])
+def test_what_probing_holds_is_bounded(linears: int) -> None:
+    class Layers:
+        def begin(self, tokens: np.ndarray) -> Pass:
+            return Pass(tokens, np.zeros((*tokens.shape, 4096), np.float32), None)
+
+    tokens = np.zeros((64, 512), np.int32)
+    probed = calibration._probed(Layers(), tokens, linears)  # type: ignore[arg-type]
+    assert probed.size >= 2
+    assert probed.size * 4096 * 4 * (linears + 1) <= calibration.PROBED_BYTES
+    assert probed.shape == (8, 512) or linears > 1
 
 
 def test_bits_are_fitted_to_a_size(home: Path, tmp_path: Path, tiny_folder: Path) -> None:
