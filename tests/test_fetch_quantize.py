@@ -318,6 +318,13 @@ def test_a_plan_writes_nothing_and_fetches_headers_only(server: Hub, monkeypatch
             assert server.sent[name] == 8 + int.from_bytes(content[:8], "little")
 
 
+def test_no_gguf_file_is_fetched_for_a_plan(server: Hub) -> None:
+    server.repos[REPO] = {"tiny.gguf": b"GGUF" + bytes(10_000)}
+    with pytest.raises(UsageError, match=r"a plan would have to fetch whole"):
+        list(describe(Wanted(REPO, None, recipes.find("small")), Watch()))
+    assert not server.sent.get("tiny.gguf")
+
+
 def test_waiting_threads_are_let_go_when_it_ends(tmp_path: Path) -> None:
     supply = streamed.ShardSupply(tmp_path, {"a": ["one"]}, lambda name: time.sleep(30), lambda path: None)
     supply.begin(["a"])

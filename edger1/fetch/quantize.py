@@ -228,7 +228,7 @@ def describe(wanted: Wanted, watch: Watch) -> Iterator[str]:
     target, recipe = parse(wanted.text), _recipe(wanted)
     with (
         locked(f"{target.name}-plan", watch.note) as work,
-        _opened(wanted, target, work, watch) as (source, _, _),
+        _opened(wanted, target, work, watch, planning=True) as (source, _, _),
     ):
         made = planned(source, model_of(source), recipe)
         kinds = Counter(made.kinds(source.tensors))
@@ -270,8 +270,13 @@ def _recipe(wanted: Wanted) -> Recipe:
 
 
 @contextmanager
-def _opened(wanted: Wanted, target: Target, work: Path, watch: Watch) -> Iterator[tuple[Source, Manifest, Settings]]:
-    """Open what is wanted, here or on the hub; yields it with its manifest, and how its files come."""
+def _opened(
+    wanted: Wanted, target: Target, work: Path, watch: Watch, *, planning: bool = False
+) -> Iterator[tuple[Source, Manifest, Settings]]:
+    """Open what is wanted, here or on the hub; yields it with its manifest, and how its files come.
+
+    For `planning`, a GGUF file is not fetched: UsageError is raised instead.
+    """
     from edger1.quant.converting import Settings
     from edger1.quant.opening import open_source
 
@@ -292,6 +297,11 @@ def _opened(wanted: Wanted, target: Target, work: Path, watch: Watch) -> Iterato
     folder = work / f"{folder_name(origin.repo)}@{found.commit[:16]}"
     manifest = Manifest(name=target.name, source="hub", repo=origin.repo, revision=found.commit, file=origin.file)
     if found.is_gguf:
+        if planning:
+            raise UsageError(
+                f"{found.repo} is a GGUF file of {format_bytes(found.total_bytes)}, which a plan would have to fetch "
+                "whole. Download it and give its path, or convert without --plan."
+            )
         source = open_source(hub.download(found, origin, folder, watch), allow_nonfinite=True)
         try:
             yield source, replace(manifest, file=found.files[0].name), Settings()
