@@ -7,6 +7,7 @@ conversion's, where an interrupted one finds them again.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 import shutil
@@ -15,8 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from edger1 import worker
 from edger1.errors import FormatError, UsageError
+from edger1.fetch.place import write_atomically
 from edger1.kv_layout import kv_layout
 from edger1.layers import ModelLayers
 from edger1.loader import prefill_step
@@ -24,6 +28,7 @@ from edger1.memory import DEFAULT_CONTEXT, make_plan
 from edger1.mlx_runtime import on_gpu
 from edger1.quant import calibrate, fit, recipes
 from edger1.quant.calibrate import Statistics
+from edger1.quant.formats.gguf_names import part_paths
 from edger1.quant.recipes import Recipe
 from edger1.source_layers import open_any
 from edger1.units import format_bytes
@@ -31,7 +36,13 @@ from edger1.units import format_bytes
 WINDOWS = 64
 """Windows of text that are calibrated on, at most."""
 PROBED_WINDOWS = 8
+PROBED_BYTES = 1 << 30
+"""Hidden states that probing may hold, one for each linear; in models for which that is little, fewer tokens go in."""
+LEAST_PROBED = 32
+"""Tokens that a window is cut to before there are fewer windows."""
 RECIPE = "fitted.json"
+SOURCE = "source"
+"""The file that says of which state of the source the statistics are."""
 
 Progress = Callable[[str, int, int], None]
 """Hears of a stage ("calibrate", "fit"), and how much of it is done."""
@@ -64,23 +75,37 @@ def prepare(
     def run() -> Prepared:
         with contextlib.closing(open_any(source)) as layers:
             tokens = calibrate.windows(layers, documents, WINDOWS)
-            statistics = _statistics(layers, tokens, work / "calibration", on_progress)
+            statistics = _statistics(layers, tokens, work / "calibration", _state_of(source), on_progress)
             recipe = None if ceiling_bytes is None else _fitted(layers, tokens, statistics, ceiling_bytes, on_progress)
             return Prepared(statistics, recipe)
 
     return worker.call(run)
 
 
-def _statistics(layers: ModelLayers, tokens: Any, folder: Path, on_progress: Progress) -> Statistics:
+def _statistics(layers: ModelLayers, tokens: Any, folder: Path, state: str, on_progress: Progress) -> Statistics:
     expected = calibrate.digest_of(layers, tokens)
-    with contextlib.suppress(FormatError):
+    # Text and name say nothing of the weights, which may have been others when this was made.
+    made_of = folder / SOURCE
+    with contextlib.suppress(FormatError, OSError, UnicodeDecodeError):
         found = calibrate.load(folder)
-        if found.digest == expected:
+        if found.digest == expected and made_of.read_text(encoding="utf-8") == state:
             return found
     shutil.rmtree(folder, ignore_errors=True)
-    return calibrate.calibrate(
+    found = calibrate.calibrate(
         layers, tokens, folder, on_progress=lambda done, total: on_progress("calibrate", done, total)
     )
+    made_of.write_text(state, encoding="utf-8")
+    return found
+
+
+def _state_of(source: Path) -> str:
+    """Return a checksum over where a source lies and the names, sizes and times of its files."""
+    files = part_paths(source) if source.is_file() else (path for path in source.iterdir() if path.is_file())
+    digest = hashlib.sha256(f"{source.resolve()}\n".encode())
+    for path in sorted(files):
+        about = path.stat()
+        digest.update(f"{path.name}\0{about.st_size}\0{about.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
 
 
 def _fitted(
@@ -102,7 +127,7 @@ def _fitted(
     kept = statistics.folder / f"{budget}-{RECIPE}"
     if kept.is_file():
         return recipes.read(kept)
-    probed = tokens[:: max(1, len(tokens) // PROBED_WINDOWS)][:PROBED_WINDOWS]
+    probed = _probed(layers, tokens, len(shapes))
     losses = fit.sensitivities(
         layers, probed, list(shapes), on_progress=lambda done, total: on_progress("fit", done, total)
     )
@@ -113,8 +138,19 @@ def _fitted(
     }
     mix = fit.choose(ways, budget)
     table = mix.recipe("fitted")
-    kept.write_text(json.dumps(table) + "\n", encoding="utf-8")
+    write_atomically(kept, json.dumps(table) + "\n")
     return recipes.from_json(table, "the fitted mix")
+
+
+def _probed(layers: ModelLayers, tokens: np.ndarray, linears: int) -> np.ndarray:
+    """Return those of [windows, length] tokens that sensitivities are measured on, as many as memory is for."""
+    found = tokens[:: max(1, len(tokens) // PROBED_WINDOWS)][:PROBED_WINDOWS]
+    state_bytes = layers.begin(found[:1]).hidden.nbytes // found.shape[1]
+    most = max(2, PROBED_BYTES // (state_bytes * (linears + 1)))
+    if most >= found.size:
+        return found
+    length = min(found.shape[1], most, max(LEAST_PROBED, most // len(found)))
+    return found[: max(1, most // length), :length]
 
 
 def _beside(layers: ModelLayers, shapes: Mapping[str, tuple[int, ...]]) -> int:

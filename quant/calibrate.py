@@ -221,7 +221,9 @@ class _Layer:
         # Queries, keys and values have the same inputs, and so have gate and up: their sums are made once.
         mark = hashlib.blake2b(inputs[:: max(1, len(inputs) // 8)].tobytes(), digest_size=16).digest()
         if seen.same_as is None and not seen.rows.any():
-            seen.same_as = next((o for o, held in self._seen.items() if o != path and held.latest == mark), None)
+            # A stack has sums of its own for each expert, even where one of them sees what a plain linear does.
+            others = ((o, held) for o, held in self._seen.items() if o != path and held.stack == seen.stack)
+            seen.same_as = next((o for o, held in others if held.latest == mark), None)
         if seen.same_as is not None:
             if self._seen[seen.same_as].latest == mark:
                 return

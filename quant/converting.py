@@ -37,11 +37,15 @@ class Settings:
     """How to convert. `importance` and what made it (`calibration`, for the record) come from calibrating.
 
     `zero_nonfinite` makes zeros of NaN and infinities, which otherwise are an error. `restart` throws away what an
-    interrupted conversion left. `extra_bytes` are needed on the disk beside the output.
+    interrupted conversion left, `renew` does so where it was one of something else. `extra_bytes` are needed on the
+    disk beside the output. `keep_journal` is for who puts the folder somewhere else: until `journal.drop` it can be
+    given back to the next conversion (`journal.take_back`), which then has nothing left to do.
     """
 
     zero_nonfinite: bool = False
     restart: bool = False
+    renew: bool = False
+    keep_journal: bool = False
     threads: int | None = None
     shard_bytes: int = SHARD_BYTES
     importance: Importance | None = None
@@ -102,7 +106,7 @@ def convert(
         destination.parent.mkdir(parents=True, exist_ok=True)
         with journal.working(destination, restart=settings.restart) as folder:
             digest = f"{made.digest}-{settings.calibration}" if settings.calibration else made.digest
-            begun = journal.begun(folder, source.fingerprint, digest)
+            begun = journal.begun(folder, source.fingerprint, digest, renew=settings.renew)
             check_space(made, folder, settings.extra_bytes)
             options = Options(settings.threads or default_threads(), settings.zero_nonfinite, settings.importance)
             ended = run(made, folder, begun, options, settings.supply, on_progress or (lambda done, total: None))
@@ -110,9 +114,10 @@ def convert(
             _finish(source, made, folder, report, settings)
             if os.path.lexists(destination):
                 raise UsageError(f"{destination} appeared while it was being made; nothing was replaced.")
-            (folder / journal.JOURNAL).unlink()
-            sync_path(folder)
+            # The journal goes last: without it, what is there would be taken for nothing and thrown away.
             folder.rename(destination)
+            if not settings.keep_journal:
+                journal.drop(destination)
             sync_path(destination.parent)
     except OSError as error:
         if error.errno in _FULL:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from edger1.errors import EdgeR1Error, UsageError
-from edger1.quant.writing import write_text
+from edger1.quant.writing import sync_path, write_text
 
 JOURNAL = "journal.json"
 VERSION = 1
@@ -54,14 +54,17 @@ def write(folder: Path, journal: Journal) -> None:
     write_text(folder / JOURNAL, json.dumps(asdict(journal)) + "\n")
 
 
-def begun(folder: Path, source: str, plan: str) -> Journal:
+def begun(folder: Path, source: str, plan: str, *, renew: bool = False) -> Journal:
     """Return the journal of an earlier run of this plan in `folder`, or a fresh one.
 
-    Raises UsageError where it was another source or another plan: what is there then cost work that nobody said to
-    throw away.
+    Where it was another source or another plan, `renew` empties the folder; otherwise UsageError is raised: what is
+    there then cost work that nobody said to throw away.
     """
     found = read(folder)
     if found is None:
+        return Journal(source, plan)
+    if renew and (found.source, found.plan) != (source, plan):
+        empty(folder)
         return Journal(source, plan)
     for what, have, want in (("its source", found.source, source), ("the recipe", found.plan, plan)):
         if have != want:
@@ -75,6 +78,24 @@ def begun(folder: Path, source: str, plan: str) -> Journal:
 def working_folder(destination: Path) -> Path:
     """Return the folder in which a conversion to `destination` works."""
     return destination.with_name(f".{destination.name}.converting")
+
+
+def drop(folder: Path) -> None:
+    """Remove the journal of a conversion that is where it should be."""
+    (folder / JOURNAL).unlink(missing_ok=True)
+    sync_path(folder)
+
+
+def take_back(destination: Path) -> None:
+    """Make of a finished folder that nobody put in place what the same conversion goes on from.
+
+    One that has no journal is removed.
+    """
+    hidden = working_folder(destination)
+    if read(destination) is not None and not hidden.exists():
+        destination.rename(hidden)
+    else:
+        shutil.rmtree(destination, ignore_errors=True)
 
 
 @contextlib.contextmanager

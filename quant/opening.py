@@ -53,6 +53,7 @@ class FolderSource:
     """A folder of safetensors, whatever its format; see quant/source.py's Source.
 
     `ignored` names the tensors that are no weights, `settings` is the source's own quantization, which `config` lacks.
+    `contents` names the numbers of files whose headers alone are at hand, which do not tell them apart.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class FolderSource:
         tensors: Mapping[str, Tensor],
         settings: Mapping[str, Any],
         ignored: tuple[str, ...],
+        contents: str,
     ):
         self.folder = folder
         self.name = folder.name
@@ -72,7 +74,7 @@ class FolderSource:
         self.ignored = ignored
         self.companions = folders.companions(folder)
         digest = hashlib.sha256(files.fingerprint.encode())
-        digest.update(json.dumps([config, settings], sort_keys=True).encode())
+        digest.update(json.dumps([config, settings, contents], sort_keys=True).encode())
         self.fingerprint = digest.hexdigest()
         self._files = files
 
@@ -90,11 +92,14 @@ class FolderSource:
         self._files.close()
 
 
-def open_source(path: Path, *, allow_nonfinite: bool = False, coming: Iterable[Header] = ()) -> Source:
+def open_source(
+    path: Path, *, allow_nonfinite: bool = False, coming: Iterable[Header] = (), contents: str = ""
+) -> Source:
     """Open a model folder or a GGUF file for conversion. Only headers are read, and nothing is ever written.
 
     `allow_nonfinite` lets NaN and infinities through; otherwise reading a tensor that holds one raises FormatError.
-    `coming` are the headers of weight files that are not in the folder yet, but will be before their tensors are read.
+    `coming` are the headers of weight files that are not in the folder yet, but will be before their tensors are read;
+    `contents` is to change with what is in those files, and goes into the fingerprint.
 
     Raises UnknownModelError where there is nothing at `path`, and FormatError where something is damaged, incomplete,
     contradicts itself or is of a kind that cannot be read.
@@ -104,7 +109,7 @@ def open_source(path: Path, *, allow_nonfinite: bool = False, coming: Iterable[H
     if path.is_dir():
         ggufs = sorted(path.glob("*.gguf")) if not (path / "config.json").exists() else []
         if not ggufs:
-            return _open_folder(path, allow_nonfinite, {header.path.name: header for header in coming})
+            return _open_folder(path, allow_nonfinite, {header.path.name: header for header in coming}, contents)
         if len(ggufs) > 1 and not _SPLIT.search(ggufs[0].name):
             names = ", ".join(gguf.name for gguf in ggufs[:12])
             raise FormatError(f"{path} holds {len(ggufs)} GGUF files; name the one that is meant, of {names}.")
@@ -116,7 +121,7 @@ def open_source(path: Path, *, allow_nonfinite: bool = False, coming: Iterable[H
     raise FormatError(f"{path} is a file; expected a folder with config.json and model*.safetensors, or a .gguf file.")
 
 
-def _open_folder(folder: Path, allow_nonfinite: bool, coming: Mapping[str, Header]) -> FolderSource:
+def _open_folder(folder: Path, allow_nonfinite: bool, coming: Mapping[str, Header], contents: str) -> FolderSource:
     config = folders.read_config(folder)
     index = folders.read_index(folder)
     files = folders.weight_files(folder, index, coming)
@@ -129,14 +134,20 @@ def _open_folder(folder: Path, allow_nonfinite: bool, coming: Mapping[str, Heade
     _check_method(folder, settings)
     weights = WeightFiles(headers)
     try:
-        return _describe(folder, config, settings, weights, Context(settings, _dtype(config), not allow_nonfinite))
+        context = Context(settings, _dtype(config), not allow_nonfinite)
+        return _describe(folder, config, settings, weights, context, contents)
     except BaseException:
         weights.close()
         raise
 
 
 def _describe(
-    folder: Path, config: dict[str, Any], settings: Mapping[str, Any], weights: WeightFiles, context: Context
+    folder: Path,
+    config: dict[str, Any],
+    settings: Mapping[str, Any],
+    weights: WeightFiles,
+    context: Context,
+    contents: str,
 ) -> FolderSource:
     left = weights.tensors()
     ignored = tuple(name for name in left if settings and _ACTIVATIONS.search(name))
@@ -147,7 +158,7 @@ def _describe(
         if claim is plain.claim:
             _check_orphans(left)
         found |= claim(left, context)
-    return FolderSource(folder, for_mlx_lm(config), weights, found, settings, ignored)
+    return FolderSource(folder, for_mlx_lm(config), weights, found, settings, ignored, contents)
 
 
 def _settings(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -100,6 +100,37 @@ def finite(rows: np.ndarray) -> bool:
     return all(np.isfinite(flat[at : at + _PIECE]).all() for at in range(0, len(flat), _PIECE))
 
 
+def broken_groups(codes: Codes, mode: str) -> np.ndarray:
+    """Return which groups stand for NaN or infinities, as booleans of the scales' shape."""
+    scales = codes.scales.data
+    if mode == "affine":
+        assert codes.biases is not None
+        return _nonfinite(codes.scales) | _nonfinite(codes.biases)
+    # The one NaN of e8m0, and the two of e4m3, which NVFP4's scales and MXFP8's numbers are in.
+    broken = (scales & 0x7F) == 0x7F if mode == "nvfp4" else scales == 0xFF
+    if mode == "mxfp8":
+        numbers = np.ascontiguousarray(codes.weight.data).view(np.uint8).reshape(*scales.shape, -1)
+        broken = broken | ((numbers & 0x7F) == 0x7F).any(-1)
+    return np.asarray(broken)
+
+
+def without_groups(codes: Codes, broken: np.ndarray) -> Codes:
+    """Return codes in which the groups marked in `broken` are zeros."""
+    words = codes.weight.data.reshape(*broken.shape, -1)
+    weight = np.where(broken[..., None], np.uint32(0), words).reshape(codes.weight.data.shape)
+
+    def zeroed(array: Array) -> Array:
+        return Array(array.dtype, np.where(broken, array.data.dtype.type(0), array.data))
+
+    return Codes(Array("U32", weight), zeroed(codes.scales), None if codes.biases is None else zeroed(codes.biases))
+
+
+def _nonfinite(array: Array) -> np.ndarray:
+    if array.dtype == "BF16":
+        return np.asarray((array.data & 0x7F80) == 0x7F80)
+    return ~np.isfinite(array.data)
+
+
 def _cast(array: Any, dtype: str) -> Any:
     if dtype == "BF16":
         return array.astype(mx.bfloat16).view(mx.uint16)

@@ -24,6 +24,7 @@ from edger1.quant import journal, quantizing, threads
 from edger1.quant.formats.ggml import Array
 from edger1.quant.journal import Journal
 from edger1.quant.planning import Job, Plan, Unit
+from edger1.quant.source import Codes
 from edger1.quant.writing import PART, Shard, Writer
 
 SYNC_BYTES = 512 << 20
@@ -247,7 +248,7 @@ class _Workers:
     def _parts(self, job: Job, unit: Unit) -> dict[str, Array]:
         target = job.target
         if job.carried:
-            return quantizing.by_suffix(target.codes(unit.start, unit.stop))
+            return quantizing.by_suffix(self._finite_codes(job, unit))
         rows = target.read(unit.start, unit.stop)
         if rows.dtype == np.float32 and not quantizing.finite(rows):
             rows = self._without_nonfinite(job, unit, rows)
@@ -258,17 +259,29 @@ class _Workers:
         dtype = job.outputs["scales"].dtype
         return quantizing.by_suffix(quantizing.quantize(rows, job.spec, dtype, weights))
 
+    def _finite_codes(self, job: Job, unit: Unit) -> Codes:
+        assert job.spec is not None
+        codes = job.target.codes(unit.start, unit.stop)
+        broken = quantizing.broken_groups(codes, job.spec.mode)
+        if not broken.any():
+            return codes
+        self._admit(job, unit, f"{int(np.count_nonzero(broken)):,} groups of codes")
+        return quantizing.without_groups(codes, broken)
+
     def _without_nonfinite(self, job: Job, unit: Unit, rows: np.ndarray) -> np.ndarray:
+        self._admit(job, unit, f"{int(np.count_nonzero(~np.isfinite(rows))):,} values")
+        return np.nan_to_num(rows, nan=0.0, posinf=0.0, neginf=0.0)
+
+    def _admit(self, job: Job, unit: Unit, what: str) -> None:
+        """Note that zeros are put into a target, or refuse it."""
         if not self._options.zero_nonfinite:
-            bad = int(np.count_nonzero(~np.isfinite(rows)))
             raise FormatError(
-                f"{job.target.name} holds {bad:,} values that are NaN or infinite in rows {unit.start} to "
+                f"{job.target.name} holds {what} that are NaN or infinite in rows {unit.start} to "
                 f"{unit.stop - 1}; the source is damaged, or was published so. Fetch it again, or make zeros of them "
                 "with --zero-nonfinite."
             )
         with self._changed:
             self._zeroed.add(job.target.name)
-        return np.nan_to_num(rows, nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def _is_there(plan: Plan, folder: Path, units: int) -> bool:

@@ -128,6 +128,7 @@ class Writer:
         self._open: dict[str, int] = {}
         self._dirty: set[str] = set()
         self._lock = threading.Lock()
+        self._failure: OSError | None = None
 
     def write(self, name: str, start: int, array: Array) -> int:
         """Write rows of the array `name` from row `start` on; returns the bytes written."""
@@ -147,15 +148,24 @@ class Writer:
         return data.nbytes
 
     def sync(self) -> None:
-        """See onto the disk what was written before the call."""
+        """See onto the disk what was written before the call; once that has failed, it fails for good.
+
+        A system that could not write a page may take it for clean afterwards, and a second fsync then succeeds.
+        """
         with self._lock:
+            if self._failure is not None:
+                raise self._failure
             waiting = {name: os.dup(self._open[name]) for name in self._dirty}
             self._dirty.clear()
         for fd in waiting.values():
             try:
                 os.fsync(fd)
+            except OSError as error:
+                self._failure = self._failure or error
             finally:
                 os.close(fd)
+        if self._failure is not None:
+            raise self._failure
 
     def finish(self, shard: Shard) -> None:
         """Give a shard that is whole and on the disk its name, where it has not got it yet."""

@@ -68,6 +68,19 @@ def test_experts_have_their_own_and_borrow_where_they_saw_little(mixture: ModelL
     assert found.importance(UP, 4, 6).shape == (2, 128, 128)
 
 
+def test_an_expert_that_sees_what_a_plain_linear_sees_has_its_own_sums() -> None:
+    x = np.random.default_rng(2).standard_normal((40, 8)).astype(np.float32)
+    layer = calibrate._Layer({"shared": (16, 8), "experts": (2, 16, 8)}, 1 << 20)
+    layer.watch("shared", None, x)
+    layer.watch("experts", 0, x)
+    layer.watch("experts", 1, x[:5])
+    found = {path: (moments, share) for path, moments, share in layer.ended(40)}
+    moments, share = found["experts"]
+    assert moments.shape == (2, 8, 8)
+    assert share is not None
+    assert share.tolist() == [1, 5 / 40]
+
+
 def test_without_room_for_matrices_there_are_diagonals(mixture: ModelLayers, tmp_path: Path) -> None:
     whole = calibrate.calibrate(mixture, TOKENS, tmp_path / "whole")
     narrow = calibrate.calibrate(mixture, TOKENS, tmp_path / "narrow", matrix_bytes=100_000)

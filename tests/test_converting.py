@@ -14,6 +14,7 @@ import threading
 import time
 from collections import namedtuple
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -248,6 +249,40 @@ def test_another_source_or_recipe_does_not_go_on(tmp_path: Path, other: str) -> 
     assert files(report.folder) == files(tmp_path / "other" / "model")
 
 
+def test_another_source_or_recipe_begins_anew_where_that_was_said_before(tmp_path: Path) -> None:
+    stopped_half_way(tmp_path)
+    report = converted(FakeSource(seed=1), tmp_path, uniform(5), renew=True)
+    converted(FakeSource(seed=1), tmp_path / "other", uniform(5))
+    assert files(report.folder) == files(tmp_path / "other" / "model")
+    # The same one goes on.
+    stopped_half_way(tmp_path / "same")
+    again = FakeSource()
+    converted(again, tmp_path / "same", renew=True)
+    assert not again.tensors["model.embed_tokens.weight"].reads
+
+
+def test_what_the_disk_refused_to_keep_is_not_journaled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import errno
+    import stat
+
+    monkeypatch.setattr(running, "SYNC_BYTES", 1 << 12)
+    fsync, refused = os.fsync, []
+
+    def once(fd: int) -> None:
+        about = os.fstat(fd)
+        if stat.S_ISREG(about.st_mode) and about.st_size > 1 << 14 and not refused:
+            refused.append(fd)
+            raise OSError(errno.EIO, "Input/output error")
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", once)
+    with pytest.raises(EdgeR1Error, match="input/output error"):
+        converted(FakeSource(), tmp_path)
+    assert refused
+    found = journal.read(journal.working_folder(tmp_path / "model"))
+    assert found is None or found.units == 0
+
+
 def test_a_journal_over_missing_files_is_not_believed(tmp_path: Path) -> None:
     stopped_half_way(tmp_path)
     (first,) = journal.working_folder(tmp_path / "model").glob("model-00001-of-*.safetensors")
@@ -271,11 +306,62 @@ def test_what_is_not_finite_is_named_and_made_zero_only_if_told(tmp_path: Path, 
     assert abs(restored[3, 7, 9].item()) < 0.3
 
 
+@pytest.mark.parametrize("part", ["scales", "biases"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_codes_that_stand_for_nan_are_refused_as_well(tmp_path: Path, part: str, value: float) -> None:
+    source = FakeSource({"a.weight": (256, 128), "b.weight": (256, 128)})
+    whole = coded(source, "a.weight", 4)
+    getattr(whole, part).data.setflags(write=True)
+    getattr(whole, part).data[7, 2] = value
+    with pytest.raises(FormatError, match=r"a\.weight holds 1 groups of codes that are NaN or infinite in rows 0 to"):
+        converted(source, tmp_path)
+    report = converted(source, tmp_path, zero_nonfinite=True)
+    assert report.zeroed == ("a.weight",)
+    found = arrays(report.folder)
+    numbers = mx.dequantize(found["a.weight"], found["a.scales"], found["a.biases"], group_size=32, bits=4)
+    assert mx.all(mx.isfinite(numbers))
+    assert not mx.any(numbers[7, 64:96])
+    np.testing.assert_array_equal(np.array(found["a.weight"])[:7], whole.weight.data[:7])
+
+
+@pytest.mark.parametrize(("mode", "nan"), [("mxfp4", 255), ("nvfp4", 127), ("mxfp8", 255)])
+def test_each_mode_has_a_nan_of_its_own(mode: str, nan: int) -> None:
+    from edger1.quant import quantizing
+
+    group = 16 if mode == "nvfp4" else 32
+    bits = 8 if mode == "mxfp8" else 4
+    codes = quantizing.quantize(np.ones((2, 64), np.float32), Spec(bits, group, mode), "BF16")
+    assert not quantizing.broken_groups(codes, mode).any()
+    scales = codes.scales.data.copy()
+    scales[1, 1] = nan
+    broken = quantizing.broken_groups(replace(codes, scales=replace(codes.scales, data=scales)), mode)
+    assert np.argwhere(broken).tolist() == [[1, 1]]
+
+
 def test_a_destination_that_exists_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     with pytest.raises(UsageError, match="exists already"):
         converted(FakeSource(), tmp_path)
     assert not list((tmp_path / "model").iterdir())
+
+
+def test_what_cannot_take_its_name_is_kept_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rename = Path.rename
+
+    def refuse(path: Path, target: Path) -> Path:
+        if target == tmp_path / "model":
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return rename(path, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", refuse)
+        with pytest.raises(EdgeR1Error, match="cannot be written: permission denied"):
+            converted(FakeSource(), tmp_path)
+    again = FakeSource()
+    report = converted(again, tmp_path)
+    assert not any(tensor.reads for tensor in again.tensors.values())
+    converted(FakeSource(), tmp_path / "other")
+    assert files(report.folder) == files(tmp_path / "other" / "model")
 
 
 def test_two_conversions_do_not_write_into_one_folder(tmp_path: Path) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import hub_server
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -19,13 +22,15 @@ from model_files import Tiny, tiny_model
 from pulling import home, in_progress, server
 from safetensors.numpy import save
 
-from edger1 import installed, mlx_runtime, paths
+from edger1 import calibration, installed, mlx_runtime, paths
 from edger1.errors import EdgeR1Error, SourceError, UsageError
-from edger1.fetch import hub, pull, streamed
+from edger1.fetch import hub, pull, quantize, run, streamed
+from edger1.fetch.place import Manifest
 from edger1.fetch.quantize import Calibration, Wanted, convert, describe
-from edger1.fetch.steps import Watch
-from edger1.quant import recipes, running
+from edger1.fetch.steps import OnNote, Watch
+from edger1.quant import calibrate, recipes, running
 from edger1.quant.converting import Settings
+from edger1.quant.layers import Pass
 
 mlx_runtime.prepare()
 
@@ -177,6 +182,87 @@ def test_an_interrupted_conversion_fetches_no_file_twice(
     assert server.ranges(broken)[-1] == "bytes=1000-"
 
 
+def stopped_on_the_way(server: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """See to it that a conversion of REPO stops at its fourth file."""
+    monkeypatch.setattr(running, "SYNC_BYTES", 1 << 12)
+    monkeypatch.setattr(hub, "_ATTEMPTS", 1)
+    server.repos[REPO] = checkpoint()
+    server.cuts["model-00004-of-00006.safetensors"] = [1 << 30, 1000]
+
+
+def changed(server: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give the repository other numbers of the same shapes, in another commit."""
+    monkeypatch.setattr(hub_server, "COMMIT", "f" * 40)
+    server.repos[REPO] = checkpoint(seed=1)
+
+
+def test_other_numbers_under_the_same_headers_are_not_gone_on_with(
+    server: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped_on_the_way(server, monkeypatch)
+    with pytest.raises(EdgeR1Error, match="00004"):
+        convert(Wanted(REPO, None, recipes.uniform(4)), Settings(), Watch())
+    changed(server, monkeypatch)
+    with pytest.raises(UsageError, match="its source is not the same any more"):
+        convert(Wanted(REPO, None, recipes.uniform(4)), Settings(), Watch())
+
+
+def test_a_pull_begins_anew_where_the_repository_has_changed(
+    server: Hub, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped_on_the_way(server, monkeypatch)
+    (home / "models.toml").write_text(f'[tiny]\nrepo = "{REPO}"\nrecipe = "4bit"\n')
+    with pytest.raises(EdgeR1Error, match="00004"):
+        pull("tiny")
+    changed(server, monkeypatch)
+    source = write(tmp_path / "source", checkpoint(seed=1))
+    expected = convert(Wanted(str(source), tmp_path / "local", recipes.uniform(4)), Settings(), Watch())
+    assert_same_model(pull("tiny"), expected)
+
+
+@pytest.mark.parametrize("pulled", [False, True])
+def test_a_whole_conversion_that_was_not_put_in_place_is_used(
+    server: Hub, home: Path, local: Path, monkeypatch: pytest.MonkeyPatch, pulled: bool
+) -> None:
+    server.repos[REPO] = checkpoint()
+    (home / "models.toml").write_text(f'[tiny]\nrepo = "{REPO}"\nrecipe = "4bit"\n')
+
+    def killed(ready: Path, manifest: Manifest) -> Path:
+        raise KeyboardInterrupt
+
+    def make() -> Path:
+        return pull("tiny") if pulled else convert(Wanted(REPO, None, recipes.uniform(4)), Settings(), Watch())
+
+    with monkeypatch.context() as patched:
+        patched.setattr(run if pulled else quantize, "install", killed)
+        with pytest.raises(KeyboardInterrupt):
+            make()
+    weights = [name for name in server.repos[REPO] if name.endswith(".safetensors")]
+    before = [len(server.ranges(name)) for name in weights]
+    folder = make()
+    assert [len(server.ranges(name)) for name in weights] == before
+    assert_same_model(folder, local)
+    assert not (folder / "journal.json").exists()
+
+
+def test_a_conversion_that_waited_for_the_same_one_does_not_do_it_again(
+    home: Path, tmp_path: Path, local: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from contextlib import contextmanager
+
+    hold = quantize.locked
+
+    @contextmanager
+    def late(name: str, note: OnNote) -> Iterator[Path]:
+        with hold(name, note) as work:
+            (paths.models() / name).mkdir(parents=True)
+            yield work
+
+    monkeypatch.setattr(quantize, "locked", late)
+    with pytest.raises(UsageError, match="source-4bit is installed already"):
+        convert(Wanted(str(tmp_path / "source"), None, recipes.uniform(4)), Settings(), Watch())
+
+
 def test_a_lying_header_is_refused_before_any_weight_is_fetched(server: Hub) -> None:
     files = checkpoint()
     name = "model-00003-of-00006.safetensors"
@@ -230,6 +316,13 @@ def test_a_plan_writes_nothing_and_fetches_headers_only(server: Hub, monkeypatch
     for name, content in server.repos[REPO].items():
         if name.endswith(".safetensors"):
             assert server.sent[name] == 8 + int.from_bytes(content[:8], "little")
+
+
+def test_no_gguf_file_is_fetched_for_a_plan(server: Hub) -> None:
+    server.repos[REPO] = {"tiny.gguf": b"GGUF" + bytes(10_000)}
+    with pytest.raises(UsageError, match=r"a plan would have to fetch whole"):
+        list(describe(Wanted(REPO, None, recipes.find("small")), Watch()))
+    assert not server.sent.get("tiny.gguf")
 
 
 def test_waiting_threads_are_let_go_when_it_ends(tmp_path: Path) -> None:
@@ -307,6 +400,35 @@ def test_calibrated_codes_are_other_codes_and_the_record_says_so(home: Path, tmp
     assert "calibration" not in json.loads((plain / "conversion.json").read_text())
 
 
+def test_statistics_of_other_weights_are_not_used(home: Path, tmp_path: Path, tiny_folder: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("What is counted here is how often a letter comes. " * 40)
+    source = tmp_path / "one" / "model"
+    shutil.copytree(tiny_folder, source)
+    first = calibration.prepare(source, tmp_path / "work", text, None).statistics
+    made = (first.folder / calibrate.INDEX).stat().st_mtime_ns
+    again = calibration.prepare(source, tmp_path / "work", text, None).statistics
+    assert (again.folder / calibrate.INDEX).stat().st_mtime_ns == made
+    # Trained on, under the same name.
+    weights = source / "model.safetensors"
+    weights.touch()
+    other = calibration.prepare(source, tmp_path / "work", text, None).statistics
+    assert (other.folder / calibrate.INDEX).stat().st_mtime_ns > made
+
+
+@pytest.mark.parametrize("linears", [1, 60, 250, 800, 10_000])
+def test_what_probing_holds_is_bounded(linears: int) -> None:
+    class Layers:
+        def begin(self, tokens: np.ndarray) -> Pass:
+            return Pass(tokens, np.zeros((*tokens.shape, 4096), np.float32), None)
+
+    tokens = np.zeros((64, 512), np.int32)
+    probed = calibration._probed(Layers(), tokens, linears)  # type: ignore[arg-type]
+    assert probed.size >= 2
+    assert probed.size * 4096 * 4 * (linears + 1) <= calibration.PROBED_BYTES
+    assert probed.shape == (8, 512) or linears > 1
+
+
 def test_bits_are_fitted_to_a_size(home: Path, tmp_path: Path, tiny_folder: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("What is counted here is how often a letter comes. " * 40)
@@ -320,6 +442,54 @@ def test_bits_are_fitted_to_a_size(home: Path, tmp_path: Path, tiny_folder: Path
     tight = Wanted(str(tiny_folder), tmp_path / "tight", calibration=Calibration(text, 10**6))
     with pytest.raises(UsageError, match="too little of 1.00 MB for weights"):
         convert(tight, Settings(), Watch())
+
+
+def test_a_fitted_model_is_called_after_its_size(home: Path, tmp_path: Path, tiny_folder: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("What is counted here is how often a letter comes. " * 40)
+    folder = convert(Wanted(str(tiny_folder), calibration=Calibration(text, 10**10)), Settings(), Watch())
+    assert folder == paths.models() / f"{tiny_folder.name}-fitted-10.0GB"
+
+
+def test_a_recipe_of_any_name_stays_in_the_models_folder(home: Path, tmp_path: Path) -> None:
+    source = write(tmp_path / "source", checkpoint())
+    recipe = recipes.from_json(
+        {"name": "/../../../up", "rules": [{"patterns": ["*"], "bits": 4}]}, "a file from somewhere"
+    )
+    folder = convert(Wanted(str(source), None, recipe), Settings(), Watch())
+    assert folder.parent == paths.models()
+    assert not (tmp_path / "up").exists()
+    assert [model.name for model in installed.models()] == [folder.name]
+
+
+def test_nothing_is_written_into_the_source(home: Path, tmp_path: Path) -> None:
+    source = write(tmp_path / "source", checkpoint())
+    before = sorted(source.iterdir())
+    with pytest.raises(UsageError, match="which is only ever read"):
+        convert(Wanted(str(source), source / "out", recipes.uniform(4)), Settings(), Watch())
+    assert sorted(source.iterdir()) == before
+
+
+def test_fetched_files_need_room_on_their_own_disk(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = Path("/dev/shm")
+    if not other.is_dir() or other.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("there is no second disk")
+    assert quantize._beside(tmp_path, tmp_path / "to" / "model", 1000) == 1000
+    assert quantize._beside(tmp_path, other / "to" / "model", 1000) == 0
+    with pytest.raises(SourceError, match="Fetching two weight files"):
+        quantize._beside(tmp_path, other / "model", 1 << 60)
+
+
+def test_what_cannot_be_measured_is_said_before_it_is_converted(home: Path, server: Hub) -> None:
+    from typer.testing import CliRunner
+
+    from edger1.cli import app
+
+    server.repos[REPO] = checkpoint()
+    result = CliRunner().invoke(app, ["convert", REPO, "--bits", "4", "--report"])
+    assert isinstance(result.exception, UsageError)
+    assert "cannot be measured against it" in str(result.exception)
+    assert not server.requests
 
 
 def test_calibrating_needs_the_source_here(server: Hub) -> None:

@@ -146,7 +146,8 @@ def test_companions_are_the_small_files_of_a_model(tmp_path: Path) -> None:
     good = ["LICENSE", "chat_template.jinja", "generation_config.json", "merges.txt", "tokenization_x.py",
             "tokenizer.json", "tokenizer.model", "vocab.tiktoken"]  # fmt: skip
     other = ["config.json", "model.safetensors.index.json", "model.safetensors", "modeling_x.py", "README.md",
-             "quantize_config.json", "hf_quant_config.json", "pytorch_model.bin", ".hidden.json"]  # fmt: skip
+             "quantize_config.json", "hf_quant_config.json", "pytorch_model.bin", ".hidden.json",
+             "conversion.json", "report.json", "journal.json"]  # fmt: skip
     for name in good + other:
         (tmp_path / name).write_text("x", encoding="utf-8")
     (tmp_path / "folder.json").mkdir()

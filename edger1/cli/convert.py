@@ -92,6 +92,8 @@ def convert_command(
     if threads is not None and not 1 <= threads <= 64:
         raise UsageError(f"--threads is {threads}; expected 1 to 64.")
     settings = Settings(zero_nonfinite=zero_nonfinite, restart=restart, threads=threads)
+    # What cannot be measured is said before hours of converting.
+    against = _against(wanted) if report and not plan else None
     try:
         with reporting(quiet) as watch:
             if plan:
@@ -99,12 +101,13 @@ def convert_command(
                     typer.echo(line)
                 return
             folder = convert(wanted, settings, watch)
-            if report:
-                _measure(wanted, folder, watch)
+        typer.echo(str(folder))
+        if against is not None:
+            with reporting(quiet) as watch:
+                _measure(wanted, *against, folder, watch)
     except KeyboardInterrupt:
         typer.echo("Stopped. What was done is kept; start the same conversion again to go on.", err=True)
         raise typer.Exit(INTERRUPTED) from None
-    typer.echo(str(folder))
 
 
 def _recipe(name: str | None, bits: int | None, group_size: int | None) -> Recipe | None:
@@ -120,17 +123,24 @@ def _recipe(name: str | None, bits: int | None, group_size: int | None) -> Recip
     return recipes.find(name) if name is not None else None
 
 
-def _measure(wanted: Wanted, folder: Path, watch: Watch) -> None:
-    """Measure the model in `folder` against what it was made from, and write and print the figures."""
+def _against(wanted: Wanted) -> tuple[Path, str]:
+    """Return what the result will be measured against, and the words that it will be measured on."""
+    from edger1.fetch.quantize import source_of
+    from edger1.quant.calibrate import documents
+
+    found = documents(wanted.calibration and wanted.calibration.text)
+    texts = [one if isinstance(one, str) else "\n".join(turn["content"] for turn in one) for one in found]
+    return source_of(wanted), "\n\n".join(texts)
+
+
+def _measure(wanted: Wanted, source: Path, words: str, folder: Path, watch: Watch) -> None:
+    """Measure the model in `folder` against `source`, and write and print the figures."""
     import json
 
-    from edger1.fetch.quantize import source_of
     from edger1.measuring import report
-    from edger1.quant.calibrate import TEXT
     from edger1.quant.measure_report import table
 
-    words = TEXT if wanted.calibration is None or wanted.calibration.text is None else wanted.calibration.text
-    found = report(source_of(wanted), folder, words.read_text(encoding="utf-8"))
+    found = report(source, folder, words)
     (folder / "report.json").write_text(json.dumps(found.as_json(), indent=1) + "\n", encoding="utf-8")
     for line in table(found):
         watch.note(line)

@@ -41,6 +41,7 @@ def convert(source: Path, destination: Path, watch: Watch) -> Path:
 
 def _requantize(source: Source, destination: Path, kinds: list[str], watch: Watch) -> None:
     from edger1.fetch.quantize import convert_source
+    from edger1.quant.converting import Settings
     from edger1.quant.recipes import near
 
     watch.note(
@@ -48,4 +49,5 @@ def _requantize(source: Source, destination: Path, kinds: list[str], watch: Watc
         "bit more than they have. The rest is carried over without loss."
     )
     found = {name.removesuffix(".weight"): tensor.kind for name, tensor in source.tensors.items()}
-    convert_source(source, destination, near(found), watch)
+    # Whoever pulls has no way to say that what was left of another version of the file may go.
+    convert_source(source, destination, near(found), watch, Settings(renew=True))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from edger1 import paths, registry
 from edger1.errors import EdgeR1Error, FormatError, SourceError, UsageError
 from edger1.fetch import hub, streamed
-from edger1.fetch.place import Manifest, folder_name, install, locked
+from edger1.fetch.place import Manifest, folder_name, install, locked, require_space
 from edger1.fetch.steps import Step, Watch
 from edger1.fetch.target import Target, parse
 from edger1.registry import HubSource
@@ -82,7 +82,7 @@ def hub_source(found: hub.Listing, origin: HubSource, folder: Path) -> Iterator[
 
     coming = streamed.headers(found, folder)
     # The converter looks at each number itself.
-    source = open_source(folder, coming=coming, allow_nonfinite=True)
+    source = open_source(folder, coming=coming, allow_nonfinite=True, contents=streamed.contents(found))
     assert isinstance(source, FolderSource)
     fetcher = hub.Fetcher(found, origin, folder)
     files = {name: tuple(path.name for path in source.paths(name)) for name in source.tensors}
@@ -114,9 +114,17 @@ def small_files(found: hub.Listing, origin: HubSource, folder: Path) -> dict[str
 def convert_hub(
     found: hub.Listing, origin: HubSource, folder: Path, destination: Path, recipe: Recipe, watch: Watch
 ) -> Report:
-    """Convert a repository whose small files are in `folder` into `destination`, fetching one weight file ahead."""
+    """Convert a repository whose small files are in `folder` into `destination`, fetching one weight file ahead.
+
+    What an interrupted conversion of another version left there is thrown away: whoever pulls chose neither of them.
+    The journal is still in the folder, to be dropped once that is in place.
+    """
     watch.note(f"Converting {found.repo} as it is fetched, with the recipe {recipe.name}: {recipe.purpose}.")
+    from edger1.quant import journal
+
+    journal.take_back(destination)
     with hub_source(found, origin, folder) as (source, settings):
+        settings = replace(settings, renew=True, keep_journal=True)
         return convert_source(source, destination, recipe, watch, settings)
 
 
@@ -154,27 +162,59 @@ def convert(wanted: Wanted, settings: Settings, watch: Watch) -> Path:
     Raises UnknownModelError for a name that means nothing, SourceError where the hub fails, UsageError where the
     destination exists, FormatError for a source that is damaged or cannot be converted.
     """
+    from edger1.quant import journal
+
     target, recipe = parse(wanted.text), _recipe(wanted)
-    name = f"{target.name}-{recipe.name}"
-    if wanted.to is None and (paths.models() / name).exists():
-        raise UsageError(f"{name} is installed already; remove it with `edger1 models rm {name}`, or give --to.")
+    # A recipe from a file may be called anything.
+    name = folder_name(f"{target.name}-{_label(wanted, recipe)}")
+    _check_free(wanted, name)
     with locked(name, watch.note) as work:
+        # Another conversion may have finished while this one waited.
+        _check_free(wanted, name)
         if settings.restart:
             empty(work)
         ready = wanted.to or work / "converted"
+        if target.path is not None and ready.resolve().is_relative_to(target.path):
+            raise UsageError(f"{ready} lies in {target.path}, which is only ever read; choose a folder elsewhere.")
         if wanted.to is None:
             # From a conversion that was killed before it was put in place.
-            shutil.rmtree(ready, ignore_errors=True)
+            journal.take_back(ready)
+            settings = replace(settings, keep_journal=True)
         with _opened(wanted, target, work, watch) as (source, manifest, own):
-            settings = replace(settings, supply=own.supply, extra_bytes=own.extra_bytes)
+            settings = replace(settings, supply=own.supply, extra_bytes=_beside(work, ready, own.extra_bytes))
             if wanted.calibration is not None:
                 settings, recipe = _calibrated(wanted.calibration, manifest, work, settings, recipe, watch)
             watch.note(f"Converting {source.name} with the recipe {recipe.name}: {recipe.purpose}.")
             convert_source(source, ready, recipe, watch, settings)
-        for left in work.iterdir():
-            if left != ready:
-                shutil.rmtree(left, ignore_errors=True)
-        return ready if wanted.to else install(ready, replace(manifest, name=name))
+        folder = ready
+        if wanted.to is None:
+            folder = install(ready, replace(manifest, name=name))
+            journal.drop(folder)
+        empty(work)
+        return folder
+
+
+def _label(wanted: Wanted, recipe: Recipe) -> str:
+    """Return what the name of the result ends with: the recipe's, or the size that one is to be fitted to."""
+    ceiling = wanted.calibration and wanted.calibration.ceiling_bytes
+    return f"fitted-{format_bytes(ceiling).replace(' ', '')}" if ceiling else recipe.name
+
+
+def _beside(work: Path, ready: Path, nbytes: int) -> int:
+    """Return how many of the bytes that fetched files take in `work` are needed on the disk of `ready`.
+
+    Raises NoSpaceError where they lie on another disk, and that has no room for them.
+    """
+    parent = next(path for path in ready.absolute().parents if path.exists())
+    if not nbytes or parent.stat().st_dev == work.stat().st_dev:
+        return nbytes
+    require_space(work, nbytes, "Fetching two weight files at a time")
+    return 0
+
+
+def _check_free(wanted: Wanted, name: str) -> None:
+    if wanted.to is None and (paths.models() / name).exists():
+        raise UsageError(f"{name} is installed already; remove it with `edger1 models rm {name}`, or give --to.")
 
 
 def describe(wanted: Wanted, watch: Watch) -> Iterator[str]:
@@ -188,7 +228,7 @@ def describe(wanted: Wanted, watch: Watch) -> Iterator[str]:
     target, recipe = parse(wanted.text), _recipe(wanted)
     with (
         locked(f"{target.name}-plan", watch.note) as work,
-        _opened(wanted, target, work, watch) as (source, _, _),
+        _opened(wanted, target, work, watch, planning=True) as (source, _, _),
     ):
         made = planned(source, model_of(source), recipe)
         kinds = Counter(made.kinds(source.tensors))
@@ -230,8 +270,13 @@ def _recipe(wanted: Wanted) -> Recipe:
 
 
 @contextmanager
-def _opened(wanted: Wanted, target: Target, work: Path, watch: Watch) -> Iterator[tuple[Source, Manifest, Settings]]:
-    """Open what is wanted, here or on the hub; yields it with its manifest, and how its files come."""
+def _opened(
+    wanted: Wanted, target: Target, work: Path, watch: Watch, *, planning: bool = False
+) -> Iterator[tuple[Source, Manifest, Settings]]:
+    """Open what is wanted, here or on the hub; yields it with its manifest, and how its files come.
+
+    For `planning`, a GGUF file is not fetched: UsageError is raised instead.
+    """
     from edger1.quant.converting import Settings
     from edger1.quant.opening import open_source
 
@@ -252,6 +297,11 @@ def _opened(wanted: Wanted, target: Target, work: Path, watch: Watch) -> Iterato
     folder = work / f"{folder_name(origin.repo)}@{found.commit[:16]}"
     manifest = Manifest(name=target.name, source="hub", repo=origin.repo, revision=found.commit, file=origin.file)
     if found.is_gguf:
+        if planning:
+            raise UsageError(
+                f"{found.repo} is a GGUF file of {format_bytes(found.total_bytes)}, which a plan would have to fetch "
+                "whole. Download it and give its path, or convert without --plan."
+            )
         source = open_source(hub.download(found, origin, folder, watch), allow_nonfinite=True)
         try:
             yield source, replace(manifest, file=found.files[0].name), Settings()
@@ -273,14 +323,14 @@ def source_of(wanted: Wanted) -> Path:
 
 def _installed(text: str) -> Path | None:
     from edger1 import installed
+    from edger1.quant.formats.folder import read_config
 
     try:
         folder = installed.resolve(text)
     except EdgeR1Error:
         return None
     # What was quantized already is no source to do better from, where the original can be had.
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return None if is_ready(config) and registry.find(text) else folder
+    return None if registry.find(text) and is_ready(read_config(folder)) else folder
 
 
 def _original(target: Target) -> HubSource:

@@ -134,9 +134,12 @@ def _from_hub(wanted: Target, source: HubSource, work: Path, watch: Watch, *, fo
     )
     recipe = _recipe_of(wanted)
     if recipe is not None and not found.is_gguf and not quantize.is_ready(quantize.small_files(found, source, folder)):
-        shutil.rmtree(work / "converted", ignore_errors=True)
+        from edger1.quant import journal
+
         quantize.convert_hub(found, source, folder, work / "converted", recipe, watch)
-        return install(work / "converted", manifest)
+        installed = install(work / "converted", manifest)
+        journal.drop(installed)
+        return installed
     fetched = hub.download(found, source, folder, watch)
     if found.is_gguf:
         file = found.files[0]

@@ -46,6 +46,15 @@ def weight_files(found: Listing) -> list[RemoteFile]:
     return [file for file in found.files if file.name.endswith(".safetensors")]
 
 
+def contents(found: Listing) -> str:
+    """Return what changes with the numbers in the repository's weight files, whatever their headers.
+
+    Without checksums in the listing that is the commit.
+    """
+    sums = [f"{file.name} {file.sha256 or file.git_id or found.commit}" for file in weight_files(found)]
+    return "\n".join(sorted(sums))
+
+
 def _header(found: Listing, file: RemoteFile, path: Path, kept: Path) -> safetensors.Header:
     if file.size is None:
         raise UnavailableError(f"the hub does not say how large {file.name} is")

@@ -25,7 +25,11 @@ _PICKLES = ("*.bin", "*.pth", "*.pt", "*.ckpt", "*.pkl")
 _COMPANIONS = (
     "*.json", "*.jsonl", "*.jinja", "*.txt", "*.model", "*.tiktoken", "tokenization_*.py", "LICENSE*", "NOTICE*",
 )  # fmt: skip
-_NO_COMPANIONS = ("config.json", "*.index.json", "quant*config.json", "hf_quant_config.json", "edger1*.json", ".*")
+_NO_COMPANIONS = (
+    "config.json", "*.index.json", "quant*config.json", "hf_quant_config.json", "edger1*.json", ".*",
+    # What converting says of the model that it made, which is another than what is made of that.
+    "conversion.json", "report.json", "journal.json",
+)  # fmt: skip
 _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
 
 
