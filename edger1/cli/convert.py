@@ -128,7 +128,7 @@ def _against(wanted: Wanted) -> tuple[Path, str]:
     from edger1.fetch.quantize import source_of
     from edger1.quant.calibrate import documents
 
-    found = documents(wanted.calibration and wanted.calibration.text)
+    found = documents(wanted.calibration.text if wanted.calibration is not None else None)
     texts = [one if isinstance(one, str) else "\n".join(turn["content"] for turn in one) for one in found]
     return source_of(wanted), "\n\n".join(texts)
 
