@@ -21,8 +21,10 @@ from hub_server import Hub
 from model_files import Tiny, tiny_model
 from pulling import home, in_progress, server
 from safetensors.numpy import save
+from typer.testing import CliRunner
 
 from edger1 import calibration, installed, mlx_runtime, paths
+from edger1.cli import app
 from edger1.errors import EdgeR1Error, SourceError, UsageError
 from edger1.fetch import hub, pull, quantize, run, streamed
 from edger1.fetch.place import Manifest
@@ -398,6 +400,23 @@ def test_calibrated_codes_are_other_codes_and_the_record_says_so(home: Path, tmp
     assert not mx.array_equal(first["model.layers.0.mlp.up_proj.weight"], second["model.layers.0.mlp.up_proj.weight"])
     assert "tokens" in json.loads((folder / "conversion.json").read_text())["calibration"]
     assert "calibration" not in json.loads((plain / "conversion.json").read_text())
+
+
+def test_the_command_takes_a_text_of_ones_own_or_the_one_that_comes_along(
+    home: Path, tmp_path: Path, tiny_folder: Path
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("What is counted here is how often a letter comes. " * 40)
+    found = {}
+    for name in (str(text), "builtin"):
+        command = ["convert", str(tiny_folder), "--bits", "3", "--calibrate", name, "--to", str(tmp_path / "fitted")]
+        done = CliRunner().invoke(app, command)
+        assert done.exit_code == 0, done.output
+        found[name] = json.loads((tmp_path / "fitted" / "conversion.json").read_text())["calibration"]
+        shutil.rmtree(tmp_path / "fitted")
+    assert found[str(text)] != found["builtin"]
+    done = CliRunner().invoke(app, ["convert", str(tiny_folder), "--bits", "3", "--calibrate", str(tmp_path / "none")])
+    assert isinstance(done.exception, UsageError)
 
 
 def test_statistics_of_other_weights_are_not_used(home: Path, tmp_path: Path, tiny_folder: Path) -> None:

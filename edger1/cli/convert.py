@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from edger1.quant.recipes import Recipe
 
 
+BUILTIN = "builtin"
+"""What stands for the calibration text of the package."""
+
+
 def convert_command(
     source: Annotated[
         str, typer.Argument(metavar="PATH|ALIAS|REPO", help="A model folder, a .gguf file, an alias or OWNER/NAME.")
@@ -38,10 +42,12 @@ def convert_command(
         typer.Option(metavar="SIZE", help="Bits by measured sensitivity, so that it runs under this much memory."),
     ] = None,
     calibrate: Annotated[
-        bool, typer.Option("--calibrate", help="Fit scales and codes to what a text makes of the inputs.")
-    ] = False,
-    text: Annotated[
-        Path | None, typer.Option("--text", metavar="FILE", help="The text or .jsonl data set for it.")
+        str | None,
+        typer.Option(
+            metavar="FILE|builtin",
+            help="Fit scales and codes to what a text or a .jsonl data set makes of the inputs; builtin is a text that "
+            "comes along.",
+        ),
     ] = None,
     report: Annotated[
         bool, typer.Option("--report", help="Measure afterwards what was lost; writes report.json beside the model.")
@@ -77,6 +83,8 @@ def convert_command(
 
       edger1 convert ./my-model --recipe small --to ./my-model-small
 
+      edger1 convert ./my-model --bits 4 --calibrate builtin --report
+
       edger1 convert ./model-Q4_K_M.gguf --recipe keep --plan
     """
     chosen = _recipe(recipe, bits, group_size)
@@ -87,7 +95,8 @@ def convert_command(
 
     if fit is not None and chosen is not None:
         raise UsageError("--fit chooses the bits itself; give it without --recipe and --bits.")
-    calibration = Calibration(text, None if fit is None else parse_size(fit)) if calibrate or fit or text else None
+    text = None if calibrate in (None, BUILTIN) else Path(str(calibrate))
+    calibration = Calibration(text, None if fit is None else parse_size(fit)) if calibrate or fit else None
     wanted = Wanted(source, to, chosen, offline or load_config().offline, calibration)
     if threads is not None and not 1 <= threads <= 64:
         raise UsageError(f"--threads is {threads}; expected 1 to 64.")
