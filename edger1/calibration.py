@@ -38,6 +38,8 @@ WINDOWS = 64
 PROBED_WINDOWS = 8
 PROBED_BYTES = 1 << 30
 """Hidden states that probing may hold, one for each linear; in models for which that is little, fewer tokens go in."""
+DISTRIBUTIONS = 5
+"""Times that f32 numbers over the whole vocabulary are held for each token: both models' and what compares them."""
 LEAST_PROBED = 32
 """Tokens that a window is cut to before there are fewer windows."""
 RECIPE = "fitted.json"
@@ -127,7 +129,7 @@ def _fitted(
     kept = statistics.folder / f"{budget}-{RECIPE}"
     if kept.is_file():
         return recipes.read(kept)
-    probed = _probed(layers, tokens, len(shapes))
+    probed = _probed(layers, tokens, len(shapes), max(shape[-2] for shape in shapes.values()))
     losses = fit.sensitivities(
         layers, probed, list(shapes), on_progress=lambda done, total: on_progress("fit", done, total)
     )
@@ -142,11 +144,15 @@ def _fitted(
     return recipes.from_json(table, "the fitted mix")
 
 
-def _probed(layers: ModelLayers, tokens: np.ndarray, linears: int) -> np.ndarray:
-    """Return those of [windows, length] tokens that sensitivities are measured on, as many as memory is for."""
+def _probed(layers: ModelLayers, tokens: np.ndarray, linears: int, vocabulary: int) -> np.ndarray:
+    """Return those of [windows, length] tokens that sensitivities are measured on, as many as memory is for.
+
+    That of their hidden states, one for each of `linears`, and of their distributions over the `vocabulary`.
+    """
     found = tokens[:: max(1, len(tokens) // PROBED_WINDOWS)][:PROBED_WINDOWS]
     state_bytes = layers.begin(found[:1]).hidden.nbytes // found.shape[1]
-    most = max(2, PROBED_BYTES // (state_bytes * (linears + 1)))
+    distribution_bytes = 4 * vocabulary * DISTRIBUTIONS
+    most = max(2, min(PROBED_BYTES // (state_bytes * (linears + 1)), PROBED_BYTES // distribution_bytes))
     if most >= found.size:
         return found
     length = min(found.shape[1], most, max(LEAST_PROBED, most // len(found)))

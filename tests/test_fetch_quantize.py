@@ -436,16 +436,18 @@ def test_statistics_of_other_weights_are_not_used(home: Path, tmp_path: Path, ti
 
 
 @pytest.mark.parametrize("linears", [1, 60, 250, 800, 10_000])
-def test_what_probing_holds_is_bounded(linears: int) -> None:
+@pytest.mark.parametrize("vocabulary", [2048, 152_000, 10**8])
+def test_what_probing_holds_is_bounded(linears: int, vocabulary: int) -> None:
     class Layers:
         def begin(self, tokens: np.ndarray) -> Pass:
             return Pass(tokens, np.zeros((*tokens.shape, 4096), np.float32), None)
 
     tokens = np.zeros((64, 512), np.int32)
-    probed = calibration._probed(Layers(), tokens, linears)  # type: ignore[arg-type]
+    probed = calibration._probed(Layers(), tokens, linears, vocabulary)  # type: ignore[arg-type]
     assert probed.size >= 2
     assert probed.size * 4096 * 4 * (linears + 1) <= calibration.PROBED_BYTES
-    assert probed.shape == (8, 512) or linears > 1
+    assert probed.size * vocabulary * 4 * 5 <= calibration.PROBED_BYTES or probed.size == 2
+    assert probed.shape == (8, 512) or linears > 1 or vocabulary > 2048
 
 
 def test_bits_are_fitted_to_a_size(home: Path, tmp_path: Path, tiny_folder: Path) -> None:
