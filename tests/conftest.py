@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -46,3 +48,23 @@ def own_home(real_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.delenv(name, raising=False)
     yield
     os.environ.pop("EDGER1_DEBUG", None)
+
+
+@pytest.fixture(autouse=True)
+def layers_end_with_their_test(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Close what a test has opened of a model's layers: as long as they are open, MLX's functions are other ones."""
+    layers = sys.modules.get("edger1.layers")
+    if layers is None:
+        yield
+        return
+    opened: list[Any] = []
+    begin = layers.ModelLayers.__init__
+
+    def noted(self: Any, *given: Any, **named: Any) -> None:
+        begin(self, *given, **named)
+        opened.append(self)
+
+    monkeypatch.setattr(layers.ModelLayers, "__init__", noted)
+    yield
+    for one in reversed(opened):
+        one.close()

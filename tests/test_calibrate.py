@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,10 +22,12 @@ UP = "model.layers.1.mlp.switch_mlp.up_proj"
 
 
 @pytest.fixture(scope="module")
-def mixture(tmp_path_factory: pytest.TempPathFactory) -> ModelLayers:
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModelLayers]:
     folder = tmp_path_factory.mktemp("calibrate") / "mixture"
     folder.mkdir()
-    return open_layers(write_mixture(folder))
+    source = open_layers(write_mixture(folder))
+    yield source
+    source.close()
 
 
 def inputs(source: ModelLayers) -> dict[tuple[str, int | None], np.ndarray]:
