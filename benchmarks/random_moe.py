@@ -172,11 +172,11 @@ class RandomMoe:
         return self.shape.layers * matrices + 2 * self.shape.vocabulary * self.shape.hidden
 
     def _write_mlx(self, target: Path) -> None:
-        from edger1.quant import shards  # type: ignore[import-untyped]
+        from edger1.quant import shards, writing  # type: ignore[import-untyped]
 
         units = [shards.Planned(names, nbytes) for names, nbytes, _ in self._mlx_units()]
         made = (dict(zip(names, make(), strict=True)) for names, _, make in self._mlx_units())
-        shards.write(target, shards.split(units, shards.SHARD_BYTES), made, self._weights)
+        shards.write(target, shards.split(units, writing.SHARD_BYTES), made, self._weights)
         for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
             shutil.copyfile(peers.smollm2_folder() / name, target / name)
         # Last: a folder with a config is a whole one.

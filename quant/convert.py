@@ -7,9 +7,7 @@ same destination clears what an interrupted one left. The source is only ever re
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import fcntl
 import json
 import math
 import os
@@ -23,11 +21,12 @@ from typing import Any
 import numpy as np
 
 from edger1.errors import EdgeR1Error, FormatError, UsageError
-from edger1.quant import gguf_models, gguf_rope, shards, tokenizer
+from edger1.quant import gguf_models, gguf_rope, journal, shards, tokenizer
 from edger1.quant.formats import ggml
 from edger1.quant.formats.gguf import Header
 from edger1.quant.formats.gguf_parts import GGUFParts
 from edger1.quant.gguf_outline import Placement
+from edger1.quant.writing import SHARD_BYTES, sync_path, write_text
 
 SMALL_FILES_BYTES = 64 << 20
 """What is set aside for tokenizer and configuration when the free space is checked."""
@@ -75,7 +74,7 @@ def convert_gguf(source: Path, destination: Path, on_progress: Callable[[int, in
         try:
             destination.parent.mkdir(parents=True, exist_ok=True)
             _check_space(destination.parent, units)
-            with _working_folder(destination) as folder:
+            with journal.working(destination, restart=True) as folder:
                 return _write(file, layout, units, built, folder, destination, on_progress)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -120,18 +119,18 @@ def _write(
             yield {_part_name(placement.target, suffix): part for suffix, part in parts.items()}
 
     parameters = sum(math.prod(tensor.shape) for tensor in tensors)
-    files = shards.write(folder, shards.split(units, shards.SHARD_BYTES), arrays(), parameters)
+    files = shards.write(folder, shards.split(units, SHARD_BYTES), arrays(), parameters)
     built.write(folder)
     # Last, because without config.json nothing takes the folder for a model.
-    shards.write_text(folder / "config.json", json.dumps(_config(layout, built, formats), indent=4) + "\n")
+    write_text(folder / "config.json", json.dumps(_config(layout, built, formats), indent=4) + "\n")
     for entry in folder.iterdir():
-        _sync(entry)
-    _sync(folder)
+        sync_path(entry)
+    sync_path(folder)
     if os.path.lexists(destination):
         raise UsageError(f"{destination} appeared while {file.path.name} was being converted; nothing was replaced.")
     weight_bytes = sum((folder / name).stat().st_size for name in files)
     folder.rename(destination)
-    _sync(destination.parent)
+    sync_path(destination.parent)
     return Report(destination, layout.config["model_type"], tuple(carried), tuple(files), weight_bytes)
 
 
@@ -190,43 +189,3 @@ def _check_space(parent: Path, units: list[shards.Planned]) -> None:
             f"Converting needs up to {needed / 1e6:,.0f} MB under {parent}, but only {free / 1e6:,.0f} MB are free; "
             "make room or choose another disk."
         )
-
-
-@contextlib.contextmanager
-def _working_folder(destination: Path) -> Iterator[Path]:
-    """Yield an empty folder beside the destination, ours alone; whatever is still there at the end is removed."""
-    folder = destination.with_name(f".{destination.name}.converting")
-    folder.mkdir(exist_ok=True)
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Another conversion may have finished and renamed the folder between our two calls.
-            alone = os.path.samestat(os.fstat(fd), folder.stat())
-        except (BlockingIOError, FileNotFoundError):
-            alone = False
-        if not alone:
-            raise EdgeR1Error(f"Another conversion into {destination} is running; wait for it to finish.")
-        _empty(folder)
-        try:
-            yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-    finally:
-        os.close(fd)
-
-
-def _empty(folder: Path) -> None:
-    for entry in folder.iterdir():
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink()
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -17,9 +17,7 @@ from typing import BinaryIO
 import numpy as np
 
 from edger1.quant.formats.ggml import Array
-
-SHARD_BYTES = 5 << 30
-"""The size at which mlx-lm's own converter splits."""
+from edger1.quant.writing import write_text
 
 
 @dataclass(frozen=True)
@@ -84,14 +82,6 @@ def write(
     }
     write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=4))
     return files
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file and see it onto the disk."""
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _finish(file: BinaryIO, entries: dict[str, dict[str, object]], room: int) -> None:

@@ -25,7 +25,7 @@ from safetensors.numpy import load_file
 
 from edger1.errors import EdgeR1Error, FormatError, UsageError
 from edger1.folder import inspect
-from edger1.quant import shards
+from edger1.quant import convert as converter
 from edger1.quant.convert import Report, convert_gguf
 from edger1.quant.formats.safetensors import read_header
 
@@ -125,7 +125,7 @@ def test_plain_models_have_no_quantization(tmp_path: Path) -> None:
 def test_splits_into_shards_that_mlx_lm_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import mlx_lm
 
-    monkeypatch.setattr(shards, "SHARD_BYTES", 40_000)
+    monkeypatch.setattr(converter, "SHARD_BYTES", 40_000)
     report, arrays, _ = convert(tiny_model(), tmp_path)
     assert len(report.files) > 1
     assert report.files[0] == f"model-00001-of-{len(report.files):05d}.safetensors"
@@ -322,8 +322,8 @@ def die(*_):
 if point == "tensors":
     convert.convert_gguf(source, destination, die)
 elif point == "config":
-    write = convert.shards.write_text
-    convert.shards.write_text = lambda path, text: die() if path.name == "config.json" else write(path, text)
+    write = convert.write_text
+    convert.write_text = lambda path, text: die() if path.name == "config.json" else write(path, text)
 elif point == "rename":
     Path.rename = die
 convert.convert_gguf(source, destination)
