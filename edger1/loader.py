@@ -336,6 +336,8 @@ def load(
         for nbytes in streaming.fill():
             done += nbytes
             yield min(done, total), total
+    # The plan may count a little more than came: whoever shows progress must see its end all the same.
+    yield total, total
     with streaming.sleeping() if streaming is not None else contextlib.nullcontext():
         # What it replaces for the process is given back by close() alone.
         replaced = install(model, "exact" if precision == "exact" else "fast")

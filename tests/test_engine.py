@@ -432,3 +432,11 @@ def test_callers_on_several_threads(model: edger1.Model) -> None:
         thread.join(60)
     assert len(answers) == 4
     assert len(set(answers.values())) == 1
+
+
+def test_progress_of_loading_comes_to_its_end(tiny_folder: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    with edger1.load(tiny_folder, on_progress=lambda done, total: seen.append((done, total))):
+        pass
+    assert seen[-1][0] == seen[-1][1] > 0
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
