@@ -402,6 +402,16 @@ def test_calibrated_codes_are_other_codes_and_the_record_says_so(home: Path, tmp
     assert "calibration" not in json.loads((plain / "conversion.json").read_text())
 
 
+@pytest.mark.parametrize("recipe", [recipes.uniform(4, mode="mxfp4"), recipes.find("keep")])
+def test_calibrating_for_a_recipe_that_has_nothing_to_fit_is_refused(
+    home: Path, tmp_path: Path, tiny_folder: Path, recipe: recipes.Recipe
+) -> None:
+    wanted = Wanted(str(tiny_folder), tmp_path / "out", recipe, calibration=Calibration())
+    with pytest.raises(UsageError, match=f"the recipe {recipe.name} has none"):
+        convert(wanted, Settings(), Watch())
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_command_takes_a_text_of_ones_own_or_the_one_that_comes_along(
     home: Path, tmp_path: Path, tiny_folder: Path
 ) -> None:

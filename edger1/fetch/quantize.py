@@ -244,6 +244,12 @@ def _calibrated(
     """Run the source over the text and return settings, and a recipe, that go by what was seen."""
     from edger1.calibration import prepare
 
+    specs = [rule.spec for rule in recipe.rules if rule.spec is not None]
+    if calibration.ceiling_bytes is None and not any(spec.mode == "affine" for spec in specs):
+        raise UsageError(
+            f"--calibrate fits scales and codes of affine groups, and the recipe {recipe.name} has none; leave it out, "
+            "or choose a recipe of affine bits."
+        )
     if manifest.source != "path":
         raise UsageError(
             f"Calibrating runs all of {manifest.repo} over a text before it is converted, so it has to be on this "
