@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import gc
-import os
 import random
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from instruction_sets import check_on
 
 mx = pytest.importorskip("mlx.core")
 nn = pytest.importorskip("mlx.nn")
@@ -118,13 +115,7 @@ def test_slots_and_weights_that_are_given_give_the_layer_bit_for_bit() -> None:
 
 @pytest.mark.parametrize("name", EXTENSION.instruction_sets()[:-1])
 def test_every_other_instruction_set_does(name: str) -> None:
-    program = "import test_kernels_experts_bank as t; t.check_bits(rows=(1, 7, 16)); t.check_arrivals()"
-    done = subprocess.run(
-        [sys.executable, "-c", f"{program}; print(t.EXTENSION.active_instruction_set())"],
-        capture_output=True, text=True, timeout=300, check=False,
-        env={**os.environ, "EDGER1_ISA": name, "PYTHONPATH": str(Path(__file__).parent)},
-    )  # fmt: skip
-    assert done.stdout.strip() == name, done.stderr
+    check_on(name, "test_kernels_experts_bank", "check_bits(rows=(1, 7, 16))", "check_arrivals()")
 
 
 def test_a_bank_of_fewer_slots_than_experts_routes_among_all() -> None:

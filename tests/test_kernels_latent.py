@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from instruction_sets import check_on
 
 mx = pytest.importorskip("mlx.core")
 nn = pytest.importorskip("mlx.nn")
@@ -157,12 +154,7 @@ def test_every_shape_agrees_with_numpy() -> None:
 
 @pytest.mark.parametrize("name", extension.instruction_sets()[:-1])
 def test_every_other_instruction_set_agrees_with_numpy(name: str) -> None:
-    program = "import test_kernels_latent as t; t.check_shapes(); print(t.extension.active_instruction_set())"
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False,
-        env={**os.environ, "EDGER1_ISA": name, "PYTHONPATH": str(Path(__file__).parent)},
-    )  # fmt: skip
-    assert done.stdout.strip() == name, done.stderr
+    check_on(name, "test_kernels_latent", "check_shapes()")
 
 
 @settings(max_examples=25, deadline=None)
