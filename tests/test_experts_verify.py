@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import families
 import pytest
 import streamed_models
 from streamed_models import moe_families
@@ -31,6 +32,11 @@ def test_every_family_has_its_certificate(family: str, tmp_path: Path) -> None:
         assert layer.slots < layer.experts
         assert any(c.misses for c in layer.outputs)
         assert len(layer.outputs) == len(ROWS) or (family in ONLY_16 and layer.not_compared)
+
+
+def test_tokens_are_the_models_own_however_its_config_counts_them() -> None:
+    assert "vocab_size" not in families.tiny_config("phixtral")
+    assert verify_module._vocabulary(families.build("phixtral")) == families.tiny_config("phixtral")["num_vocab"]
 
 
 def test_other_bytes_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

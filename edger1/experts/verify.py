@@ -136,7 +136,7 @@ def verify(
     ]
     walk = _Walk(_decoders(model, layers), slots, Certificate(path.name, precision), on_layer)
     with walk.hooked():
-        tokens = np.random.default_rng(seed).integers(0, _vocabulary(folder.config), (1, SAME_ROWS))
+        tokens = np.random.default_rng(seed).integers(0, _vocabulary(model), (1, SAME_ROWS))
         mx.eval(model(mx.array(tokens)))
     if len(walk.certificate.layers) != len(walk.moe):
         raise FormatError(
@@ -146,10 +146,21 @@ def verify(
     return walk.certificate
 
 
-def _vocabulary(config: dict[str, Any]) -> int:
-    nested = config.get("text_config")
-    sizes = [table.get("vocab_size") for table in (nested, config) if isinstance(table, dict)]
-    return next((size for size in sizes if isinstance(size, int) and size > 0), 256)
+def _vocabulary(model: Any) -> int:
+    """Return how many tokens every embedding of a model has: configs name that number differently.
+
+    A token beyond an embedding's rows is read from whatever memory lies there.
+    """
+    import mlx.nn as nn
+
+    rows = [
+        module["weight"].shape[0]
+        for _, module in anatomy.modules(model)
+        if isinstance(module, nn.Embedding | nn.QuantizedEmbedding)
+    ]
+    if not rows:
+        raise FormatError("The model has no embedding of tokens, so it cannot be verified with random ones.")
+    return int(min(rows))
 
 
 @dataclass(frozen=True)
