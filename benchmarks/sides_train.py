@@ -15,7 +15,7 @@ Rate = Callable[..., Mapping[str, float]]
 
 def pretrain(model: str, precision: str | None) -> Rate:
     """Whole training steps on random tokens: tokens a second."""
-    from edger1.train import settings
+    from edger1.train.pretrain import settings
 
     config, chosen = settings.read(CONFIGS / f"nano-{model}.toml")
     step = _shipped(config) if precision is None else _ours(config, chosen, precision)
@@ -35,9 +35,9 @@ def _ours(config: dict[str, Any], settings: Any, precision: str) -> Callable[[in
 
     from edger1 import kernels
     from edger1.kernels.install import install
-    from edger1.train import losses, model
     from edger1.train.ops import Ops, extension
-    from edger1.train.optimizer import Optimizer, global_norm, trained
+    from edger1.train.pretrain import losses, model
+    from edger1.train.pretrain.optimizer import Optimizer, global_norm, trained
 
     if not kernels.state().available:
         raise RuntimeError(f"EdgeR1's kernels are {kernels.state().reason}")

@@ -15,8 +15,8 @@ from tiny_corpus import DENSE, MOE, counting_documents, write_corpus, write_toke
 from edger1.demo import questions
 from edger1.errors import FormatError, UsageError
 from edger1.quant.convert import convert_gguf
-from edger1.train import export, model
-from edger1.train.data import open_corpus
+from edger1.train.pretrain import export, model
+from edger1.train.pretrain.corpus import open_corpus
 from recipes.nano import gguf_f16, measure, quantize
 from recipes.nano.evaluate import Question
 

@@ -11,8 +11,8 @@ import pytest
 from tiny_corpus import DENSE, MOE, write_tokenizer
 
 from edger1.errors import UsageError
-from edger1.train import export, forward, losses, model
 from edger1.train.ops import Ops
+from edger1.train.pretrain import export, forward, losses, model
 
 
 def batch(rows: int = 2, length: int = 24, seed: int = 0) -> losses.Batch:
@@ -178,7 +178,7 @@ def test_the_hubs_names_are_read_back_with_the_mtp_layer(tmp_path: Path) -> None
 
 
 def test_the_recipes_models_are_of_the_sizes_they_promise() -> None:
-    from edger1.train import settings
+    from edger1.train.pretrain import settings
 
     sizes, active = {}, {}
     for name in ("nano-moe", "nano-dense"):

@@ -14,7 +14,7 @@ from edger1.cli.pull import INTERRUPTED
 from edger1.errors import UsageError
 
 if TYPE_CHECKING:
-    from edger1.train.pretrain import Event
+    from edger1.train.pretrain.run import Event
 
 
 def finetune_command(
@@ -59,14 +59,14 @@ def finetune_command(
     from dataclasses import replace
 
     from edger1.mlx_runtime import prepare
-    from edger1.train import settings
+    from edger1.train.pretrain import settings
 
     table, chosen = settings.read(config)
     given: dict[str, Any] = {n: v for n, v in (("steps", steps), ("seed", seed)) if v is not None}
     chosen = replace(chosen, **given)
     prepare()
-    from edger1.train.model import check
-    from edger1.train.pretrain import Pretraining
+    from edger1.train.pretrain.model import check
+    from edger1.train.pretrain.run import Pretraining
 
     if "vocab_size" in table:
         # Before the corpus is encoded, which may take a while.
@@ -136,7 +136,7 @@ class _Show:
 
     def open(self, folder: Path) -> Any:
         """Open the corpus, showing how far its encoding is."""
-        from edger1.train.data import open_corpus
+        from edger1.train.pretrain.corpus import open_corpus
 
         tenth = -1
 

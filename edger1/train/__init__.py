@@ -1,1 +1,1 @@
-"""Training: data, losses, optimizers, checkpoints and logs, and the methods built on them."""
+"""Training: models from nothing (`pretrain`), and what their methods share: operations, folders, logs and plots."""

@@ -23,11 +23,12 @@ import mlx.core as mx
 import numpy as np
 
 from edger1.kernels.install import install
-from edger1.train import export, forward, plot
-from edger1.train.data import Corpus, open_corpus
-from edger1.train.losses import Batch, batch_of
+from edger1.train import plot
 from edger1.train.ops import Ops
-from edger1.train.packing import Place, Rows
+from edger1.train.pretrain import export, forward
+from edger1.train.pretrain.corpus import Corpus, open_corpus
+from edger1.train.pretrain.losses import Batch, batch_of
+from edger1.train.pretrain.packing import Place, Rows
 from recipes.nano.evaluate import MAX_TOKENS, Question, accuracy, asker, read
 
 LENGTH, ROWS = 512, 16

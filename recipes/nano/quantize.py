@@ -24,9 +24,9 @@ from mlx import nn
 from mlx.utils import tree_flatten, tree_map_with_path
 
 from edger1.demo import FILE
-from edger1.train import export
-from edger1.train.data import tokenizer_files
 from edger1.train.folder_writer import write_folder, write_tensors
+from edger1.train.pretrain import export
+from edger1.train.pretrain.corpus import tokenizer_files
 from recipes.nano.evaluate import Question, read
 
 GROUP, SMALL_GROUP, BITS = 128, 64, 4

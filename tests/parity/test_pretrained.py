@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tiny_corpus import DENSE, MOE, write_tokenizer
 
-from edger1.train import export, model
+from edger1.train.pretrain import export, model
 
 WEIGHTS = Path(__file__).parents[2] / "recipes" / "nano" / "weights"
 TEXT = "Sort from small to large: 23, 6, 12.\n6, 12, 23\nAnna has 31 apples and gives 4 to Ben. 31 - 4 = 27"

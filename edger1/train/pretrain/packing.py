@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edger1.train.data import Split
-from edger1.train.losses import Batch, batch_of
+from edger1.train.pretrain.corpus import Split
+from edger1.train.pretrain.losses import Batch, batch_of
 
 
 @dataclass(frozen=True)

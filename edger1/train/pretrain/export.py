@@ -16,9 +16,9 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from edger1.errors import FormatError
-from edger1.train import model as models
-from edger1.train.data import tokenizer_files
 from edger1.train.folder_writer import write_folder, write_tensors
+from edger1.train.pretrain import model as models
+from edger1.train.pretrain.corpus import tokenizer_files
 
 
 def export(destination: Path, model: Any, config: dict[str, Any], tokenizer: Path) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from edger1.train.forward import Passed, head_weight, routers, run
 from edger1.train.ops import Ops
+from edger1.train.pretrain.forward import Passed, head_weight, routers, run
 
 
 @dataclass(frozen=True)

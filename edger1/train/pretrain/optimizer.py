@@ -16,7 +16,7 @@ from types import ModuleType
 import mlx.core as mx
 
 from edger1.train.ops import Ops, extension
-from edger1.train.settings import Settings
+from edger1.train.pretrain.settings import Settings
 
 Table = dict[str, mx.array]
 

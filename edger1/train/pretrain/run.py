@@ -21,16 +21,16 @@ import numpy as np
 from edger1.errors import EdgeR1Error, UsageError
 from edger1.fetch.place import write_atomically
 from edger1.kernels.install import install
-from edger1.train import checkpoint, export, losses, model, report, schedule
-from edger1.train.checkpoint import Progress
-from edger1.train.data import Corpus
 from edger1.train.folder_writer import SaveError
-from edger1.train.forward import routers
 from edger1.train.log import Log
 from edger1.train.ops import Ops, extension
-from edger1.train.optimizer import Optimizer, Table, global_norm, trained
-from edger1.train.packing import Place, Rows
-from edger1.train.settings import Settings, to_toml
+from edger1.train.pretrain import checkpoint, export, losses, model, report, schedule
+from edger1.train.pretrain.checkpoint import Progress
+from edger1.train.pretrain.corpus import Corpus
+from edger1.train.pretrain.forward import routers
+from edger1.train.pretrain.optimizer import Optimizer, Table, global_norm, trained
+from edger1.train.pretrain.packing import Place, Rows
+from edger1.train.pretrain.settings import Settings, to_toml
 
 # Gradients and activations of a step come and go in the same sizes; memory that went back to the system each time
 # would have to be cleared page by page.

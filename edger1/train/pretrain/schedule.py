@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from edger1.train.settings import Settings
+from edger1.train.pretrain.settings import Settings
 
 
 def rate_share(step: int, settings: Settings) -> float:

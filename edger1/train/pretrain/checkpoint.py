@@ -20,9 +20,9 @@ from typing import Any, cast
 import mlx.core as mx
 
 from edger1.errors import FormatError
-from edger1.train import export
 from edger1.train.folder_writer import write_folder, write_tensors
-from edger1.train.packing import Place
+from edger1.train.pretrain import export
+from edger1.train.pretrain.packing import Place
 
 KEPT = 2
 _FORMAT = 1

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from tiny_corpus import counting_documents, write_corpus, write_tokenizer
 
 from edger1.errors import EdgeR1Error, FormatError, UsageError
-from edger1.train.data import Corpus, open_corpus
-from edger1.train.packing import Place, Rows, pack
+from edger1.train.pretrain.corpus import Corpus, open_corpus
+from edger1.train.pretrain.packing import Place, Rows, pack
 
 
 def text_of(corpus: Corpus, ids: np.ndarray) -> str:

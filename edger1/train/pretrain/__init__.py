@@ -1,0 +1,1 @@
+"""Pretraining: a small model taught from nothing, from its corpus to the folder that it becomes."""
