@@ -163,6 +163,10 @@ class Adapted:
             module._no_grad = keys
         self._frozen_before = []
 
+    def attach_again(self) -> None:
+        """Put it on once more after `detach`, with the weights that it has; what is trainable does not change."""
+        self._hang(adapted=True)
+
 
 @dataclass(frozen=True)
 class _Hung:
