@@ -172,4 +172,5 @@ def _takes_cache(kind: type) -> bool:
 
 
 def _mixes_tokens(module: Any) -> bool:
-    return _takes_cache(type(module)) or ("q_proj" in module and "k_proj" in module)
+    kind: Any = type(module)
+    return _takes_cache(kind) or ("q_proj" in module and "k_proj" in module)
