@@ -115,7 +115,7 @@ def evaluate_command(
     ] = "auto",
     at_once: Annotated[
         int, typer.Option("--at-once", metavar="N", help="Answers under way together.", rich_help_panel=_OTHER)
-    ] = 32,
+    ] = 16,
     keep: Annotated[
         Path | None,
         typer.Option(metavar="FILE.jsonl", help="Write every answer with its rewards there.", rich_help_panel=_OTHER),
