@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from fractions import Fraction
 
 import pytest
@@ -73,6 +74,18 @@ def test_an_answer_of_several_lines() -> None:
 def test_nested_braces_are_balanced() -> None:
     assert boxed("\\boxed{1} then \\boxed{a{b}{c}}") == "a{b}{c}"
     assert boxed("none") is None
+    assert boxed("\\boxed{\\{1, 2\\}}") == "\\{1, 2\\}"
+    assert boxed("} \\boxed{\\boxed{3}} {") == "3"
+    assert final_answer("<answer>1</answer> <answer>2") == "1"
+
+
+def test_endless_repetition_takes_no_time() -> None:
+    begin = time.monotonic()
+    for piece in ("<answer>", "\\boxed{", "```python\n", "**a ", "1,", "1 ", "{", "</answer>", "answer ", "1/", "-1."):
+        text = piece * 20_000
+        for read in (final_answer, last_number, vote_key, fenced):
+            read(text)
+    assert time.monotonic() - begin < 10
 
 
 def test_the_last_block_of_the_language_counts() -> None:

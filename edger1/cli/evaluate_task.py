@@ -162,14 +162,15 @@ def _variants(given: TaskOptions) -> list[Variant]:
     from edger1.tasks.run import Variant
 
     offline = given.offline or load_config().offline
-    for adapter in given.adapters:
-        if not adapter.expanduser().is_dir():
-            raise UsageError(f"--adapter {adapter} is no folder; expected one with adapter_config.json.")
+    for asked in given.adapters:
+        if not asked.expanduser().is_dir():
+            raise UsageError(f"--adapter {asked} is no folder; expected one with adapter_config.json.")
     found: dict[str, Variant] = {}
     for model in given.models:
         folder = ensure_model(model, offline)
         name = Path(model).name
-        for adapter in [None, *(path.expanduser().resolve() for path in given.adapters)]:
+        adapters: list[Path | None] = [None, *(path.expanduser().resolve() for path in given.adapters)]
+        for adapter in adapters:
             label = name if adapter is None else f"{name} + {_adapter_name(adapter)}"
             if label in found:
                 label = model if adapter is None else f"{model} + {adapter}"

@@ -67,7 +67,8 @@ class Asked(Protocol):
 
     info: dict[str, Any]
 
-    def submit(self, prompt: Any, **options: Any) -> Any:
+    @property
+    def submit(self) -> Callable[..., Any]:
         """Start an answer; the handle's `result()` waits for it."""
 
 

@@ -106,7 +106,7 @@ def _generated(
 def _read(path: Path, size: int | None, options: dict[str, Any], before: list[dict[str, Any]]) -> list[Question]:
     from edger1.train.datasets.files import data_files, records
 
-    named = {key: options.pop(key) for key in ("question", "answer") if key in options}
+    named: dict[str, str] = {key: options.pop(key) for key in ("question", "answer") if key in options}
     if options:
         raise UsageError(
             f"The option {', '.join(options)} is for tasks named gym:...; a file takes question=COLUMN and "

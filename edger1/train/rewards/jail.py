@@ -76,7 +76,7 @@ def main() -> None:
         if ended == child:
             status = code
     code = os.waitstatus_to_exitcode(status)
-    outcome = {"refused": REFUSED} if forbid_forks and code == REFUSED_CODE else {"code": code}
+    outcome: dict[str, Any] = {"refused": REFUSED} if forbid_forks and code == REFUSED_CODE else {"code": code}
     if asked.get("result"):
         with contextlib.suppress(OSError, ValueError), open(asked["result"], "rb") as file:  # noqa: PTH123
             outcome["result"] = file.read(limits["output_bytes"]).decode("utf-8", "replace")

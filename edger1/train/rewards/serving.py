@@ -108,11 +108,11 @@ def _function(spec: Spec) -> Callable[[Completion], Any]:
     # Dataclasses and pickle in the file look for it there.
     sys.modules[name] = module
     made.loader.exec_module(module)
-    function = getattr(module, spec.function, None)
-    if not callable(function):
+    own = getattr(module, spec.function, None)
+    if not callable(own):
         there = [key for key, value in vars(module).items() if getattr(value, "__module__", "") == name]
         raise UsageError(f"{path} has no function {spec.function}; it has {', '.join(there) or 'none'}.")
-    return caller(function, spec.options, f'the reward "{spec.name}"')
+    return caller(own, spec.options, f'the reward "{spec.name}"')
 
 
 def _quiet_maths() -> None:
