@@ -30,7 +30,7 @@ def finetune_command(
         typer.Option("--output", "--out", metavar="RUN", help="Folder of the run. Default: runs/MODEL-METHOD."),
     ] = None,
     config: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="TOML with settings; options override it.")
+        Path | None, typer.Option(metavar="FILE", help="TOML with settings; other options override it.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")] = False,
     adapter: Annotated[str | None, typer.Option(metavar="FOLDER", help="Begin with this adapter.")] = None,
