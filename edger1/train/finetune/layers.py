@@ -128,12 +128,17 @@ def packs(model: Any, structure: Structure | None) -> bool:
         if any(type(one) not in (KVCache, RotatingKVCache) for one in caches):
             return False
         call = model if structure is None else structure.hidden
-        ids = mx.arange(3, 15, dtype=mx.int32)[None]
-        documents = np.repeat(np.array([[0, 1]], np.int32), (5, 7), axis=1)
-        rows = Rows(documents)
+        # Two rows, split differently: a few families apply the mask of one row to another.
+        ids = mx.arange(3, 27, dtype=mx.int32).reshape(2, 12)
+        splits = (5, 8)
+        rows = Rows(np.stack([(np.arange(12) >= split).astype(np.int32) for split in splits]))
         with attending(rows):
-            packed = call(ids, [rows] * len(caches))[0]
-        return all(same(call(ids[:, a:b], None)[0], packed[a:b]) for a, b in ((0, 5), (5, 12)))
+            packed = call(ids, [rows] * len(caches))
+        return all(
+            same(call(ids[r : r + 1, a:b], None)[0], packed[r, a:b])
+            for r, split in enumerate(splits)
+            for a, b in ((0, split), (split, 12))
+        )
     except Exception:
         # A model that cannot be called so fails in any way.
         return False
