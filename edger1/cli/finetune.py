@@ -85,7 +85,7 @@ def finetune_command(
 
         pretrain(config, data, out, resume=resume, steps=steps, minutes=minutes, seed=seed, plan=plan)
         return
-    given = {
+    asked: dict[str, dict[str, Any]] = {
         "model": {"name": model, "adapter": adapter},
         "adapter": {"rank": rank, "targets": target or None},
         "data": {"path": None if data is None else str(data), "length": length, "skip_bad": skip_bad or None},
@@ -94,7 +94,7 @@ def finetune_command(
             "memory": memory, "seed": seed,
         },
     }  # fmt: skip
-    given = {name: {key: v for key, v in table.items() if v is not None} for name, table in given.items()}
+    given = {name: {key: v for key, v in table.items() if v is not None} for name, table in asked.items()}
     for text in options or ():
         name, key, value = _setting(text)
         given.setdefault(name, {})[key] = value
