@@ -22,11 +22,11 @@ from edger1.errors import FormatError, UsageError
 from edger1.train import folder_writer, log
 from edger1.train.folder_writer import SaveError
 from edger1.train.pretrain import checkpoint, settings
-from edger1.train.schedule import rate_share
 from edger1.train.pretrain import run as pretrain
 from edger1.train.pretrain.corpus import Corpus, open_corpus
 from edger1.train.pretrain.run import DivergedError, Event, Pretraining
 from edger1.train.pretrain.settings import Settings
+from edger1.train.schedule import rate_share
 
 SHORT = Settings(
     steps=12, rows=4, length=32, learning_rate=5e-3, log_every=1, evaluate_every=6, save_every=5, hidden_std=0.1
