@@ -17,9 +17,7 @@ from edger1.train.finetune.method import Batch
 
 def by_hand(now: np.ndarray, batch: Batch, s: GrpoSettings) -> tuple[float, np.ndarray]:
     """Return the loss and its gradient by every token's log-probability, in f64, from the papers' formulas."""
-    old, reference, advantages = (
-        batch.extra[name].astype(np.float64) for name in ("old", "reference", "advantages")
-    )
+    old, reference, advantages = (batch.extra[name].astype(np.float64) for name in ("old", "reference", "advantages"))
     now = now.astype(np.float64)
     loss, gradient = 0.0, np.zeros_like(now)
     rows = [np.flatnonzero(batch.extra["completion"][i] == i) for i in range(len(now))]
