@@ -28,12 +28,16 @@ def merge(adapted: Adapted) -> AbstractContextManager[None] | None:
 
     None where that is not possible or not worth it: other adapters than LoRA, experts, large models.
     """
+    return _merged(adapted) if merged_bytes(adapted) else None
+
+
+def merged_bytes(adapted: Adapted) -> int:
+    """Return what merged layers take beside the model; 0 where `merge` does not merge."""
     each = [hung.adapted for hung in adapted._hung]
     if not all(type(layer) is LoRALinear for layer in each):
-        return None
-    if sum(4 * layer.lora_a.shape[0] * layer.lora_b.shape[1] for layer in each) > MERGED_BYTES:
-        return None
-    return _merged(adapted)
+        return 0
+    size = sum(4 * layer.lora_a.shape[0] * layer.lora_b.shape[1] for layer in each)
+    return size if size <= MERGED_BYTES else 0
 
 
 @contextmanager

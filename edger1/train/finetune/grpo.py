@@ -45,7 +45,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import mlx.core as mx
 import numpy as np
 
-from edger1.train.finetune.grpo_settings import GrpoSettings
+from edger1.train.finetune.grpo_settings import BATCH_TOKENS, GrpoSettings
 from edger1.train.finetune.method import Batch, Evaluation, Policy, Sample, Step
 from edger1.train.finetune.rollout_log import FILE, RolloutLog
 from edger1.train.finetune.rollouts import Prompt, Rollout, roll_out
@@ -352,7 +352,7 @@ def make_batches(judged: Sequence[Judged], step: Shares, settings: GrpoSettings)
     batches = []
     while longest_first:
         length = len(longest_first[0].rollout.prompt_ids) + len(longest_first[0].rollout.ids)
-        rows = max(1, settings.batch_tokens // length)
+        rows = max(1, (settings.batch_tokens or BATCH_TOKENS) // length)
         batches.append(_fill(longest_first[:rows], length, step, learned, settings))
         longest_first = longest_first[rows:]
     return batches
