@@ -45,6 +45,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import mlx.core as mx
 import numpy as np
 
+from edger1.errors import UsageError
 from edger1.train.finetune.grpo_settings import BATCH_TOKENS, GrpoSettings
 from edger1.train.finetune.method import Batch, Evaluation, Policy, Sample, Step
 from edger1.train.finetune.rollout_log import FILE, RolloutLog
@@ -108,6 +109,11 @@ class Grpo:
         lines: Sequence[str] = (),
     ) -> None:
         """`lines` are what is to be said of the data before training."""
+        if settings.overlong and OVERLONG in rewards.names:
+            raise UsageError(
+                f'There is a reward named "{OVERLONG}", and [grpo] overlong is {settings.overlong:g}, which takes the '
+                "same away; set that to 0, or leave the reward out."
+            )
         self.settings = settings
         self._prompts = list(prompts)
         self._held_out = list(held_out)[: settings.evaluate_prompts]
