@@ -152,7 +152,7 @@ def theirs(trainer: Any, judged: list[Judged], settings: GrpoSettings) -> float:
 @pytest.mark.parametrize("loss", list(THEIRS))
 def test_the_loss_is_trls(policy: LocalPolicy, trainer: Any, loss: str, beta: float, unbiased: bool) -> None:
     settings = GrpoSettings(loss=loss, beta=beta, unbiased_kl=unbiased, max_tokens=MAX_TOKENS, temperature=TEMPERATURE)
-    judged = rollouts(policy, 1e-3 if loss == "gspo" else 0.3)
+    judged = rollouts(policy, 5e-3 if loss == "gspo" else 0.3)
     tokens = sum(len(each.rollout.ids) for each in judged)
     (batch,) = make_batches(judged, Shares(len(judged), tokens), settings)
     batch.extra["reference"] = np.where(batch.weights != 0, reference(batch.extra["old"], batch.ids), 0)

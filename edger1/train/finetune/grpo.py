@@ -428,7 +428,7 @@ def _completion_means(values: mx.array, completion: mx.array) -> mx.array:
     """Return values [rows, length] with each completion's mean in the place of its tokens' own; -1 is none of them."""
     which, flat = completion.reshape(-1), values.reshape(-1)
     # What belongs to none is summed up in a last place of its own.
-    count = int(mx.max(which).item()) + 2
+    count = values.shape[0] + 1
     which = mx.where(which < 0, count - 1, which)
     sums = mx.zeros(count).at[which].add(flat)
     sizes = mx.zeros(count).at[which].add(mx.ones_like(flat))
