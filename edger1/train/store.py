@@ -1,7 +1,7 @@
-"""What took long to compute, kept on disk by key: a teacher's answers, its likeliest tokens, reference log-probabilities.
+"""What took long to compute, kept on disk by key: a teacher's answers, its likeliest tokens, reference probabilities.
 
-One SQLite file. Every entry is on disk when `add` returns, so that a killed run loses only what it was computing; several
-processes may add at once, and the first to give a key its value decides it for all.
+One SQLite file. An entry outlives its process once `add` returns, so that a killed run loses only what it was
+computing; several processes may add at once, and the first to give a key its value decides it for all.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import hashlib
 import json
 import sqlite3
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -56,7 +56,7 @@ class Store:
             found = (run("PRAGMA application_id").fetchone()[0], run("PRAGMA user_version").fetchone()[0])
             if found != (_APPLICATION, _FORMAT):
                 if found != (0, 0) or run("SELECT count(*) FROM sqlite_master").fetchone()[0]:
-                    raise FormatError(f"{self.path} is another program's or version's file; move it away to begin anew.")
+                    raise FormatError(f"{self.path} is a file of something else; move it away to begin anew.")
                 run("CREATE TABLE entries (key TEXT PRIMARY KEY, value BLOB NOT NULL)")
                 run(f"PRAGMA application_id = {_APPLICATION}")
                 run(f"PRAGMA user_version = {_FORMAT}")
@@ -65,6 +65,11 @@ class Store:
             if self._database.in_transaction:
                 run("ROLLBACK")
             raise
+        # With a log of its own an entry costs no wait for the disk, and outlives a killed process all the same. Where
+        # another process has the file open just now, or the file system cannot do it, the slower way stays.
+        with suppress(sqlite3.OperationalError):
+            run("PRAGMA journal_mode = WAL")
+        run("PRAGMA synchronous = NORMAL")
 
     @contextmanager
     def _failing(self) -> Iterator[None]:
