@@ -1,0 +1,222 @@
+"""Direct preference optimisation: an answer made likelier than another one, measured against the model without adapter.
+
+With d = (log pi(y_w|x) - log ref(y_w|x)) - (log pi(y_l|x) - log ref(y_l|x)) for a chosen answer y_w and a rejected y_l:
+
+    sigmoid       -(1 - s) log sigma(beta d) - s log sigma(-beta d)     Rafailov et al. 2023, equation 7; s > 0 is
+                                                                        conservative DPO (Mitchell 2023)
+    sigmoid_norm  the same of d with each half divided by its length    length-normalised DPO, as Tulu 3 has it
+    ipo           (d - 1 / (2 beta))^2, each half divided by its length Azar et al. 2023, equation 17; the division is
+                                                                        what its authors advised TRL to do
+    robust        the sigmoid loss freed of the bias that wrong labels  Chowdhury et al. 2024
+                  in a share s of the pairs bring
+
+The reference is the same model with its adapter off, so that no second model is ever loaded. Its log-probabilities are
+computed once a pair and kept on disk. Both halves of a pair lie in one row, and attention stays within each.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from edger1.errors import UsageError
+from edger1.train.finetune.method import Batch, Evaluation, Policy, Step
+from edger1.train.finetune.pairs import Pair, Pairs, pack
+from edger1.train.store import Store, key_of
+
+LOSSES = ("sigmoid", "sigmoid_norm", "ipo", "robust")
+_BY_LENGTH = ("sigmoid_norm", "ipo")
+
+
+@dataclass(frozen=True)
+class DpoSettings:
+    """What `[dpo]` of a settings file may say."""
+
+    beta: float = 0.1
+    """How strongly the reference holds (Rafailov et al. 2023, appendix B); tau of IPO."""
+    loss: str = "sigmoid"
+    label_smoothing: float = 0.0
+    """The share of pairs that are believed to be the wrong way round; below one half."""
+
+    def check(self) -> None:
+        """Raise UsageError for a value out of range."""
+        if self.loss not in LOSSES:
+            raise UsageError(f'[dpo] loss is "{self.loss}"; expected one of {", ".join(LOSSES)}.')
+        if not self.beta > 0:
+            raise UsageError(f"[dpo] beta is {self.beta:g}; expected more than 0.")
+        if not 0 <= self.label_smoothing < 0.5:
+            raise UsageError(f"[dpo] label_smoothing is {self.label_smoothing:g}; expected from 0 to below 0.5.")
+        if self.label_smoothing and self.loss == "ipo":
+            raise UsageError(
+                "[dpo] label_smoothing has no meaning for the ipo loss; leave it out or take another loss."
+            )
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """How pairs become batches."""
+
+    pairs: int
+    """Pairs of an optimizer step."""
+    length: int
+    """Tokens of a row that several pairs share; a longer pair has a row of its own."""
+    rows: int
+    """Rows of a batch."""
+    seed: int
+
+
+class Dpo:
+    """DPO as the loop sees it.
+
+    references: where the reference's log-probabilities are kept. identity: what they depend on besides the pair: the
+    model and its precision.
+    """
+
+    name = "dpo"
+
+    def __init__(
+        self,
+        pairs: Pairs,
+        held_out: Pairs | None,
+        settings: DpoSettings,
+        arrangement: Arrangement,
+        references: Store,
+        identity: str,
+    ) -> None:
+        settings.check()
+        self._pairs = pairs
+        self._held_out = held_out
+        self._settings = settings
+        self._arrangement = arrangement
+        self._references = references
+        self._identity = identity
+        self._known: dict[str, tuple[float, float]] = {}
+        self._order: tuple[int, np.ndarray] | None = None
+
+    def describe(self) -> list[str]:
+        """Return the plan's lines."""
+        s = self._settings
+        lines = self._pairs.lines()
+        if self._held_out is not None:
+            lines.append(f"{len(self._held_out.pairs):,} pairs held out")
+        smoothed = f", label smoothing {s.label_smoothing:g}" if s.label_smoothing else ""
+        return [*lines, f"{s.loss} loss, beta {s.beta:g}{smoothed}; the reference is the model without its adapter"]
+
+    def step(self, policy: Policy, step: int) -> Step:
+        """Return the next pairs in the shuffled order of their epoch, reference log-probabilities added."""
+        first = step * self._arrangement.pairs
+        chosen = [self._pair(at) for at in range(first, first + self._arrangement.pairs)]
+        batches = self._batches(policy, chosen)
+        epoch = (first + self._arrangement.pairs) / len(self._pairs.pairs)
+        return Step(batches, int(sum((batch.weights > 0).sum() for batch in batches)), {"epoch": epoch})
+
+    def loss(self, policy: Policy, batch: Batch) -> tuple[mx.array, dict[str, mx.array]]:
+        """Return the sum over the batch's pairs, each divided by the number of pairs in the step, and its figures.
+
+        Figures: `rewards_chosen` and `rewards_rejected`, beta times the log-ratio to the reference; `margin`, their
+        difference; `accuracy`, the share of pairs with a margin above 0.
+        """
+        sums, lengths = _sums(policy, batch)
+        reference = _by_document(mx.array(batch.extra["reference"]), batch)
+        ratios = sums - reference
+        there = (lengths[..., 0] > 0).astype(mx.float32) * mx.array(batch.extra["share"])[:, None]
+        losses = preference_loss(ratios[..., 0], ratios[..., 1], lengths, self._settings)
+        rewards = mx.stop_gradient(self._settings.beta * ratios)
+        margin = rewards[..., 0] - rewards[..., 1]
+        figures = {
+            "rewards_chosen": rewards[..., 0],
+            "rewards_rejected": rewards[..., 1],
+            "margin": margin,
+            "accuracy": (margin > 0).astype(mx.float32),
+        }
+        return (losses * there).sum(), {name: (value * there).sum() for name, value in figures.items()}
+
+    def evaluate(self, policy: Policy, step: int) -> Evaluation | None:
+        """Return loss, rewards, margin and accuracy on the pairs held out."""
+        if self._held_out is None or not self._held_out.pairs:
+            return None
+        totals: dict[str, float] = {}
+        for batch in self._batches(policy, self._held_out.pairs):
+            loss, figures = self.loss(policy, batch)
+            for name, value in {"loss": loss, **figures}.items():
+                totals[name] = totals.get(name, 0.0) + float(value.item())
+        return Evaluation(totals, -totals["loss"])
+
+    def state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """Return nothing: a step follows from its number, and the references are on disk."""
+        return {}, {}
+
+    def restore(self, values: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
+        """Take up nothing."""
+
+    def _pair(self, at: int) -> Pair:
+        """Return the pair at a place in all epochs, one after the other."""
+        epoch, within = divmod(at, len(self._pairs.pairs))
+        if self._order is None or self._order[0] != epoch:
+            drawn = np.random.default_rng([self._arrangement.seed, epoch]).permutation(len(self._pairs.pairs))
+            self._order = (epoch, drawn)
+        return self._pairs.pairs[int(self._order[1][within])]
+
+    def _batches(self, policy: Policy, pairs: list[Pair]) -> list[Batch]:
+        self._learn_references(policy, [pair for pair in pairs if self._reference(pair) is None])
+        known = [self._known[pair.digest] for pair in pairs]
+        return pack(pairs, known, self._arrangement.length, self._arrangement.rows)
+
+    def _reference(self, pair: Pair) -> tuple[float, float] | None:
+        digest = pair.digest
+        if digest not in self._known:
+            kept = self._references.get(self._key(digest))
+            if kept is None:
+                return None
+            self._known[digest] = struct.unpack("<2f", kept)
+        return self._known[digest]
+
+    def _learn_references(self, policy: Policy, pairs: list[Pair]) -> None:
+        # A pair with a row of its own: then it does not matter which pairs it came with.
+        for pair in pairs:
+            (batch,) = pack([pair], [(0.0, 0.0)], pair.tokens, 1)
+            with policy.reference():
+                sums, _ = _sums(policy, batch)
+                mx.eval(sums)
+            chosen, rejected = np.array(sums).flatten().tolist()
+            kept = self._references.add(self._key(pair.digest), struct.pack("<2f", chosen, rejected))
+            self._known[pair.digest] = struct.unpack("<2f", kept)
+
+    def _key(self, digest: str) -> str:
+        return key_of("reference", self._identity, digest)
+
+
+def _sums(policy: Policy, batch: Batch) -> tuple[mx.array, mx.array]:
+    """Return log-probabilities and lengths of answers, each f32 [rows, pairs, 2]; 0 where a row has fewer pairs."""
+    return _by_document(policy.logprobs(batch), batch), _by_document(mx.array(batch.weights), batch)
+
+
+def _by_document(values: mx.array, batch: Batch) -> mx.array:
+    """Sum values [rows, length] over each document: [rows, pairs, 2]."""
+    documents = int(batch.documents.max()) + 1
+    of = mx.array(batch.documents)[..., None] == mx.arange(documents)
+    return (values[..., None] * of).sum(axis=1).reshape(values.shape[0], documents // 2, 2)
+
+
+def preference_loss(chosen: mx.array, rejected: mx.array, lengths: mx.array, settings: DpoSettings) -> mx.array:
+    """Return each pair's loss [...] from the log-ratios of its halves [...] and their lengths [..., 2]."""
+    if settings.loss in _BY_LENGTH:
+        lengths = mx.maximum(lengths, 1)
+        chosen, rejected = chosen / lengths[..., 0], rejected / lengths[..., 1]
+    d = chosen - rejected
+    if settings.loss == "ipo":
+        return (d - 1 / (2 * settings.beta)) ** 2
+    right, wrong = _softplus(-settings.beta * d), _softplus(settings.beta * d)
+    s = settings.label_smoothing
+    if settings.loss == "robust":
+        return ((1 - s) * right - s * wrong) / (1 - 2 * s)
+    return (1 - s) * right + s * wrong
+
+
+def _softplus(x: mx.array) -> mx.array:
+    """-log sigma(-x), without overflow."""
+    return mx.logaddexp(x, 0.0)
