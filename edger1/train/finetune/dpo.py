@@ -121,19 +121,18 @@ class Dpo:
         difference; `accuracy`, the share of pairs with a margin above 0.
         """
         sums, lengths = _sums(policy, batch)
-        reference = _by_document(mx.array(batch.extra["reference"]), batch)
-        ratios = sums - reference
-        there = (lengths[..., 0] > 0).astype(mx.float32) * mx.array(batch.extra["share"])[:, None]
-        losses = preference_loss(ratios[..., 0], ratios[..., 1], lengths, self._settings)
+        ratios = sums - _by_half(mx.array(batch.extra["reference"]), batch)
+        share = float(batch.extra["share"][0])
+        losses = preference_loss(ratios[:, 0], ratios[:, 1], lengths, self._settings)
         rewards = mx.stop_gradient(self._settings.beta * ratios)
-        margin = rewards[..., 0] - rewards[..., 1]
+        margin = rewards[:, 0] - rewards[:, 1]
         figures = {
-            "rewards_chosen": rewards[..., 0],
-            "rewards_rejected": rewards[..., 1],
+            "rewards_chosen": rewards[:, 0],
+            "rewards_rejected": rewards[:, 1],
             "margin": margin,
             "accuracy": (margin > 0).astype(mx.float32),
         }
-        return (losses * there).sum(), {name: (value * there).sum() for name, value in figures.items()}
+        return losses.sum() * share, {name: value.sum() * share for name, value in figures.items()}
 
     def evaluate(self, policy: Policy, step: int) -> Evaluation | None:
         """Return loss, rewards, margin and accuracy on the pairs held out."""
@@ -164,7 +163,7 @@ class Dpo:
     def _batches(self, policy: Policy, pairs: list[Pair]) -> list[Batch]:
         self._learn_references(policy, [pair for pair in pairs if self._reference(pair) is None])
         known = [self._known[pair.digest] for pair in pairs]
-        return pack(pairs, known, self._arrangement.length, self._arrangement.rows)
+        return pack(pairs, known, self._arrangement.length, self._arrangement.rows, packed=_packs(policy))
 
     def _reference(self, pair: Pair) -> tuple[float, float] | None:
         digest = pair.digest
@@ -178,7 +177,7 @@ class Dpo:
     def _learn_references(self, policy: Policy, pairs: list[Pair]) -> None:
         # A pair with a row of its own: then it does not matter which pairs it came with.
         for pair in pairs:
-            (batch,) = pack([pair], [(0.0, 0.0)], pair.tokens, 1)
+            (batch,) = pack([pair], [(0.0, 0.0)], pair.tokens, 2, packed=_packs(policy))
             with policy.reference():
                 sums, _ = _sums(policy, batch)
                 mx.eval(sums)
@@ -191,22 +190,21 @@ class Dpo:
 
 
 def _sums(policy: Policy, batch: Batch) -> tuple[mx.array, mx.array]:
-    """Return log-probabilities and lengths of answers, each f32 [rows, pairs, 2]; 0 where a row has fewer pairs."""
-    return _by_document(policy.logprobs(batch), batch), _by_document(mx.array(batch.weights), batch)
+    """Return the log-probabilities and lengths of both halves of each pair, each f32 [pairs, 2]."""
+    return _by_half(policy.logprobs(batch), batch), _by_half(mx.array(batch.weights), batch)
 
 
-def _by_document(values: mx.array, batch: Batch) -> mx.array:
-    """Sum values [rows, length] over each document: [rows, pairs, 2]."""
-    documents = int(batch.documents.max()) + 1
-    of = mx.array(batch.documents)[..., None] == mx.arange(documents)
-    return (values[..., None] * of).sum(axis=1).reshape(values.shape[0], documents // 2, 2)
+def _by_half(values: mx.array, batch: Batch) -> mx.array:
+    """Sum values [rows, length] over each half: [pairs, 2]. Values of padding are 0, wherever they go."""
+    half = batch.extra["half"]
+    return mx.zeros((int(half.max()) + 1,)).at[mx.array(half)].add(values).reshape(-1, 2)
 
 
 def preference_loss(chosen: mx.array, rejected: mx.array, lengths: mx.array, settings: DpoSettings) -> mx.array:
-    """Return each pair's loss [...] from the log-ratios of its halves [...] and their lengths [..., 2]."""
+    """Return each pair's loss [pairs] from the log-ratios of its halves [pairs] and their lengths [pairs, 2]."""
     if settings.loss in _BY_LENGTH:
         lengths = mx.maximum(lengths, 1)
-        chosen, rejected = chosen / lengths[..., 0], rejected / lengths[..., 1]
+        chosen, rejected = chosen / lengths[:, 0], rejected / lengths[:, 1]
     d = chosen - rejected
     if settings.loss == "ipo":
         return (d - 1 / (2 * settings.beta)) ** 2
@@ -215,6 +213,11 @@ def preference_loss(chosen: mx.array, rejected: mx.array, lengths: mx.array, set
     if settings.loss == "robust":
         return ((1 - s) * right - s * wrong) / (1 - 2 * s)
     return (1 - s) * right + s * wrong
+
+
+def _packs(policy: Policy) -> bool:
+    """Whether rows may hold several documents, which not every architecture can."""
+    return bool(getattr(policy, "packs", True))
 
 
 def _softplus(x: mx.array) -> mx.array:

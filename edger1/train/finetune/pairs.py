@@ -104,42 +104,59 @@ def last_runs(counted: np.ndarray, number: int) -> np.ndarray:
     return counted & (run > run[-1] - number) if len(counted) else counted
 
 
-def pack(pairs: Sequence[Pair], references: Sequence[tuple[float, float]], length: int, rows: int) -> list[Batch]:
-    """Pack pairs into batches of at most `rows` rows; a pair lies whole in one row, chosen before rejected.
+def pack(
+    pairs: Sequence[Pair], references: Sequence[tuple[float, float]], length: int, rows: int, *, packed: bool = True
+) -> list[Batch]:
+    """Pack pairs into batches of at most `rows` rows; both halves of a pair lie in one row, chosen before rejected.
 
-    A row has at most `length` tokens, or one pair. Documents 2 i and 2 i + 1 of a row are its pair i. Weights are 1 for
-    counted tokens. `extra["reference"]`, f32 [rows, length], has each half's reference log-probability at its first
-    token; `extra["share"]`, f32 [rows], is one over the number of pairs in all batches.
+    A row has at most `length` tokens, or one pair. Without `packed`, each half has a row of its own, beside the other.
+    Weights are 1 for counted tokens. `extra["half"]`, int32 [rows, length], says which half of the batch a token is of:
+    2 i for the chosen answer of its pair i, 2 i + 1 for the rejected one, -1 for padding. `extra["reference"]`,
+    f32 [rows, length], has each half's reference log-probability at its first token; `extra["share"]`, f32 [rows], is
+    one over the number of pairs in all batches.
     """
-    bins: list[list[int]] = []
+    if not packed:
+        fitted = [[2 * i + side] for i in range(len(pairs)) for side in (0, 1)]
+        rows = max(2, rows - rows % 2)
+    else:
+        fitted = [[half for i in row for half in (2 * i, 2 * i + 1)] for row in _fit(pairs, length)]
+    share = 1 / max(len(pairs), 1)
+    return [_batch(pairs, references, fitted[first : first + rows], share) for first in range(0, len(fitted), rows)]
+
+
+def _fit(pairs: Sequence[Pair], length: int) -> list[list[int]]:
+    """Fit pairs into rows, the longest first, each into the first row that has room."""
+    fitted: list[list[int]] = []
     room: list[int] = []
     for i in sorted(range(len(pairs)), key=lambda i: (-pairs[i].tokens, i)):
-        at = next((b for b, left in enumerate(room) if left >= pairs[i].tokens), None)
+        at = next((row for row, left in enumerate(room) if left >= pairs[i].tokens), None)
         if at is None:
-            bins.append([])
+            at = len(fitted)
+            fitted.append([])
             room.append(length)
-            at = len(bins) - 1
-        bins[at].append(i)
+        fitted[at].append(i)
         room[at] -= pairs[i].tokens
-    share = 1 / max(len(pairs), 1)
-    return [_batch(pairs, references, bins[first : first + rows], share) for first in range(0, len(bins), rows)]
+    return fitted
 
 
 def _batch(
-    pairs: Sequence[Pair], references: Sequence[tuple[float, float]], bins: list[list[int]], share: float
+    pairs: Sequence[Pair], references: Sequence[tuple[float, float]], rows: list[list[int]], share: float
 ) -> Batch:
-    shape = (len(bins), max(sum(pairs[i].tokens for i in row) for row in bins))
-    ids, documents = np.zeros(shape, np.int32), np.full(shape, -1, np.int32)
-    weights, reference = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
-    for r, row in enumerate(bins):
-        at = document = 0
-        for i in row:
-            for half, known in zip((pairs[i].chosen, pairs[i].rejected), references[i], strict=True):
-                end = at + len(half.ids)
-                ids[r, at:end], documents[r, at:end], weights[r, at:end] = half.ids, document, half.counted
-                # Nothing comes before a document's first token that could predict it.
-                weights[r, at] = 0
-                reference[r, at] = known
-                at, document = end, document + 1
-    shares = np.full(len(bins), share, np.float32)
-    return Batch(ids, documents, weights, {"reference": reference, "share": shares})
+    halves = {half: (pairs[half // 2].chosen, pairs[half // 2].rejected)[half % 2] for row in rows for half in row}
+    shape = (len(rows), max(sum(len(halves[half].ids) for half in row) for row in rows))
+    ids, weights, reference = np.zeros(shape, np.int32), np.zeros(shape, np.float32), np.zeros(shape, np.float32)
+    documents, which = np.full(shape, -1, np.int32), np.full(shape, -1, np.int32)
+    number = 0
+    for r, row in enumerate(rows):
+        at = 0
+        for document, half in enumerate(row):
+            tokens = halves[half]
+            end = at + len(tokens.ids)
+            ids[r, at:end], weights[r, at:end] = tokens.ids, tokens.counted
+            documents[r, at:end], which[r, at:end] = document, number
+            # Nothing comes before a document's first token that could predict it.
+            weights[r, at] = 0
+            reference[r, at] = references[half // 2][half % 2]
+            at, number = end, number + 1
+    shares = np.full(len(rows), share, np.float32)
+    return Batch(ids, documents, weights, {"half": which, "reference": reference, "share": shares})
