@@ -13,10 +13,12 @@ import edger1
 from edger1.cli.chat import chat_command
 from edger1.cli.convert import convert_command
 from edger1.cli.demo import demo_command
+from edger1.cli.distill import distill_command
 from edger1.cli.doctor import doctor_command
 from edger1.cli.evaluate import evaluate_command
 from edger1.cli.finetune import finetune_command
 from edger1.cli.models import models_app
+from edger1.cli.pairs import pairs_command
 from edger1.cli.plan import plan_command
 from edger1.cli.pull import INTERRUPTED, pull_command
 from edger1.cli.run import run_command
@@ -60,6 +62,8 @@ app.command("convert")(convert_command)
 app.add_typer(models_app, name="models")
 app.command("plan")(plan_command)
 app.command("finetune")(finetune_command)
+app.command("distill")(distill_command)
+app.command("pairs")(pairs_command)
 app.command("verify")(verify_command)
 app.command("eval")(evaluate_command)
 app.command("doctor")(doctor_command)

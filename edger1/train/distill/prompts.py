@@ -32,8 +32,8 @@ class Prompts:
 def read_prompts(source: str, *, size: int | None = None, seed: int = 0, skip_bad: bool = False) -> Prompts:
     """Read the prompts of a file, the first `size` of them, or let `gym:TASK` generate `size`.
 
-    Of a conversation that has its answer already, what comes before the answer is asked. The answer stays as column
-    `answer`, for the verifier, unless the row has such a column.
+    Of a conversation that ends with an answer, what comes before it is asked; the answer, without its thought, is
+    column `answer` for the verifier, unless the row has one.
 
     Raises UsageError where there are none, FormatError for a bad row.
     """
@@ -46,7 +46,7 @@ def read_prompts(source: str, *, size: int | None = None, seed: int = 0, skip_ba
         return Prompts(source, list(task.questions), task.reward)
     from edger1.train.datasets.reading import read
 
-    found = read(source, skip_bad=skip_bad)
+    found = read(source, kind="prompt", skip_bad=skip_bad)
     questions = [question_of(row) for row in found.rows[:size]]
     if not questions:
         raise UsageError(f"{source} has no prompts.")
@@ -54,19 +54,11 @@ def read_prompts(source: str, *, size: int | None = None, seed: int = 0, skip_ba
 
 
 def question_of(row: Row) -> Question:
-    """Return a row's prompt without the answer that may follow it.
-
-    Raises UsageError where it has no user's turn.
-    """
-    turns = row.messages if row.messages is not None else [{"role": "user", "content": row.text or ""}]
-    last = max((i for i, turn in enumerate(turns) if turn.get("role") == "user"), default=None)
-    if last is None:
-        raise UsageError(f"{row.where} has no user's turn to ask a teacher.")
+    """Return a row of kind "prompt" as a question."""
     columns = dict(row.columns)
-    answers = [turn for turn in turns[last + 1 :] if turn.get("role") == "assistant"]
-    if answers:
-        columns.setdefault("answer", split_thought(str(answers[-1].get("content", "")))[1])
-    return Question(turns[: last + 1], columns, row.where)
+    if isinstance(columns.get("completion"), str):
+        columns.setdefault("answer", split_thought(columns["completion"])[1])
+    return Question(row.messages or [], columns, row.where)
 
 
 def without(questions: Sequence[Question], evaluation: Sequence[str]) -> tuple[list[Question], int]:

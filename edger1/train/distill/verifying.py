@@ -12,6 +12,8 @@ from edger1.train.rewards.completion import Completion
 if TYPE_CHECKING:
     from edger1.train.rewards.opening import Rewards
 
+_TOLERANCE = 1e-6
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -48,5 +50,5 @@ class Verifier:
             where=question.where,
         )
         scores = self._rewards.score([completion])[0]
-        accepted = all(value >= self.at_least for value in scores.values())
+        accepted = all(value >= self.at_least - _TOLERANCE for value in scores.values())
         return Verdict(accepted, "" if accepted else "wrong", scores)
