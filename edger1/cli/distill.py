@@ -90,7 +90,7 @@ def distill_command(
 
       edger1 finetune smollm2-135m --data traces/data.jsonl
     """
-    from edger1.cli.interrupting import interrupts
+    from edger1.cli.training import interrupts
     from edger1.train.distill.prompts import GENERATED, read_prompts
     from edger1.train.distill.run import run
     from edger1.train.distill.sampling import Settings
