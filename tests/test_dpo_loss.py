@@ -12,9 +12,9 @@ from toy_policy import ToyPolicy, numeric_gradient
 from edger1.errors import FormatError, UsageError
 from edger1.train.datasets.rows import Row
 from edger1.train.datasets.template import Encoded
-from edger1.train.finetune.dpo import LOSSES, Arrangement, Dpo, DpoSettings
+from edger1.train.finetune.dpo import Arrangement, Dpo
+from edger1.train.finetune.dpo_settings import LOSSES, DpoSettings
 from edger1.train.finetune.pairs import Pair, Pairs, encode_pairs, last_runs, pack
-from edger1.train.store import Store
 
 VOCABULARY = 11
 
@@ -36,9 +36,11 @@ def some_pairs(count: int = 5, seed: int = 3) -> Pairs:
     return Pairs(pairs)
 
 
-def method(folder: Path, pairs: Pairs | None = None, *, each: int = 5, **options: Any) -> Dpo:
-    settings = DpoSettings(**options)
-    return Dpo(pairs or some_pairs(), None, settings, Arrangement(each, 24, 2, 7), Store(folder / "references"), "toy")
+def method(folder: Path, pairs: Pairs | None = None, *, each: int = 5, identity: str = "toy", **options: Any) -> Dpo:
+    settings = DpoSettings(pairs=each, **options)
+    dpo = Dpo(pairs or some_pairs(), None, settings, Arrangement(24, 2, 7), identity)
+    dpo.log_to(folder)
+    return dpo
 
 
 def log_probability(table: np.ndarray, of: Encoded) -> float:
@@ -148,8 +150,7 @@ def test_the_reference_is_computed_once_a_pair_also_over_runs(tmp_path: Path) ->
 def test_another_model_has_another_reference(tmp_path: Path) -> None:
     method(tmp_path).step(ToyPolicy(VOCABULARY), 0)
     other = ToyPolicy(VOCABULARY)
-    settings, arrangement = DpoSettings(), Arrangement(5, 24, 2, 7)
-    Dpo(some_pairs(), None, settings, arrangement, Store(tmp_path / "references"), "another").step(other, 0)
+    method(tmp_path, identity="another").step(other, 0)
     assert other.passes == 5
 
 
@@ -174,8 +175,7 @@ def test_every_epoch_has_every_pair_once_in_an_order_of_its_own_that_the_step_de
 
 def test_held_out_pairs_are_measured_and_less_loss_is_better(tmp_path: Path) -> None:
     policy = ToyPolicy(VOCABULARY)
-    store = Store(tmp_path / "references")
-    dpo = Dpo(some_pairs(), some_pairs(3, seed=9), DpoSettings(beta=0.3), Arrangement(5, 24, 2, 7), store, "toy")
+    dpo = Dpo(some_pairs(), some_pairs(3, seed=9), DpoSettings(beta=0.3), Arrangement(24, 2, 7), "toy")
     found = dpo.evaluate(policy, 0)
     assert found is not None
     adapter = np.array(policy.adapter)
@@ -277,7 +277,8 @@ def test_the_last_runs_of_counted_tokens() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"beta": 0.0}, {"loss": "hinge"}, {"label_smoothing": 0.5}, {"loss": "ipo", "label_smoothing": 0.1}]
+    "wrong",
+    [{"beta": 0.0}, {"each": 0}, {"loss": "hinge"}, {"label_smoothing": 0.5}, {"loss": "ipo", "label_smoothing": 0.1}],
 )
 def test_settings_out_of_range_are_refused(tmp_path: Path, wrong: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=r"\[dpo\]"):

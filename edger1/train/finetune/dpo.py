@@ -17,51 +17,28 @@ computed once a pair and kept on disk. Both halves of a pair lie in one row, and
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from edger1.errors import UsageError
+from edger1.train.finetune.dpo_settings import DpoSettings
 from edger1.train.finetune.method import Batch, Evaluation, Policy, Step
 from edger1.train.finetune.pairs import Pair, Pairs, pack
 from edger1.train.store import Store, key_of
 
-LOSSES = ("sigmoid", "sigmoid_norm", "ipo", "robust")
+CACHE = "cache"
+"""Folder of a run for what could be computed again."""
 _BY_LENGTH = ("sigmoid_norm", "ipo")
-
-
-@dataclass(frozen=True)
-class DpoSettings:
-    """What `[dpo]` of a settings file may say."""
-
-    beta: float = 0.1
-    """How strongly the reference holds (Rafailov et al. 2023, appendix B); tau of IPO."""
-    loss: str = "sigmoid"
-    label_smoothing: float = 0.0
-    """The share of pairs that are believed to be the wrong way round; below one half."""
-
-    def check(self) -> None:
-        """Raise UsageError for a value out of range."""
-        if self.loss not in LOSSES:
-            raise UsageError(f'[dpo] loss is "{self.loss}"; expected one of {", ".join(LOSSES)}.')
-        if not self.beta > 0:
-            raise UsageError(f"[dpo] beta is {self.beta:g}; expected more than 0.")
-        if not 0 <= self.label_smoothing < 0.5:
-            raise UsageError(f"[dpo] label_smoothing is {self.label_smoothing:g}; expected from 0 to below 0.5.")
-        if self.label_smoothing and self.loss == "ipo":
-            raise UsageError(
-                "[dpo] label_smoothing has no meaning for the ipo loss; leave it out or take another loss."
-            )
 
 
 @dataclass(frozen=True)
 class Arrangement:
     """How pairs become batches."""
 
-    pairs: int
-    """Pairs of an optimizer step."""
     length: int
     """Tokens of a row that several pairs share; a longer pair has a row of its own."""
     rows: int
@@ -72,8 +49,8 @@ class Arrangement:
 class Dpo:
     """DPO as the loop sees it.
 
-    references: where the reference's log-probabilities are kept. identity: what they depend on besides the pair: the
-    model and its precision.
+    identity: what the reference's log-probabilities depend on besides the pair: the model and its precision. lines: what
+    the plan says about the data. Within a run the reference is kept in RUN/cache/references.sqlite.
     """
 
     name = "dpo"
@@ -84,23 +61,32 @@ class Dpo:
         held_out: Pairs | None,
         settings: DpoSettings,
         arrangement: Arrangement,
-        references: Store,
         identity: str,
+        *,
+        pad: int = 0,
+        lines: Sequence[str] = (),
     ) -> None:
         settings.check()
         self._pairs = pairs
         self._held_out = held_out
         self._settings = settings
         self._arrangement = arrangement
-        self._references = references
         self._identity = identity
+        self._pad = pad
+        self._lines = list(lines)
+        self._path: Path | None = None
+        self._references: Store | None = None
         self._known: dict[str, tuple[float, float]] = {}
         self._order: tuple[int, np.ndarray] | None = None
+
+    def log_to(self, run: Path) -> None:
+        """Keep reference log-probabilities in a run's folder from here on."""
+        self._path = run / CACHE / "references.sqlite"
 
     def describe(self) -> list[str]:
         """Return the plan's lines."""
         s = self._settings
-        lines = self._pairs.lines()
+        lines = [*self._lines, *self._pairs.lines()]
         if self._held_out is not None:
             lines.append(f"{len(self._held_out.pairs):,} pairs held out")
         smoothed = f", label smoothing {s.label_smoothing:g}" if s.label_smoothing else ""
@@ -108,10 +94,10 @@ class Dpo:
 
     def step(self, policy: Policy, step: int) -> Step:
         """Return the next pairs in the shuffled order of their epoch, reference log-probabilities added."""
-        first = step * self._arrangement.pairs
-        chosen = [self._pair(at) for at in range(first, first + self._arrangement.pairs)]
+        first = step * self._settings.pairs
+        chosen = [self._pair(at) for at in range(first, first + self._settings.pairs)]
         batches = self._batches(policy, chosen)
-        epoch = (first + self._arrangement.pairs) / len(self._pairs.pairs)
+        epoch = (first + self._settings.pairs) / len(self._pairs.pairs)
         return Step(batches, int(sum((batch.weights > 0).sum() for batch in batches)), {"epoch": epoch})
 
     def loss(self, policy: Policy, batch: Batch) -> tuple[mx.array, dict[str, mx.array]]:
@@ -163,12 +149,16 @@ class Dpo:
     def _batches(self, policy: Policy, pairs: list[Pair]) -> list[Batch]:
         self._learn_references(policy, [pair for pair in pairs if self._reference(pair) is None])
         known = [self._known[pair.digest] for pair in pairs]
-        return pack(pairs, known, self._arrangement.length, self._arrangement.rows, packed=_packs(policy))
+        return pack(
+            pairs, known, self._arrangement.length, self._arrangement.rows, pad=self._pad, packed=_packs(policy)
+        )
 
     def _reference(self, pair: Pair) -> tuple[float, float] | None:
         digest = pair.digest
         if digest not in self._known:
-            kept = self._references.get(self._key(digest))
+            if self._references is None and self._path is not None:
+                self._references = Store(self._path)
+            kept = self._references.get(self._key(digest)) if self._references else None
             if kept is None:
                 return None
             self._known[digest] = struct.unpack("<2f", kept)
@@ -177,13 +167,15 @@ class Dpo:
     def _learn_references(self, policy: Policy, pairs: list[Pair]) -> None:
         # A pair with a row of its own: then it does not matter which pairs it came with.
         for pair in pairs:
-            (batch,) = pack([pair], [(0.0, 0.0)], pair.tokens, 2, packed=_packs(policy))
+            (batch,) = pack([pair], [(0.0, 0.0)], pair.tokens, 2, pad=self._pad, packed=_packs(policy))
             with policy.reference():
                 sums, _ = _sums(policy, batch)
                 mx.eval(sums)
             chosen, rejected = np.array(sums).flatten().tolist()
-            kept = self._references.add(self._key(pair.digest), struct.pack("<2f", chosen, rejected))
-            self._known[pair.digest] = struct.unpack("<2f", kept)
+            value = struct.pack("<2f", chosen, rejected)
+            if self._references is not None:
+                value = self._references.add(self._key(pair.digest), value)
+            self._known[pair.digest] = struct.unpack("<2f", value)
 
     def _key(self, digest: str) -> str:
         return key_of("reference", self._identity, digest)

@@ -89,7 +89,7 @@ def _half(row: Row, which: str, template: Template) -> Encoded:
     answer = row.columns.get(which)
     if not isinstance(answer, list):
         raise FormatError(f"{row.where} has no {which} answer")
-    encoded = template.encode(Row(row.where, [*(row.messages or []), *answer], None, {}))
+    encoded = template.encode(Row(row.where, [*(row.messages or []), *answer], None, row.columns))
     turns = sum(turn.get("role") == "assistant" for turn in answer)
     counted = last_runs(encoded.counted, turns)
     if not counted.any():
@@ -105,7 +105,13 @@ def last_runs(counted: np.ndarray, number: int) -> np.ndarray:
 
 
 def pack(
-    pairs: Sequence[Pair], references: Sequence[tuple[float, float]], length: int, rows: int, *, packed: bool = True
+    pairs: Sequence[Pair],
+    references: Sequence[tuple[float, float]],
+    length: int,
+    rows: int,
+    *,
+    pad: int = 0,
+    packed: bool = True,
 ) -> list[Batch]:
     """Pack pairs into batches of at most `rows` rows; both halves of a pair lie in one row, chosen before rejected.
 
@@ -121,7 +127,8 @@ def pack(
     else:
         fitted = [[half for i in row for half in (2 * i, 2 * i + 1)] for row in _fit(pairs, length)]
     share = 1 / max(len(pairs), 1)
-    return [_batch(pairs, references, fitted[first : first + rows], share) for first in range(0, len(fitted), rows)]
+    parts = [fitted[first : first + rows] for first in range(0, len(fitted), rows)]
+    return [_batch(pairs, references, part, share, pad) for part in parts]
 
 
 def _fit(pairs: Sequence[Pair], length: int) -> list[list[int]]:
@@ -140,11 +147,11 @@ def _fit(pairs: Sequence[Pair], length: int) -> list[list[int]]:
 
 
 def _batch(
-    pairs: Sequence[Pair], references: Sequence[tuple[float, float]], rows: list[list[int]], share: float
+    pairs: Sequence[Pair], references: Sequence[tuple[float, float]], rows: list[list[int]], share: float, pad: int
 ) -> Batch:
     halves = {half: (pairs[half // 2].chosen, pairs[half // 2].rejected)[half % 2] for row in rows for half in row}
     shape = (len(rows), max(sum(len(halves[half].ids) for half in row) for row in rows))
-    ids, weights, reference = np.zeros(shape, np.int32), np.zeros(shape, np.float32), np.zeros(shape, np.float32)
+    ids, weights, reference = np.full(shape, pad, np.int32), np.zeros(shape, np.float32), np.zeros(shape, np.float32)
     documents, which = np.full(shape, -1, np.int32), np.full(shape, -1, np.int32)
     number = 0
     for r, row in enumerate(rows):

@@ -38,7 +38,10 @@ CONFIG = "finetune.toml"
 # page by page. What is held beyond the peak is less than this.
 _CACHE_BYTES = 256 << 20
 
-_BEGINNINGS = {CONFIG, "log.jsonl", "rollouts.jsonl", "samples.jsonl", "loss.png", "loss.svg", "reward.png", "reward.svg", "checkpoints"}
+_BEGINNINGS = {
+    CONFIG, "log.jsonl", "rollouts.jsonl", "samples.jsonl", "loss.png", "loss.svg", "reward.png", "reward.svg",
+    "checkpoints", "cache",
+}  # fmt: skip
 """What a run that ended before its first checkpoint leaves."""
 
 
@@ -81,6 +84,7 @@ class Finetuning:
     samples.jsonl    answers given at each measurement: {"step", "prompt", "text", "rewards"}
     loss.png         and reward.png where there are rewards; SVG where matplotlib is missing
     checkpoints/     see checkpoint.py
+    cache/           what DPO's reference and distillation's teacher said, so that they say it once
     adapter/         the result, once finished, in mlx-lm's layout
     """
 
