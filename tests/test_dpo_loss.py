@@ -16,7 +16,7 @@ from edger1.train.finetune.dpo import Arrangement, Dpo
 from edger1.train.finetune.dpo_settings import LOSSES, DpoSettings
 from edger1.train.finetune.pairs import Pair, Pairs, encode_pairs, last_runs, pack
 
-VOCABULARY = 11
+VOCABULARY = 7
 
 
 def half(drawn: np.random.Generator, prompt: np.ndarray, answer: int) -> Encoded:

@@ -49,8 +49,8 @@ class Arrangement:
 class Dpo:
     """DPO as the loop sees it.
 
-    identity: what the reference's log-probabilities depend on besides the pair: the model and its precision. lines: what
-    the plan says about the data. Within a run the reference is kept in RUN/cache/references.sqlite.
+    identity: what the reference's log-probabilities depend on besides the pair: the model and its precision. lines:
+    what the plan says about the data. Within a run the reference is kept in RUN/cache/references.sqlite.
     """
 
     name = "dpo"

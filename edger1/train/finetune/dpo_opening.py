@@ -24,8 +24,8 @@ from edger1.train.fingerprint import fingerprint
 def open_method(policy: LocalPolicy, settings: Settings) -> tuple[Dpo, Settings]:
     """Read the pairs that the settings name; return the method, and settings with sizes decided.
 
-    `[data] length` is what one half of a pair may have; a row holds both. Raises what reading raises, UsageError for data
-    of another kind, FormatError where no pair is left, MemoryCeilingError where a pair does not fit.
+    `[data] length` is what one half of a pair may have; a row holds both. Raises what reading raises, UsageError for
+    data of another kind, FormatError where no pair is left, MemoryCeilingError where a pair does not fit.
     """
     data, train = settings.data, settings.train
     dpo: DpoSettings = tables.filled(DpoSettings, "dpo", settings.tables.get("dpo", {}), "the settings")

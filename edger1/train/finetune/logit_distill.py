@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Protocol
@@ -89,11 +90,11 @@ class LogitDistill:
     def describe(self) -> list[str]:
         """Return the plan's lines."""
         s = self._settings
-        where = f"kept in {s.cache}" if s.cache else "kept in the run's folder"
+        where = f"kept in {s.cache}" if s.cache else "kept in the run"
         rest = f", {1 - s.share:.3g} cross entropy" if s.share < 1 else ""
         return [
             *self._data.describe(),
-            f"teacher {s.teacher}, its {min(s.top, self._vocabulary)} likeliest of {self._vocabulary:,} tokens, {where}",
+            f"teacher {s.teacher}, its {min(s.top, self._vocabulary)} likeliest of {self._vocabulary:,} tokens {where}",
             f"loss: {s.share:g} KL at temperature {s.temperature:g}{rest}",
         ]
 
@@ -112,15 +113,15 @@ class LogitDistill:
         weights = mx.array(batch.weights[batch.weights != 0])
         targets = mx.array(batch.ids[batch.weights != 0])
         top, known = mx.array(batch.extra["top"]), mx.array(batch.extra["logprobs"])
-        kl, cross = mx.array(0.0), mx.array(0.0)
+        s, kl, cross = self._settings, mx.array(0.0), mx.array(0.0)
         rows = max(1, CHUNK_BYTES // (4 * logits.shape[-1]))
-        part = mx.checkpoint(divergences)
         for first in range(0, logits.shape[0], rows):
             some = slice(first, first + rows)
-            each = part(logits[some], targets[some], top[some], known[some], mx.array(self._settings.temperature))
+            # Computed again backwards, so that of a chunk's arrays none waits for that.
+            part = mx.checkpoint(partial(_divergences, targets[some], top[some], known[some], s.temperature))
+            each = part(logits[some])
             kl = kl + (each[0] * weights[some]).sum()
             cross = cross + (each[1] * weights[some]).sum()
-        s = self._settings
         loss = s.share * s.temperature**2 * kl + (1 - s.share) * cross
         return loss, {"kl": mx.stop_gradient(kl), "cross_entropy": mx.stop_gradient(cross)}
 
@@ -209,13 +210,13 @@ def likeliest(logits: mx.array, count: int, temperature: float, vocabulary: int)
     return Top(np.concatenate(indices), np.concatenate(logprobs))
 
 
-def divergences(
-    logits: mx.array, targets: mx.array, top: mx.array, known: mx.array, temperature: mx.array
+def _divergences(
+    targets: mx.array, top: mx.array, known: mx.array, temperature: float, logits: mx.array
 ) -> list[mx.array]:
     """Return KL and cross entropy of each token, f32 [N], in nats.
 
-    logits [N, V]; targets int32 [N]; top int32 and known f32 [N, k]: the teacher's likeliest tokens and their
-    log-probabilities at the temperature.
+    targets int32 [N]; top int32 and known f32 [N, k]: the teacher's likeliest tokens and their log-probabilities at the
+    temperature; logits [N, V].
     """
     whole = mx.logsumexp(logits, axis=-1)
     cross = whole - mx.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
