@@ -40,13 +40,14 @@ class Result:
     accuracy: Estimate = field(init=False)
     pass_at: dict[int, Estimate] = field(init=False)
     maj_at: dict[int, Estimate] = field(init=False)
+    """Without k of 1 and 2, where it is the accuracy."""
 
     def __post_init__(self) -> None:
         shares = [sum(each.right for each in of) / len(of) for of in self.scored]
         keys = [[vote_key(each.sample.answer) for each in of] for of in self.scored]
         right = [[each.right for each in of] for of in self.scored]
         passed = {k: mean([pass_at_k(len(of), sum(of), k) for of in right]) for k in self.ks}
-        voted = {k: mean([maj_at_k(*pair, k) for pair in zip(keys, right, strict=True)]) for k in self.ks}
+        voted = {k: mean([maj_at_k(*pair, k) for pair in zip(keys, right, strict=True)]) for k in self.ks if k > 2}
         for name, value in (("shares", shares), ("accuracy", mean(shares)), ("pass_at", passed), ("maj_at", voted)):
             object.__setattr__(self, name, value)
 

@@ -73,7 +73,8 @@ def open_task(
     name = str(name_or_file)
     if name.startswith(GYM):
         questions = _generated(name.removeprefix(GYM), size or GYM_SIZE, seed, options, before)
-        own = [f"{name}:name={name}"]
+        # With the generator's options, which some tasks score by.
+        own = [f"{name}:{','.join([f'name={name}', *(f'{key}={value}' for key, value in options.items())])}"]
         shown = name + (f" ({', '.join(f'{k}={v}' for k, v in options.items())})" if options else "")
     else:
         path = Path(name).expanduser()

@@ -130,7 +130,8 @@ def _unlatexed(text: str) -> str:
 
 def _plain(text: str, case: bool) -> str:
     text = " ".join(unicodedata.normalize("NFKC", text).split())
-    text = text.strip("\"'`“”‘’ ").rstrip(".").strip()
+    quotes = "\"'`“”‘’ "
+    text = text.strip(quotes).rstrip(".").strip(quotes)
     return text if case else text.casefold()
 
 
