@@ -16,6 +16,12 @@ from edger1.train.finetune.opening import open_run
 from edger1.train.finetune.settings import Settings
 
 
+@pytest.fixture(autouse=True)
+def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plots take longer than the training here, and are tested elsewhere."""
+    monkeypatch.setattr("edger1.train.finetune.report.draw", lambda *_: None)
+
+
 def preferences(folder: Path) -> Path:
     path = folder / "pairs.jsonl"
     rows = [
@@ -38,7 +44,7 @@ def chats(folder: Path) -> Path:
 
 
 def settings(model: Path, data: Path, method: str, **own: Any) -> Settings:
-    train = {"method": method, "steps": 6, "learning_rate": 5e-3, "evaluate_every": 3, "save_every": 2, "samples": 1}
+    train = {"method": method, "steps": 4, "learning_rate": 5e-3, "evaluate_every": 2, "save_every": 2, "samples": 1}
     tables = {
         "model": {"name": str(model)},
         "adapter": {"rank": 4},
