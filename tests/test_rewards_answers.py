@@ -56,6 +56,9 @@ def test_other_markers_become_the_usual_ones() -> None:
         ("So, the answer is 5", "5"),
         ("\\boxed{never closed", "\\boxed{never closed"),
         ("answering", "answering"),
+        ("x**2 + 3*x**4", "x**2 + 3*x**4"),
+        ("2**3 + (1)**2", "2**3 + (1)**2"),
+        ("**12** or **13**", "12 or 13"),
         ("", ""),
     ],
 )

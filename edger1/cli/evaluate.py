@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -115,7 +115,7 @@ def evaluate_command(
     ] = "auto",
     at_once: Annotated[
         int, typer.Option("--at-once", metavar="N", help="Answers under way together.", rich_help_panel=_OTHER)
-    ] = 32,
+    ] = 16,
     keep: Annotated[
         Path | None,
         typer.Option(metavar="FILE.jsonl", help="Write every answer with its rewards there.", rich_help_panel=_OTHER),
@@ -213,9 +213,7 @@ def _check_mode(
     """Raise UsageError where the options of both ways to measure are mixed, or neither is whole."""
 
     def said(names: tuple[str, ...]) -> list[str]:
-        from click.core import ParameterSource
-
-        asked = [name for name in names if _source(given, name) is ParameterSource.COMMANDLINE]
+        asked = [name for name in names if _typed(given, name)]
         return [f"--{name.replace('_', '-')}" for name in asked]
 
     if task is not None:
@@ -238,8 +236,10 @@ def _check_mode(
         raise UsageError(f"--against measures one model; there are {len(models)}: {', '.join(models)}.")
 
 
-def _source(given: typer.Context, name: str) -> Any:
-    return given.get_parameter_source("set_" if name == "set" else name)
+def _typed(given: typer.Context, name: str) -> bool:
+    """Whether an option is on the command line, rather than its default."""
+    source = given.get_parameter_source("set_" if name == "set" else name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def _lost(

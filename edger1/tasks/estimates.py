@@ -88,7 +88,8 @@ def wilson(right: int, total: int) -> Estimate:
     share = right / total
     middle = (share + _Z**2 / (2 * total)) / (1 + _Z**2 / total)
     half = _Z / (1 + _Z**2 / total) * math.sqrt(share * (1 - share) / total + _Z**2 / (4 * total**2))
-    return Estimate(share, max(0.0, middle - half), min(1.0, middle + half))
+    # Where all or none are right a bound is the share itself, but for rounding.
+    return Estimate(share, max(0.0, min(share, middle - half)), min(1.0, max(share, middle + half)))
 
 
 def mean(values: Sequence[float]) -> Estimate:
@@ -118,7 +119,10 @@ def mcnemar(better: int, worse: int) -> float:
     total = better + worse
     if total == 0:
         return 1.0
-    tail = sum(math.comb(total, i) for i in range(min(better, worse) + 1))
+    ways = tail = 1
+    for i in range(min(better, worse)):
+        ways = ways * (total - i) // (i + 1)
+        tail += ways
     return min(1.0, 2 * tail / 2**total)
 
 

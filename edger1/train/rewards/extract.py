@@ -10,6 +10,8 @@ _LEAD = re.compile(
     r"answer(?:\s+is)?\s*[:=]?\s+(?=\S)|^answer\s*[:=]\s*",
     re.IGNORECASE,
 )
+# Not the powers of x**2 + y**2.
+_BOLD = re.compile(r"(?<![\w)*])\*\*(?=\S)(.+?)(?<=\S)\*\*(?![\w*(])")
 _FENCE = re.compile(r"```[ \t]*([\w+-]*)[^\n]*\n(.*?)```", re.DOTALL)
 
 
@@ -53,5 +55,5 @@ def fenced(answer: str, *languages: str) -> str | None:
 
 
 def _without_lead(line: str) -> str:
-    line = re.sub(r"\*\*(.+?)\*\*", r"\1", line.strip())
+    line = _BOLD.sub(r"\1", line.strip())
     return _LEAD.sub("", line, count=1).strip()
