@@ -11,9 +11,11 @@ With the ratio of probabilities, a token's now against when it was sampled, both
 
 a token's loss is PPO's, clipped, and a divergence from the reference where beta > 0 (its estimate k3, never negative):
 
-    L_it = -min(rho_it A_i, clip(rho_it, 1 - low, 1 + high) A_i) + beta (u - log u - 1),     u = pi_ref(o_it) / pi(o_it)
+    L_it = -min(rho_it A_i, clip(rho_it, 1 - low, 1 + high) A_i) + beta rho_it (u - log u - 1)
 
-and what an optimizer step minimises is a weighted sum of them, over its S completions of |o_i| tokens:
+where u = pi_ref(o_it) / pi(o_it); rho in the second term makes its gradient that of the divergence (`unbiased_kl`).
+
+What an optimizer step minimises is a weighted sum of them, over its S completions of |o_i| tokens:
 
     grpo, gspo   1 / (S |o_i|)         each completion counts the same
     dr_grpo      1 / (S max_tokens)    each token counts the same, whatever the answers' lengths
@@ -407,6 +409,8 @@ def surrogate(new: mx.array, batch: Batch, settings: GrpoSettings) -> tuple[mx.a
     if settings.beta:
         log_u = known["reference"] - new
         k3 = mx.exp(log_u) - log_u - 1
+        if settings.unbiased_kl:
+            k3 = k3 * ratio
         loss = loss + settings.beta * k3
         figures["kl"] = (share * k3).sum()
     if "sampled" in known:

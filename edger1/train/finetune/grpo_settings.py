@@ -58,6 +58,9 @@ class GrpoSettings:
     """Of sampling and of every log-probability; 1 in all four papers."""
     beta: float = 0.0
     """Weight of the divergence from the reference. 0 computes no reference; DeepSeekMath has 0.04, R1-Zero 0.001."""
+    unbiased_kl: bool = True
+    """Weigh each token's divergence with its ratio, so that the gradient is that of the divergence itself (DeepSeek-V3.2,
+    arXiv 2512.02556); without, it is DeepSeekMath's."""
     clip_low: Any = None
     clip_high: Any = None
     """How far below and above 1 the ratio of probabilities counts: numbers."""

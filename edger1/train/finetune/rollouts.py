@@ -115,7 +115,8 @@ def roll_out(
         for prompt, number in zip(prompts, range(len(prompts)) if numbers is None else numbers, strict=True)
         for row in range(group)
     ]
-    with policy.generation() as model:
+    # A policy that can ready itself for many tokens says so.
+    with getattr(policy, "merged", policy.generation)() as model:
         _decode(model, rows, ends, decoding)
     return [
         Rollout(
