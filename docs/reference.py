@@ -23,6 +23,8 @@ COMMANDS = (
     ("finetune",),
     ("distill",),
     ("pairs",),
+    ("fuse",),
+    ("export",),
     ("eval",),
     ("doctor",),
 )
