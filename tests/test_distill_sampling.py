@@ -138,6 +138,13 @@ def test_answers_that_were_cut_off_are_never_kept(tmp_path: Path) -> None:
     assert (tmp_path / "data.jsonl").read_text() == ""
 
 
+def test_rewards_that_failed_are_counted(tmp_path: Path) -> None:
+    rewards: Any = Sums()
+    rewards.failed = 3
+    assert distill(tmp_path, Fake(), rewards=rewards).counts.reward_failures == 3
+    assert "a reward failed on an answer, which counts as wrong | 3 |" in (tmp_path / "README.md").read_text()
+
+
 def test_the_same_answer_twice_is_kept_once(tmp_path: Path) -> None:
     teacher = Fake(lambda m, seed: Reply("hm", "1", "stop", 2))
     report = distill(tmp_path, teacher, sums(1), settings=Settings(samples=4, keep=4))

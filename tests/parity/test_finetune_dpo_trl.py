@@ -103,7 +103,7 @@ def test_loss_gradient_and_rewards_are_trl_s(tmp_path: Path, loss: str, smoothin
     reference = trainer(loss, beta, smoothing)
     expected = reference._compute_loss(table, inputs(policy.base), False)
     expected.backward()
-    assert value == pytest.approx(float(expected), abs=1e-5)
+    assert value == pytest.approx(expected.item(), abs=1e-5)
     assert np.abs(slope - table.adapter.grad.numpy()).max() <= 1e-5
     metrics = reference._metrics["train"]
     for ours, name in (("rewards_chosen", "chosen"), ("rewards_rejected", "rejected"), ("margin", "margins")):
@@ -124,5 +124,5 @@ def test_smoothed_labels_are_those_of_trl_s_aot_on_one_pair(tmp_path: Path) -> N
     table = Table(policy.base, np.array(policy.adapter))
     expected = trainer("aot", 0.3, 0.2)._compute_loss(table, given, False)
     expected.backward()
-    assert value == pytest.approx(float(expected), abs=1e-5)
+    assert value == pytest.approx(expected.item(), abs=1e-5)
     assert np.abs(slope - table.adapter.grad.numpy()).max() <= 1e-5

@@ -83,6 +83,8 @@ def _counts(counts: Counts, verified: bool) -> list[tuple[str, str]]:
     rows.append(("cut off at the limit, rejected", f"{counts.cut_off:,}"))
     if verified:
         rows.append(("wrong, rejected", f"{counts.wrong:,}"))
+    if counts.reward_failures:
+        rows.append(("times that a reward failed on an answer, which counts as wrong", f"{counts.reward_failures:,}"))
     rows += [
         ("accepted", f"{counts.accepted:,} ({counts.acceptance:.1%} of the samples)"),
         ("accepted without reasoning", f"{counts.without_reasoning:,}"),

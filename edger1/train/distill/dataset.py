@@ -56,6 +56,8 @@ class Counts:
     without_reasoning: int
     """Accepted answers that have no reasoning."""
     kept: int
+    reward_failures: int
+    """Times that a reward failed on an answer, which counts as wrong."""
     prompts_without_answer: int
     """Prompts of which no sample was accepted."""
     lengths: dict[str, Lengths]
@@ -91,6 +93,8 @@ class Origin:
     """What verified; empty: nothing did."""
     command: str
     license: str | None = None
+    reward_failures: int = 0
+    """How often a reward failed on an answer, by a timeout for instance, and counted 0."""
 
 
 def write(folder: Path, sampled: Sampled, settings: Settings, teacher: dict[str, Any], origin: Origin) -> Report:
@@ -142,6 +146,7 @@ def count(sampled: Sampled, settings: Settings, origin: Origin) -> Counts:
         accepted=len(accepted),
         without_reasoning=sum(not sample.reply.thinking for sample in accepted),
         kept=len(kept),
+        reward_failures=origin.reward_failures,
         prompts_without_answer=sum(not any(s.verdict.accepted for s in of) for of in sampled.samples),
         lengths={name: _lengths(of) for name, of in (("sampled", every), ("accepted", accepted), ("kept", kept)) if of},
     )

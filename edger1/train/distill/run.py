@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -59,4 +60,5 @@ def run(
     with Store(cache or folder / dataset.CACHE) as store:
         sampling = Sampling(settings, teacher, Verifier(rewards, at_least), questions, store)
         sampled = sampling.run(on_progress, stop)
+    origin = replace(origin, reward_failures=getattr(rewards, "failed", 0))
     return dataset.write(folder, sampled, settings, teacher.about(), origin)
