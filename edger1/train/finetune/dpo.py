@@ -20,7 +20,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
@@ -128,7 +128,7 @@ class Dpo:
         for batch in self._batches(policy, self._held_out.pairs):
             loss, figures = self.loss(policy, batch)
             for name, value in {"loss": loss, **figures}.items():
-                totals[name] = totals.get(name, 0.0) + float(value.item())
+                totals[name] = totals.get(name, 0.0) + cast(float, value.item())
         return Evaluation(totals, -totals["loss"])
 
     def state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import mlx.core as mx
 import numpy as np
@@ -133,7 +133,7 @@ class LogitDistill:
         kl = count = 0.0
         for batch in self._held_out:
             _, figures = self.loss(policy, self._with_teacher(batch))
-            kl += float(figures["kl"].item())
+            kl += cast(float, figures["kl"].item())
             count += float(batch.weights.sum())
         self._drop_teacher()
         kl /= max(count, 1.0)

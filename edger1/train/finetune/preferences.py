@@ -87,7 +87,10 @@ def build(prompts: Iterable[Answers], kinds: Sequence[str] = KINDS) -> Preferenc
         if not right:
             counts[no_right] += 1
             continue
-        found = {"shorter": right[-1] if right[-1].length > right[0].length else None, "right": (wrong or [None])[-1]}
+        found = {
+            "shorter": right[-1] if right[-1].length > right[0].length else None,
+            "right": wrong[-1] if wrong else None,
+        }
         for kind in KINDS:
             rejected = found[kind]
             if kind not in kinds:
