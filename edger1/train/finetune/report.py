@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +33,11 @@ def _plot(path: Path, title: str, y_label: str, series: list[plot.Line]) -> None
     if not series:
         return
     try:
-        import matplotlib
+        # Without pyplot, which would look for a display.
+        from matplotlib.figure import Figure
     except ImportError:
         _replace(path.with_suffix(".svg"), plot.lines(title, "step", y_label, series).encode())
         return
-    matplotlib.use("Agg")
-    from io import BytesIO
-
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(7.2, 4.2), layout="constrained")
     axes = figure.add_subplot()
     for line in series:

@@ -108,9 +108,7 @@ class Finetuning:
         if resume:
             self._restore()
 
-    def run(
-        self, on_event: Callable[[Event], None] | None = None, stop: Callable[[], bool] = lambda: False
-    ) -> Result:
+    def run(self, on_event: Callable[[Event], None] | None = None, stop: Callable[[], bool] = lambda: False) -> Result:
         """Train to the last step or an early end, or until `stop` says so after a step; save and return.
 
         Raises DivergedError where loss or gradient is not finite, before that step changes anything, and SaveError
@@ -153,7 +151,7 @@ class Finetuning:
         if step % self._evaluate_every == 0 or last:
             evaluation = self._evaluate(log, samples)
             self._draw(log)
-        if (step % self._save_every == 0 or self.progress.ended) and not last:
+        if step % self._save_every == 0 and not last and not self.progress.ended:
             self._save()
         if on_event:
             on_event(Event(self.progress, train.steps, figures, evaluation))

@@ -83,4 +83,3 @@ class Optimizer:
             rate_here = rate * math.sqrt(max(1.0, rows / columns))
             found[name] = blend(weights[name], 1 - rate * self.settings.weight_decay, update, -rate_here)
         return found
-
