@@ -82,8 +82,15 @@ def _products(linear: Any, rows: mx.array) -> mx.array:
     if "scales" not in linear:
         return rows @ linear["weight"].swapaxes(-1, -2).astype(mx.float32)
     return mx.quantized_matmul(
-        rows, linear["weight"], linear["scales"], linear.get("biases"), True, linear.group_size, linear.bits, linear.mode
-    )  # fmt: skip
+        rows,
+        linear["weight"],
+        linear["scales"],
+        linear.get("biases"),
+        True,
+        linear.group_size,
+        linear.bits,
+        linear.mode,
+    )
 
 
 class _Magnitudes:
@@ -138,6 +145,7 @@ class QuantizableDoRALinear(_Magnitudes, DoRALinear):
         return self.lora_a, self.lora_b
 
     def __call__(self, x: mx.array) -> mx.array:
+        """Return the answer to rows x [.., in]."""
         z = self.scale * ((self.dropout(x) @ self.lora_a) @ self.lora_b)
         bias = self.linear.get("bias")
         return _scaled(self.linear(x), 0.0 if bias is None else bias, self._factor(*self._matrices()), z)
@@ -157,6 +165,7 @@ class DoRASwitchLinear(_Magnitudes, LoRASwitchLinear):
         return self.lora_a.swapaxes(-1, -2), self.lora_b.swapaxes(-1, -2)
 
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
+        """Return what the experts `indices` answer to rows x, as SwitchLinear does."""
         down, up = self._matrices()
         z = self.dropout(x)
         for matrix in (down, up):
@@ -182,6 +191,7 @@ class LoRAMultiLinear(nn.Module):
         return self.scale * ((x @ self.lora_b) @ self.lora_a)
 
     def __call__(self, x: mx.array, transpose: bool = True) -> mx.array:
+        """Return rows of each head times its matrix, or times that transposed, as MultiLinear does."""
         y: mx.array = self.linear(x, transpose)
         return y + self._delta(x, transpose).astype(y.dtype)
 
@@ -197,6 +207,7 @@ class DoRAMultiLinear(_Magnitudes, LoRAMultiLinear):
         return self.lora_a.swapaxes(-1, -2), self.lora_b.swapaxes(-1, -2)
 
     def __call__(self, x: mx.array, transpose: bool = True) -> mx.array:
+        """See LoRAMultiLinear."""
         factor = mx.expand_dims(self._factor(*self._matrices()), -2)
         if not transpose:
             return super().__call__((x * factor).astype(x.dtype), transpose)

@@ -2,8 +2,8 @@
 
 That is read off the model itself, never its name. Stacked experts are known by their types. A layer inside a module
 that is called with a cache or a mask mixes tokens, and counts as attention, be it softmax, latent or linear attention
-or a state space. What scores experts, or weighs a shared one, is a router. What only chooses the positions that attention
-sees is an indexer; no gradient reaches it. The rest of a decoder layer is MLP.
+or a state space. What scores experts, or weighs a shared one, is a router. What only chooses the positions that are
+attended to is an indexer; no gradient reaches it. The rest of a decoder layer is MLP.
 """
 
 from __future__ import annotations

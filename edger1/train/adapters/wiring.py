@@ -185,6 +185,8 @@ def attach(model: Any, spec: AdapterSpec, seed: int = 0) -> Adapted:
     from edger1.train.adapters.layers import WEIGHTS, over
 
     spec.check()
+    if has_adapter(model):
+        raise UsageError("The model has an adapter already; take that off first.")
     chosen = choose(model, spec)
     before = []
     for module in model.modules():
@@ -205,9 +207,7 @@ def attach(model: Any, spec: AdapterSpec, seed: int = 0) -> Adapted:
         adapted.train(model.training)
         adapted.freeze()
         adapted.unfreeze(recurse=False, keys=[name for name in WEIGHTS if name in adapted])
-        hung.append(
-            _Hung(bare, adapted, tuple(p.path for p in places), tuple((_items(p.holder), p.key) for p in places))
-        )
+        hung.append(_Hung(bare, adapted, tuple(p.path for p in places), tuple((p.holder, p.key) for p in places)))
         kinds |= {place.path: place.kind for place in places}
     model.freeze()
     found = Adapted(model, spec, kinds, hung)
@@ -225,8 +225,6 @@ def choose(model: Any, spec: AdapterSpec) -> list[Place]:
         raise UsageError(f"The adapter is for the last {spec.layers} layers, and the model has {len(layers)}.")
     first = 0 if spec.layers < 0 else len(layers) - spec.layers
     there = places.find(model)
-    if any(place.path.endswith(".linear") for place in there) and has_adapter(model):
-        raise UsageError("The model has an adapter already; take that off first.")
     near = [place for place in there if place.layer is None or place.layer >= first]
     chosen: dict[tuple[int, Any], Place] = {}
     for target in spec.targets:
@@ -267,11 +265,6 @@ def _inventory(found: list[Place]) -> str:
 
 def _where(spec: AdapterSpec) -> str:
     return "" if spec.layers < 0 else f"'s last {spec.layers} layers"
-
-
-def _items(holder: Any) -> Any:
-    """Return what takes `holder[key] = module`; MLX's modules are dictionaries of their children."""
-    return holder
 
 
 def _few(lines: list[str], between: str) -> str:

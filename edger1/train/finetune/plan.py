@@ -100,7 +100,7 @@ def memory(found: Anatomy, rows: int, length: int) -> Memory:
 
 def ceiling(text: str) -> int:
     """Return the bytes that `memory` of the settings allows."""
-    return parse_size(text) if text else default_ceiling(machine_bytes())
+    return parse_size(text, whole=machine_bytes()) if text else default_ceiling()
 
 
 def choose_rows(found: Anatomy, length: int, wanted: int, ceiling_bytes: int) -> int:
@@ -113,8 +113,8 @@ def choose_rows(found: Anatomy, length: int, wanted: int, ceiling_bytes: int) ->
             return rows
     needed = memory(found, 1, length)
     raise MemoryCeilingError(
-        f"Training on rows of {length:,} tokens needs {needed}; the ceiling is {format_bytes(ceiling_bytes)}. Give more "
-        f"--memory, or shorter rows by --length."
+        f"Training on rows of {length:,} tokens needs {needed}; the ceiling is {format_bytes(ceiling_bytes)}. "
+        "Give more --memory, or shorter rows by --length."
     )
 
 
