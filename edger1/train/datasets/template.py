@@ -88,13 +88,13 @@ class Encoding:
 class Template:
     """Renders and encodes rows for one tokenizer (mlx-lm's wrapper or one of transformers).
 
-    `length` is how many tokens a document may have. `reasoning` "all" keeps the thoughts of every assistant turn, "last"
-    those of the last turn alone; earlier turns then look as at inference, and those that lost a thought are not
+    `length` is how many tokens a document may have. `reasoning` "all" keeps the thoughts of every assistant turn,
+    "last" those of the last turn alone; earlier turns then look as at inference, and those that lost a thought are not
     learned. `cut_prompt` shortens a prompt that is too long from the left, after the system turn, instead of dropping
     the row.
 
-    A tokenizer without a chat template takes rows of one prompt and one answer, which follow each other as they are, and
-    plain texts.
+    A tokenizer without a chat template takes plain texts, and rows of one prompt and one answer, which follow each
+    other as they are.
     """
 
     def __init__(self, tokenizer: Any, length: int, *, reasoning: str = "all", cut_prompt: bool = False) -> None:
@@ -297,5 +297,7 @@ def _end_tokens(tokenizer: Any) -> list[tuple[int, str]]:
     """The tokens that end an answer, as ids and text, the tokenizer's own first."""
     own = getattr(tokenizer, "eos_token_id", None)
     ids = [own] if own is not None else []
-    ids += sorted(set(getattr(tokenizer, "eos_token_ids", None) or []) - set(ids))
+    more = getattr(tokenizer, "eos_token_ids", None)
+    # mlx-lm's wrapper has a set, also from the model's config; tokenizers of transformers answer with the one id.
+    ids += sorted(set(more) - set(ids)) if isinstance(more, set | list | tuple) else []
     return [(int(i), str(tokenizer.decode([int(i)]))) for i in ids]
