@@ -12,6 +12,7 @@ import typer
 import edger1
 from edger1.cli.chat import chat_command
 from edger1.cli.convert import convert_command
+from edger1.cli.data import data_command
 from edger1.cli.demo import demo_command
 from edger1.cli.doctor import doctor_command
 from edger1.cli.evaluate import evaluate_command
@@ -59,6 +60,7 @@ app.command("pull")(pull_command)
 app.command("convert")(convert_command)
 app.add_typer(models_app, name="models")
 app.command("plan")(plan_command)
+app.command("data")(data_command)
 app.command("finetune")(finetune_command)
 app.command("verify")(verify_command)
 app.command("eval")(evaluate_command)

@@ -66,11 +66,12 @@ class Statistics:
 
     def lines(self) -> list[str]:
         """Return the figures as lines of text, with a histogram of lengths."""
-        share = self.counted / max(1, self.tokens)
-        lines = [
-            f"{self.rows:,} rows, {self.documents:,} documents, {self.tokens:,} tokens, of which {self.counted:,} "
-            f"({share:.0%}) are learned"
-        ]
+        lines = []
+        if self.documents:
+            lines.append(
+                f"{self.rows:,} rows, {self.documents:,} documents, {self.tokens:,} tokens, of which {self.counted:,} "
+                f"({self.counted / self.tokens:.0%}) are learned"
+            )
         if self.quantiles:
             of = ", ".join(f"{p}%: {length:,}" for p, length in self.quantiles.items())
             lines.append(f"tokens a document: {of}, longest {self.longest:,}")
@@ -87,8 +88,9 @@ class Statistics:
         return [*lines, *self.notes]
 
 
-def describe(rows: Sequence[Row], encoding: Encoding) -> Statistics:
-    """Measure rows and what they became."""
+def describe(rows: Sequence[Row], encoding: Encoding | None = None) -> Statistics:
+    """Measure rows and, where they were encoded, what they became."""
+    encoding = encoding or Encoding([])
     sizes = np.fromiter((len(document) for document in encoding.documents), np.int64, len(encoding.documents))
     quantiles, histogram = {}, []
     if len(sizes):

@@ -128,11 +128,19 @@ class Template:
             raise FormatError(f"{done.where}: {done.reason}.")
         return done[0]
 
+    def pair(self, row: Row) -> tuple[Row, Row]:
+        """Return a preference row as two conversations: with its chosen and with its rejected answer."""
+        before = row.messages or []
+        rest = {name: value for name, value in row.columns.items() if name not in ("chosen", "rejected")}
+        chosen, rejected = (
+            Row(row.where, [*before, *row.columns[side]], None, rest) for side in ("chosen", "rejected")
+        )
+        return chosen, rejected
+
     def encode_pair(self, row: Row) -> tuple[Encoded, Encoded]:
         """Encode a preference row with its chosen and with its rejected answer. Raises FormatError as `encode`."""
-        before = row.messages or []
-        pair = [Row(row.where, [*before, *row.columns[side]], None) for side in ("chosen", "rejected")]
-        return self.encode(pair[0]), self.encode(pair[1])
+        chosen, rejected = self.pair(row)
+        return self.encode(chosen), self.encode(rejected)
 
     def encode_all(self, rows: Iterable[Row]) -> Encoding:
         """Encode all rows, in batches.

@@ -1,15 +1,15 @@
 """Group-relative policy optimisation: a policy taught by rewards, and by nothing else.
 
-For a prompt q the policy samples a group of G completions o_1 .. o_G, which rewards turn into r_1 .. r_G. A completion's
+For a prompt the policy samples a group of G completions o_1 .. o_G, which rewards turn into r_1 .. r_G. A completion's
 advantage, the same for each of its tokens, is how much better than its group it is:
 
-    A_i = (r_i - mean(r)) / (std(r) + 1e-4)                          without the division for dr_grpo
+    A_i = (r_i - mean(r)) / (std(r) + 1e-4)               dr_grpo: without the division
 
 With the ratio of probabilities, a token's now against when it was sampled, both at the sampling temperature,
 
-    rho_it = pi(o_it) / pi_old(o_it)                                 gspo: the geometric mean over o_i, for all its tokens
+    rho_it = pi(o_it) / pi_old(o_it)                      gspo: the geometric mean over o_i, for all its tokens
 
-a token's loss is PPO's, clipped, and a divergence from the reference where beta > 0 (k3 of it, which is never negative):
+a token's loss is PPO's, clipped, and a divergence from the reference where beta > 0 (its estimate k3, never negative):
 
     L_it = -min(rho_it A_i, clip(rho_it, 1 - low, 1 + high) A_i) + beta (u - log u - 1),     u = pi_ref(o_it) / pi(o_it)
 
@@ -22,11 +22,11 @@ and what an optimizer step minimises is a weighted sum of them, over its S compl
 One sampling of `prompts` groups serves mini_batches x epochs optimizer steps. In the first of them rho is 1 but for
 rounding; from the second on the policy has moved, and clipping keeps it from moving too far on the same samples.
 
-A group in which all rewards are equal has no advantages, is left out and counted; S and T count it all the same, so that
-leaving it out changes no gradient but that of the divergence. With `dynamic` (DAPO), others are sampled in its place.
+A group in which all rewards are equal has no advantages, is left out and counted; S and T count it all the same, so
+that leaving it out changes no gradient but the divergence's. With `dynamic` (DAPO), others are sampled in its place.
 
-Left out on purpose: a critic, token-level rewards, a second model. The reference is the model that training starts from:
-the adapter is switched off, or, where training goes on with a trained adapter, its first weights are put back meanwhile.
+Left out on purpose: a critic, token-level rewards, a second model. The reference is the model that training starts
+from: the adapter is switched off or, where training goes on with a trained one, its first weights are put back.
 
 Papers: DeepSeekMath (arXiv 2402.03300), R1 (2501.12948), Dr. GRPO (2503.20783), DAPO (2503.14476), GSPO (2507.18071).
 """
@@ -45,7 +45,7 @@ import numpy as np
 
 from edger1.train.finetune.grpo_settings import GrpoSettings
 from edger1.train.finetune.method import Batch, Evaluation, Policy, Sample, Step
-from edger1.train.finetune.rollout_log import RolloutLog
+from edger1.train.finetune.rollout_log import FILE, RolloutLog
 from edger1.train.finetune.rollouts import Prompt, Rollout, roll_out
 from edger1.train.rewards.completion import Completion
 
@@ -103,16 +103,17 @@ class Grpo:
         *,
         seed: int = 0,
         held_out: Sequence[Prompt] = (),
-        log: Path | None = None,
+        lines: Sequence[str] = (),
     ) -> None:
-        """`log` is the file that every completion is written to, a line each."""
+        """`lines` are what is to be said of the data before training."""
         self.settings = settings
         self._prompts = list(prompts)
         self._held_out = list(held_out)[: settings.evaluate_prompts]
         self._rewards = rewards
         self._markers, self._in_thought = _markers(tokenizer)
         self._seed = seed
-        self._log = RolloutLog(log) if log else None
+        self._lines = list(lines)
+        self._log: RolloutLog | None = None
         self._drawn = 0
         self._updates: deque[list[Batch]] = deque()
         # The adapter's weights that the reference has; empty where it has no adapter, None before that is known.
@@ -122,7 +123,9 @@ class Grpo:
         """Return the plan's lines about the data and the method."""
         s = self.settings
         lines = [
-            f"{len(self._prompts):,} prompts, {len(self._held_out):,} held out; rewards: {', '.join(self._rewards.names)}",
+            *self._lines,
+            f"{len(self._prompts):,} prompts, {len(self._held_out):,} held out; rewards: "
+            + ", ".join(self._rewards.names),
             f"{s.loss}: {s.prompts} prompts x {s.group} completions of up to {s.max_tokens} tokens at temperature "
             f"{s.temperature:g}, learned from in {s.updates} steps; ratios within {1 - s.clip_low:g} and "
             f"{1 + s.clip_high:g}; "
@@ -131,6 +134,10 @@ class Grpo:
         if s.dynamic:
             lines.append(f"groups without variance are sampled anew, in up to {s.most_rounds} rounds")
         return lines
+
+    def log_to(self, run: Path) -> None:
+        """Write every completion into a run's folder from here on; see `rollout_log`."""
+        self._log = RolloutLog(run / FILE)
 
     def step(self, policy: Policy, step: int) -> Step:
         """Return the batches of an optimizer step; none where no group of its sampling had a variance."""
@@ -177,8 +184,10 @@ class Grpo:
         """Take up what `state` gave."""
         self._drawn = int(values["drawn"])
         self._updates = deque(
-            [_batch({name.split(".", 3)[3]: a for name, a in arrays.items() if name.startswith(f"updates.{u}.{b}.")})
-             for b in range(count)]
+            [
+                _batch({name.split(".", 3)[3]: a for name, a in arrays.items() if name.startswith(f"updates.{u}.{b}.")})
+                for b in range(count)
+            ]
             for u, count in enumerate(values["updates"])
         )
         if values["anchored"]:
@@ -317,7 +326,7 @@ def group_advantages(rewards: np.ndarray, group: int, scale: str) -> tuple[np.nd
 
 
 def overlong(length: int, most: int, share: float) -> float:
-    """Return what a completion of `length` tokens loses: 0 up to (1 - share) of `most`, then falling to -1 at `most`."""
+    """Return what a completion of `length` tokens loses: 0 up to (1 - share) of `most`, falling to -1 at `most`."""
     buffer = share * most
     return -min(1.0, max(0.0, length - (most - buffer)) / buffer)
 
@@ -333,8 +342,8 @@ class Shares:
 def make_batches(judged: Sequence[Judged], step: Shares, settings: GrpoSettings) -> list[Batch]:
     """Return completions with their prompts in rows, the longest first, about `batch_tokens` tokens a batch.
 
-    Each batch's `extra` has, [rows, length]: `advantages`, `sampled` (the sampler's log-probabilities), `old` (the same),
-    `share` (1 / the completion tokens of all batches) and `completion` (which of the batch's completions, -1 for none).
+    Each batch's `extra` has, [rows, length]: `advantages`, `sampled` (the sampler's log-probabilities), `old` (the
+    same), `share` (1 / the completion tokens of all batches) and `completion` (which of the batch's, -1 for none).
     """
     longest_first = sorted(judged, key=lambda each: -len(each.rollout.prompt_ids) - len(each.rollout.ids))
     learned = sum(len(each.rollout.ids) for each in judged)
@@ -376,10 +385,10 @@ def _fill(judged: Sequence[Judged], length: int, step: Shares, learned: int, set
 def surrogate(new: mx.array, batch: Batch, settings: GrpoSettings) -> tuple[mx.array, dict[str, mx.array]]:
     """Return the loss of a batch whose tokens have the log-probabilities `new` f32 [rows, length], and its figures.
 
-    `batch.extra` is that of `make_batches`, with `reference` where beta > 0, and perhaps `correction`. Figures are means
-    over the step's tokens once they are summed over its batches: `clipped_low` and `clipped_high` (shares whose gradient
-    clipping takes away), `kl`, and in the first update after a sampling `mismatch`, the mean absolute difference between
-    log-probabilities of sampling and of training.
+    `batch.extra` is that of `make_batches`, with `reference` where beta > 0, and perhaps `correction`. Figures are
+    means over the step's tokens once they are summed over its batches: `clipped_low` and `clipped_high` (shares whose
+    gradient clipping takes away), `kl`, and in the first update after a sampling `mismatch`, the mean absolute
+    difference between log-probabilities of sampling and of training.
     """
     known = {name: mx.array(value) for name, value in batch.extra.items()}
     weights, advantages, share = mx.array(batch.weights), known["advantages"], known["share"]
@@ -422,7 +431,7 @@ def _figures(sampled: list[Judged], group: int) -> dict[str, float]:
     `entropy` is that of the policy at the sampling temperature, in nats a token, estimated as -mean(log pi).
     """
     totals = np.array([each.reward for each in sampled])
-    figures = {
+    return {
         "reward": float(totals.mean()),
         "reward_std": float(totals.reshape(-1, group).std(axis=1).mean()),
         **{f"reward_{name}": float(np.mean([each.rewards[name] for each in sampled])) for name in sampled[0].rewards},
@@ -432,7 +441,6 @@ def _figures(sampled: list[Judged], group: int) -> dict[str, float]:
         "groups": len(sampled) / group,
         "skipped_groups": sum(each.skipped for each in sampled) / group,
     }
-    return figures
 
 
 def _markers(tokenizer: Any) -> tuple[tuple[str, str], bool]:

@@ -1,24 +1,28 @@
 """The settings of GRPO and its kin: `[grpo]` in a run's settings file.
 
-`loss` chooses a paper, and with it the values that the paper gives; each of them may be set otherwise.
+`loss` chooses a paper, and with it the values that the paper gives; each of them may be set otherwise. There is no
+top-p, top-k or penalty: completions are drawn from the whole distribution at the temperature, because a cut would make
+what is sampled another distribution than the one that learns.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from edger1.batch import MOST_ROWS
 from edger1.errors import UsageError
+from edger1.train import tables
 from edger1.train.finetune.rollouts import Decoding
 
+_OFF: dict[str, Any] = {"dynamic": False, "overlong": 0.0, "mask_truncated": False}
 PAPERS: dict[str, dict[str, Any]] = {
     # DeepSeekMath (arXiv 2402.03300), equations 3 and 4; clipping as PPO's, which it follows.
-    "grpo": {"clip_low": 0.2, "clip_high": 0.2, "scale": "group"},
+    "grpo": {"clip_low": 0.2, "clip_high": 0.2, "scale": "group", **_OFF},
     # Dr. GRPO (arXiv 2503.20783), section 3.2: neither the group's deviation nor an answer's length divides.
-    "dr_grpo": {"clip_low": 0.2, "clip_high": 0.2, "scale": "none"},
+    "dr_grpo": {"clip_low": 0.2, "clip_high": 0.2, "scale": "none", **_OFF},
     # DAPO (arXiv 2503.14476), sections 3.1 to 3.4 and 4.1; its buffer is a fifth of the longest answer.
     "dapo": {
         "clip_low": 0.2,
@@ -29,14 +33,14 @@ PAPERS: dict[str, dict[str, Any]] = {
         "mask_truncated": True,
     },
     # GSPO (arXiv 2507.18071), section 5.1.
-    "gspo": {"clip_low": 3e-4, "clip_high": 4e-4, "scale": "group"},
+    "gspo": {"clip_low": 3e-4, "clip_high": 4e-4, "scale": "group", **_OFF},
 }
 """Loss types, and what their papers set."""
 
 
 @dataclass(frozen=True)
 class GrpoSettings:
-    """How a policy learns from rewards. `GrpoSettings.of` fills in what a paper sets."""
+    """How a policy learns from rewards: `[grpo]`. What is None is what the loss type's paper sets."""
 
     loss: str = "grpo"
     """grpo, dr_grpo, dapo or gspo."""
@@ -54,18 +58,18 @@ class GrpoSettings:
     """Of sampling and of every log-probability; 1 in all four papers."""
     beta: float = 0.0
     """Weight of the divergence from the reference. 0 computes no reference; DeepSeekMath has 0.04, R1-Zero 0.001."""
-    clip_low: float = 0.2
-    clip_high: float = 0.2
-    """How far below and above 1 the ratio of probabilities counts."""
-    scale: str = "group"
+    clip_low: Any = None
+    clip_high: Any = None
+    """How far below and above 1 the ratio of probabilities counts: numbers."""
+    scale: Any = None
     """What a group's advantages are divided by: its standard deviation (group), or nothing (none)."""
-    dynamic: bool = False
+    dynamic: Any = None
     """Sample further prompts until `prompts` groups have a variance (DAPO, section 3.2)."""
     most_rounds: int = 4
     """Rounds of sampling for one batch, at most, where `dynamic`."""
-    overlong: float = 0.0
+    overlong: Any = None
     """Share of `max_tokens`, at the end, over which the reward falls by 1 (DAPO, equation 13)."""
-    mask_truncated: bool = False
+    mask_truncated: Any = None
     """Leave completions that reached `max_tokens` out of the loss (DAPO, section 3.4)."""
     old: str = "sampler"
     """Whose log-probabilities the ratio divides by: those kept while sampling (sampler), or the training pass's before
@@ -84,37 +88,22 @@ class GrpoSettings:
 
     @classmethod
     def of(cls, table: Mapping[str, Any] | None = None, **given: Any) -> GrpoSettings:
-        """Return settings from a table `[grpo]`, with what the loss type's paper sets where the table says nothing.
-
-        Raises UsageError for an unknown key, a value of another type or out of range.
-        """
-        table = {**(table or {}), **given}
-        for name in ("top_p", "top_k", "min_p", "repetition_penalty"):
-            if name in table:
-                raise UsageError(
-                    f"[grpo] sets {name}. Completions are drawn from the whole distribution at the temperature: a cut or "
-                    "a penalty would make what is sampled another distribution than the one that learns. Leave it out."
-                )
-        loss = table.get("loss", cls.loss)
-        if loss not in PAPERS:
-            raise UsageError(f"[grpo] loss is {loss!r}; expected one of {', '.join(PAPERS)}.")
-        known = {f.name: f.default for f in fields(cls)}
-        values: dict[str, Any] = {}
-        for name, value in {**PAPERS[loss], **table}.items():
-            if name not in known:
-                raise UsageError(f"[grpo] sets {name}, which is no setting; known are {', '.join(known)}.")
-            wanted = type(known[name])
-            if wanted is float and type(value) is int:
-                value = float(value)
-            if type(value) is not wanted:
-                raise UsageError(f"[grpo] {name} is {value!r}; expected a {_NAMES[wanted]}.")
-            values[name] = value
-        return cls(**values)
+        """Return settings from a table `[grpo]` and single values; raises UsageError for what it does not take."""
+        return tables.filled(cls, "grpo", {**(table or {}), **given}, "GrpoSettings.of")
 
     def __post_init__(self) -> None:
-        for name, allowed in (("loss", tuple(PAPERS)), ("scale", ("group", "none")), ("old", ("sampler", "trainer"))):
+        for name, allowed in (("loss", tuple(PAPERS)), ("old", ("sampler", "trainer"))):
             if getattr(self, name) not in allowed:
                 raise UsageError(f"[grpo] {name} is {getattr(self, name)!r}; expected one of {', '.join(allowed)}.")
+        for name, value in PAPERS[self.loss].items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+            elif type(getattr(self, name)) not in _ALIKE[type(value)]:
+                raise UsageError(
+                    f"[grpo] {name} is {getattr(self, name)!r}; expected a value such as {value!r}, {self.loss}'s own."
+                )
+        if self.scale not in ("group", "none"):
+            raise UsageError(f'[grpo] scale is "{self.scale}"; expected group or none.')
         for name in ("prompts", "mini_batches", "epochs", "max_tokens", "most_rounds", "batch_tokens", "rows"):
             if getattr(self, name) < 1:
                 raise UsageError(f"[grpo] {name} is {getattr(self, name)}; expected 1 or more.")
@@ -139,9 +128,17 @@ class GrpoSettings:
         """How completions are sampled."""
         return Decoding(self.max_tokens, self.temperature, self.rows, self.cache_bytes)
 
-    def table(self) -> dict[str, Any]:
-        """Return every setting, as `of` takes them."""
-        return asdict(self)
+
+@dataclass(frozen=True)
+class RewardSettings:
+    """What completions are rewarded for: `[rewards]`."""
+
+    use: tuple[str, ...] = ()
+    """Rewards, such as ["maths", "format:weight=0.2", "my.py:function"]; see docs/rewards.md."""
+    timeout_s: float = 10.0
+    """Seconds that one completion's reward may take."""
+    on_error: str = "stop"
+    """What a function of the user's that fails does: stop the run, or count as 0 (zero)."""
 
 
-_NAMES = {int: "whole number", float: "number", str: "text", bool: "true or false"}
+_ALIKE: dict[type, tuple[type, ...]] = {float: (float, int), str: (str,), bool: (bool,)}

@@ -30,8 +30,21 @@ def _sft(policy: LocalPolicy, settings: Settings) -> tuple[Method, Settings]:
     return sft.open_method(policy, settings)
 
 
+def _grpo_tables() -> dict[str, Any]:
+    from edger1.train.finetune.grpo_settings import GrpoSettings, RewardSettings
+
+    return {"grpo": GrpoSettings, "rewards": RewardSettings}
+
+
+def _grpo(policy: LocalPolicy, settings: Settings) -> tuple[Method, Settings]:
+    from edger1.train.finetune import grpo_opening
+
+    return grpo_opening.open_method(policy, settings)
+
+
 _WAYS: dict[str, Way] = {
     "sft": Way(dict, _sft),
+    "grpo": Way(_grpo_tables, _grpo),
 }
 
 

@@ -3,10 +3,10 @@
     {"step", "round", "prompt", "number", "row", "question", "text", "tokens", "finished", "rewards", "reward",
      "advantage", "skipped"}
 
-`step` counts from 1 and is the first optimizer step that learns from it, as in log.jsonl; `round` is above 1 where DAPO's
-dynamic sampling went on; `number` is the prompt's among all that were drawn, `row` the completion's in its group;
-`question`, the prompt's text, stands with row 0 alone. Lines are only ever added. A run that was resumed from an earlier
-step writes those after it again, the same: of lines with the same number and row the last one counts.
+`step` counts from 1 and is the first optimizer step that learns from it, as in log.jsonl; `round` is above 1 where
+DAPO's dynamic sampling went on; `number` is the prompt's among all that were drawn, `row` the completion's in its
+group; `question`, the prompt's text, stands with row 0 alone. Lines are only ever added. A run that was resumed from an
+earlier step writes those after it again, the same: of lines with the same number and row the last one counts.
 """
 
 from __future__ import annotations

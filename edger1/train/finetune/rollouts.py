@@ -1,8 +1,8 @@
 """Groups of completions sampled together, with the log-probability of each token.
 
-A prompt passes the model once, and each row of its group begins with a copy of that cache. Rows of all prompts decode in
-one batch, over mlx-lm's batched caches; where one has ended the next takes its place. mlx-lm's BatchGenerator has one
-random state for all rows, keeps a row of log-probabilities over the vocabulary for every token, and divides by no
+A prompt passes the model once, and each row of its group begins with a copy of that cache. Rows of all prompts decode
+in one batch, over mlx-lm's batched caches; where one has ended the next takes its place. mlx-lm's BatchGenerator has
+one random state for all rows, keeps a row of log-probabilities over the vocabulary for every token, and divides by no
 temperature there, which is why the loop is written here.
 
 Which tokens a row gets depends on its own key, which comes from a seed, the prompt's number and the row's, and on the
@@ -115,7 +115,8 @@ def roll_out(
         for prompt, number in zip(prompts, range(len(prompts)) if numbers is None else numbers, strict=True)
         for row in range(group)
     ]
-    with policy.generation() as model:
+    # A policy that can ready itself for many tokens says so.
+    with getattr(policy, "merged", policy.generation)() as model:
         _decode(model, rows, ends, decoding)
     return [
         Rollout(

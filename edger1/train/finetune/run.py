@@ -24,7 +24,7 @@ from edger1.train import adamw
 from edger1.train.adamw import Table
 from edger1.train.finetune import checkpoint, report
 from edger1.train.finetune.checkpoint import Progress, State
-from edger1.train.finetune.method import Evaluation, Method, Step
+from edger1.train.finetune.method import Evaluation, Method, Recording, Step
 from edger1.train.finetune.policy import LocalPolicy
 from edger1.train.finetune.settings import Settings
 from edger1.train.folder_writer import SaveError
@@ -38,7 +38,8 @@ CONFIG = "finetune.toml"
 # page by page. What is held beyond the peak is less than this.
 _CACHE_BYTES = 256 << 20
 
-_BEGINNINGS = {CONFIG, "log.jsonl", "samples.jsonl", "loss.png", "loss.svg", "reward.png", "reward.svg", "checkpoints"}
+_BEGINNINGS = {CONFIG, "log.jsonl", "rollouts.jsonl", "samples.jsonl", "loss.png", "loss.svg",
+               "reward.png", "reward.svg", "checkpoints"}  # fmt: skip
 """What a run that ended before its first checkpoint leaves."""
 
 
@@ -77,6 +78,7 @@ class Finetuning:
     finetune.toml    every setting
     log.jsonl        a line each step: {"step", "tokens", "loss", "rate", "grad_norm", "tokens_per_s", ...}, and each
                      measurement: {"step", "tokens", "evaluation": {...}}
+    rollouts.jsonl   with rewards, every completion that was sampled; see rollout_log.py
     samples.jsonl    answers given at each measurement: {"step", "prompt", "text", "rewards"}
     loss.png         and reward.png where there are rewards; SVG where matplotlib is missing
     checkpoints/     see checkpoint.py
@@ -97,6 +99,8 @@ class Finetuning:
         if settings.train.steps < 1:
             raise UsageError("[train] steps is 0; open_method decides it, or give it.")
         self.policy, self.method, self.settings, self.run_folder = policy, method, settings, run_folder
+        if isinstance(method, Recording):
+            method.log_to(run_folder)
         weights = policy.parameters()
         self._moments = {f"{kind}.{name}": mx.zeros_like(w) for kind in "mv" for name, w in weights.items()}
         train = settings.train

@@ -195,9 +195,7 @@ def _print_groups(groups: dict[int, Group], console: Console) -> None:
 
 
 def _verdict(entry: dict[str, Any]) -> str:
-    parts = ", ".join(
-        f"{name} {value:g}" for name, value in entry["rewards"].items() if isinstance(value, int | float)
-    )
+    parts = ", ".join(f"{name} {value:g}" for name, value in entry["rewards"].items() if isinstance(value, int | float))
     end = "" if entry["finished"] else ", cut off"
     return f"reward {entry['reward']:g} ({parts}) · advantage {entry['advantage']:+.3f} · {entry['tokens']} tokens{end}"
 
