@@ -18,6 +18,10 @@ MOST_STEPS = 10_000
 Reading = Callable[..., Mapping[str, float]]
 
 
+class _EndedError(Exception):
+    """No further step is asked for."""
+
+
 class _Stepped:
     """A training loop in a thread of its own, which takes a step when it is asked for a reading.
 
@@ -25,10 +29,11 @@ class _Stepped:
     """
 
     def __init__(self, loop: Callable[[_Stepped], None]) -> None:
-        self._asked: queue.Queue[dict[str, Any]] = queue.Queue()
+        self._asked: queue.Queue[dict[str, Any] | None] = queue.Queue()
         self._told: queue.Queue[Mapping[str, float] | Exception] = queue.Queue()
         self._began = self._tokens = 0.0
-        threading.Thread(target=self._run, args=(loop,), daemon=True).start()
+        self._thread = threading.Thread(target=self._run, args=(loop,), daemon=True)
+        self._thread.start()
 
     def __call__(self, **request: Any) -> Mapping[str, float]:
         """Take one step; returns tokens a second, tokens, seconds, and the process's peak memory until then."""
@@ -40,7 +45,15 @@ class _Stepped:
 
     def next(self) -> dict[str, Any]:
         """Wait within the loop until a step is asked for; returns what was asked."""
-        return self._asked.get()
+        asked = self._asked.get()
+        if asked is None:
+            raise _EndedError
+        return asked
+
+    def close(self) -> None:
+        """End the loop: MLX does not let a process go whose other thread holds its arrays."""
+        self._asked.put(None)
+        self._thread.join()
 
     def begins(self, tokens: int) -> None:
         """Tell that the step begins, on so many tokens that are no padding."""
@@ -58,6 +71,8 @@ class _Stepped:
         try:
             loop(self)
             raise RuntimeError(f"the training ended after {MOST_STEPS} steps")
+        except _EndedError:
+            pass
         except Exception as error:
             self._told.put(error)
 
