@@ -79,7 +79,7 @@ def sft_memory(run: Bench) -> list[Comparison]:
     peer.close()
     found = []
     for number in range(run.rounds):
-        worker = run.worker("sides_finetune:edger1", shared)
+        worker = run.worker("sides_finetune:edger1", {**shared, "checkpointing": True})
         # The second step has the optimizer's state from the beginning.
         found.append([worker.measure() for _ in range(2)][-1])
         print(f"  EdgeR1 {number + 1}/{run.rounds}: {found[-1]['peak_bytes'] / 1e6:,.0f} MB", flush=True)

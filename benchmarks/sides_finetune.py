@@ -143,7 +143,14 @@ def mlx_lm(
 
 
 def edger1(
-    folder: str, data: str, rows: int, length: int, rank: int, scale: float, precision: str = "exact"
+    folder: str,
+    data: str,
+    rows: int,
+    length: int,
+    rank: int,
+    scale: float,
+    checkpointing: bool = False,
+    precision: str = "exact",
 ) -> Reading:
     """EdgeR1's loop of `edger1 finetune`, on the same quantized weights and chats, a batch a step."""
 
@@ -159,7 +166,7 @@ def edger1(
         if not kernels.state().available:
             raise RuntimeError(f"EdgeR1's kernels are {kernels.state().reason}")
         spec = AdapterSpec(rank=rank, scale=scale)
-        policy = open_policy(folder, spec, precision=precision)
+        policy = open_policy(folder, spec, precision=precision, checkpointing=checkpointing)
         settings = Settings(
             ModelSettings(folder),
             spec,
@@ -169,6 +176,7 @@ def edger1(
                 rows=rows,
                 accumulate=1,
                 learning_rate=LEARNING_RATE,
+                checkpointing="on" if checkpointing else "off",
                 evaluate_every=MOST_STEPS,
                 save_every=MOST_STEPS,
             ),
