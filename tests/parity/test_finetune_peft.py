@@ -44,7 +44,6 @@ SHAPES = {
         "num_attention_heads": 9,
         "num_key_value_heads": 3,
         "tie_word_embeddings": True,
-        "rope_theta": 100000.0,
     },
 }
 KINDS = {
