@@ -38,6 +38,7 @@ bench: $(VENV)/.installed-dev ## Run the benchmarks, EdgeR1 beside its peers (ov
 	$(BIN)/python -m benchmarks.blocks
 	$(BIN)/python -m benchmarks.kernels
 	$(BIN)/python -m benchmarks.pretrain
+	$(BIN)/python -m benchmarks.finetune
 	$(BIN)/python -m benchmarks.policy
 	$(BIN)/python -m benchmarks.quantization
 	$(BIN)/python -m benchmarks.streaming

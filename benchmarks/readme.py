@@ -24,6 +24,7 @@ BENCHMARKS = (
     ("convert", "Converting: DeepSeek-R1's tensor shapes in FP8, and 3 GB of bf16"),
     ("quantization", "What quantizing loses: the recipes' two models, KL divergence to bf16 on held-out problems"),
     ("pretrain", "Training the recipes' two models from nothing"),
+    ("finetune", "Fine-tuning SmolLM2-135M at 4 bits with LoRA"),
 )
 
 

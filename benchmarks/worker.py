@@ -6,7 +6,7 @@ modules. The parent keeps both sides alive and asks them in turns; a side that i
     python -m benchmarks.worker MODULE:FUNCTION '{"argument": value, ...}'
 
 FUNCTION sets up and returns a callable; each line of JSON on standard input calls it with those arguments, and the
-reading it returns goes out as one line of JSON.
+reading it returns goes out as one line of JSON. When the input ends, its `close` is called, where it has one.
 """
 
 from __future__ import annotations
@@ -116,6 +116,7 @@ def main() -> int:
         say(getattr(run, "info", {}))
         for line in sys.stdin:
             say(dict(run(**json.loads(line))))
+        getattr(run, "close", lambda: None)()
     except Exception as error:
         say({"error": f"{type(error).__name__}: {error}"})
         return 1
