@@ -27,6 +27,7 @@ from edger1.memory import KVLayout, Plan, choose_context, make_plan
 from edger1.messages import Sampling
 from edger1.mlx_runtime import give_back, on_gpu, prepare
 from edger1.quant.formats import safetensors
+from edger1.quant.model_config import additions
 from edger1.thinking import Markers
 
 if TYPE_CHECKING:
@@ -251,7 +252,7 @@ def build(folder: ModelFolder, name: str) -> tuple[Any, dict[str, Any]]:
     from mlx_lm.utils import load_model
 
     try:
-        model, config = load_model(folder.path, lazy=True)
+        model, config = load_model(folder.path, lazy=True, model_config=additions(folder.config))
     except Exception as error:
         # A config.json may hold anything, and mlx-lm falls over it in any way.
         raise _misfit(folder, name, error) from error

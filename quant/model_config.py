@@ -28,6 +28,17 @@ def for_mlx_lm(config: Mapping[str, Any]) -> dict[str, Any]:
     return completed
 
 
+def additions(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what `for_mlx_lm` adds to `config`, to be laid over it; how its weights are quantized stays untouched."""
+    completed = for_mlx_lm(config)
+    nested = config.get("text_config")
+    if isinstance(nested, dict):
+        for name in ("quantization", "quantization_config"):
+            if name in nested:
+                completed["text_config"][name] = nested[name]
+    return {name: value for name, value in completed.items() if name not in config or config[name] != value}
+
+
 def _add_rope(place: dict[str, Any]) -> None:
     parameters = place.get("rope_parameters")
     if not isinstance(parameters, dict):

@@ -40,7 +40,7 @@ def test_afterwards_the_adapter_is_beside_its_layers_again(tmp_path: Path) -> No
     try:
         ids = mx.array([[1, 2, 3]])
         before, classes = np.array(policy.model(ids)), [type(m) for m in policy.model.modules()]
-        with policy.merged() as model:
+        with policy.merged(1 << 20) as model:
             assert not any("lora_a" in module for module in model.modules())
         assert [type(m) for m in policy.model.modules()] == classes
         assert np.array_equal(np.array(policy.model(ids)), before)
@@ -52,7 +52,7 @@ def test_large_models_decode_with_the_adapter_beside(tmp_path: Path, monkeypatch
     policy = open_policy(str(write_tiny_model(tmp_path / "model")), AdapterSpec(rank=4), seed=1)
     try:
         monkeypatch.setattr(decoding, "MERGED_BYTES", 1000)
-        with policy.merged() as model:
+        with policy.merged(1 << 20) as model:
             assert any("lora_a" in module for module in model.modules())
     finally:
         policy.close()

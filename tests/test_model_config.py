@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
+import families
+import mlx.core as mx
 import pytest
+from mlx.utils import tree_flatten
 
-from edger1.quant.model_config import for_mlx_lm
+from edger1.folder import inspect
+from edger1.loader import build
+from edger1.quant.model_config import additions, for_mlx_lm
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}
 
@@ -66,3 +73,23 @@ def test_mlx_lm_builds_what_transformers_saves() -> None:
     saved |= {"num_local_experts": 64, "rope_parameters": {"rope_theta": 12345.0, "rope_type": "default"}}
     args = qwen3_moe.ModelArgs.from_dict(for_mlx_lm(saved))
     assert (args.num_experts, args.rope_theta, args.rope_scaling) == (64, 12345.0, None)
+
+
+def test_a_folder_that_transformers_5_saved_runs_with_its_own_rope(tmp_path: Path) -> None:
+    model = families.build("llama")
+    mx.save_safetensors(str(tmp_path / "model.safetensors"), dict(tree_flatten(model.parameters())))
+    config = {key: value for key, value in families.tiny_config("llama").items() if not key.startswith("rope_")}
+    config["rope_parameters"] = {"rope_theta": 1e5, "rope_type": "default"}
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    loaded, _ = build(inspect(tmp_path), "saved")
+    assert loaded.args.rope_theta == 1e5
+    assert loaded.args.rope_scaling is None
+
+
+def test_what_is_added_leaves_the_quantization_alone() -> None:
+    nested = {"rope_parameters": {"rope_theta": 1e5}, "quantization": {"bits": 4}}
+    added = additions({"model_type": "x", "quantization": {"bits": 4}, "text_config": nested})
+    assert set(added) == {"text_config"}
+    assert added["text_config"]["quantization"] == {"bits": 4}
+    assert added["text_config"]["rope_theta"] == 1e5
+    assert additions({"model_type": "x", "quantization": {"bits": 4}}) == {}

@@ -20,15 +20,18 @@ from edger1.train.adapters.layers import dequantized
 from edger1.train.adapters.wiring import Adapted
 
 MERGED_BYTES = 1 << 30
-"""Of merged layers in f32, at most. Beyond, reading them takes longer than what merging saves."""
+"""Of merged layers in f32, at most: they are held beside the model."""
+_BYTES_PAID_BY_A_TOKEN = 1 << 18
+"""Merging SmolLM2-135M took as long as decoding saves in about 1,200 tokens, a token for 350 KB of merged layers."""
 
 
-def merge(adapted: Adapted) -> AbstractContextManager[None] | None:
-    """Return what puts merged layers into the places of adapted ones within.
+def merge(adapted: Adapted, tokens: int) -> AbstractContextManager[None] | None:
+    """Return what puts merged layers into the places of adapted ones within, to decode so many tokens.
 
-    None where that is not possible or not worth it: other adapters than LoRA, experts, large models.
+    None where that is not possible or not worth it: other adapters than LoRA, experts, large models, few tokens.
     """
-    return _merged(adapted) if merged_bytes(adapted) else None
+    size = merged_bytes(adapted)
+    return _merged(adapted) if size and tokens * _BYTES_PAID_BY_A_TOKEN >= size else None
 
 
 def merged_bytes(adapted: Adapted) -> int:

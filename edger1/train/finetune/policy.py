@@ -146,10 +146,10 @@ class LocalPolicy:
         yield self.model
 
     @contextmanager
-    def merged(self) -> Iterator[Any]:
-        """Ready the model for decoding many tokens within: as `generation`, the adapter merged where that is faster."""
+    def merged(self, tokens: int) -> Iterator[Any]:
+        """Ready the model for decoding `tokens` within: as `generation`, the adapter merged where that is faster."""
         self.model.eval()
-        layers_merged = None if self.adapted is None else decoding.merge(self.adapted)
+        layers_merged = None if self.adapted is None else decoding.merge(self.adapted, tokens)
         if layers_merged is None:
             yield self.model
             return

@@ -116,7 +116,9 @@ def roll_out(
         for row in range(group)
     ]
     # A policy that can ready itself for many tokens says so.
-    with getattr(policy, "merged", policy.generation)() as model:
+    merged = getattr(policy, "merged", None)
+    tokens = len(rows) * decoding.max_tokens
+    with policy.generation() if merged is None else merged(tokens) as model:
         _decode(model, rows, ends, decoding)
     return [
         Rollout(
