@@ -64,7 +64,7 @@ def train(chosen: Settings, run: Path, *, stop_after: int | None = None, resume:
             lambda event: done.append(event.progress.step), lambda: stop_after is not None and stop_after in done
         )
     finally:
-        opened.policy.close()
+        opened.close()
     return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
 
 

@@ -74,7 +74,7 @@ def train(
         steps = lambda: sum(bool(event.figures) for event in events)  # noqa: E731
         result = opened.finetuning.run(events.append, lambda: after is not None and steps() >= after)
     finally:
-        opened.policy.close()
+        opened.close()
     return result, events
 
 
@@ -161,7 +161,7 @@ def test_how_a_step_is_split_into_batches_changes_nothing(model: Path, data: Pat
     assert len(rows) > len(step.batches)
     first = opened.finetuning._gradients(step, 0)
     second = opened.finetuning._gradients(replace(step, batches=rows), 0)
-    opened.policy.close()
+    opened.close()
     assert abs(first[0] - second[0]) < 1e-5
     for name, gradient in first[2].items():
         assert bool(mx.allclose(gradient, second[2][name], rtol=1e-3, atol=1e-6).item())

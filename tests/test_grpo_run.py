@@ -55,7 +55,7 @@ def run(found: Settings, where: Path, *, resume: bool = False, after: int | None
             lambda event: steps.extend([1] * bool(event.figures)), lambda: after is not None and len(steps) >= after
         )
     finally:
-        opened.policy.close()
+        opened.close()
 
 
 def test_a_run_that_is_stopped_within_a_sampling_and_resumed_has_the_weights_of_one_that_was_not(
@@ -96,4 +96,19 @@ def test_steps_follow_from_epochs_and_prompts(model: Path, folder: Path, tmp_pat
         assert opened.settings.tables["grpo"]["batch_tokens"] == 4096
         assert opened.settings.tables["grpo"]["cache_bytes"] > 0
     finally:
-        opened.policy.close()
+        opened.close()
+
+
+def test_a_run_that_is_closed_leaves_no_process_of_its_rewards(model: Path, folder: Path, tmp_path: Path) -> None:
+    opened = open_run(chosen(model, folder, train={"steps": 1}), tmp_path / "run")
+    opened.finetuning.run(None, lambda: False)
+    worker = opened.method._rewards._worker  # type: ignore[attr-defined]
+    process = worker._process
+    assert process.poll() is None
+    opened.close()
+    assert process.poll() is not None
+
+
+def test_accumulation_is_refused_where_it_would_do_nothing(model: Path, folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="accumulate is 4; here a step's size is"):
+        open_run(chosen(model, folder, train={"accumulate": 4}), tmp_path / "run")

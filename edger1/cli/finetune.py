@@ -148,7 +148,7 @@ def _finetune(
                     lambda: bool(asked) or (limit is not None and time.monotonic() > limit),
                 )
         finally:
-            opened.policy.close()
+            opened.close()
     if not result.finished:
         again = f"edger1 finetune --output {out} --resume"
         typer.echo(f"Stopped after step {result.progress.step}; all is saved. Go on with: {again}", err=True)
@@ -160,6 +160,10 @@ def _finetune(
             f" early, for no better measurement in {opened.settings.train.patience}" if result.progress.ended else ""
         )
         typer.echo(f"Finished{early} after step {result.progress.step}{of}.", err=True)
+        if result.progress.best_step == 0:
+            typer.echo(
+                "The measurement before training was better than any after it; this adapter is no gain.", err=True
+            )
     typer.echo(str(result.folder))
 
 

@@ -40,4 +40,4 @@ def finetune(
     try:
         return opened.finetuning.run(on_event, stop)
     finally:
-        opened.policy.close()
+        opened.close()

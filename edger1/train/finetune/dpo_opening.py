@@ -28,6 +28,8 @@ def open_method(policy: LocalPolicy, settings: Settings) -> tuple[Dpo, Settings]
     data of another kind, FormatError where no pair is left, MemoryCeilingError where a pair does not fit.
     """
     data, train = settings.data, settings.train
+    if train.accumulate > 1:
+        raise UsageError(f"[train] accumulate is {train.accumulate}; here a step's size is [dpo] pairs. Leave it out.")
     dpo: DpoSettings = tables.filled(DpoSettings, "dpo", settings.tables.get("dpo", {}), "the settings")
     dpo.check()
     rows, lines = _preferences(data.path, settings)

@@ -147,6 +147,10 @@ class Grpo:
         """Write every completion into a run's folder from here on; see `rollout_log`."""
         self._log = RolloutLog(run / FILE)
 
+    def close(self) -> None:
+        """End the rewards' process."""
+        self._rewards.close()
+
     def step(self, policy: Policy, step: int) -> Step:
         """Return the batches of an optimizer step; none where no group of its sampling had a variance."""
         figures = {} if self._updates else self._sample(policy, step)

@@ -30,6 +30,11 @@ def open_method(policy: LocalPolicy, settings: Settings) -> tuple[Grpo, Settings
     Raises what reading raises, UsageError for rewards that are none, FormatError where no prompt is short enough.
     """
     data, train = settings.data, settings.train
+    if train.accumulate > 1:
+        raise UsageError(
+            f"[train] accumulate is {train.accumulate}; here a step's size is [grpo] prompts, group and mini_batches. "
+            "Leave it out."
+        )
     grpo: GrpoSettings = tables.filled(GrpoSettings, "grpo", settings.tables.get("grpo", {}), "the settings")
     reward: RewardSettings = tables.filled(
         RewardSettings, "rewards", settings.tables.get("rewards", {}), "the settings"

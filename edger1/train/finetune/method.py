@@ -122,3 +122,11 @@ class Recording(Protocol):
 
     def log_to(self, run: Path) -> None:
         """Take note of the folder; it is there when the first step is asked for."""
+
+
+@runtime_checkable
+class Closing(Protocol):
+    """A method that keeps something running beside the model."""
+
+    def close(self) -> None:
+        """End it."""

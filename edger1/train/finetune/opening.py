@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edger1.train.finetune import checkpoint, methods, plan
-from edger1.train.finetune.method import Method
+from edger1.train.finetune.method import Closing, Method
 from edger1.train.finetune.policy import LocalPolicy, open_policy
 from edger1.train.finetune.run import Finetuning, check_folder
 from edger1.train.finetune.settings import Settings
@@ -14,12 +14,18 @@ from edger1.train.finetune.settings import Settings
 
 @dataclass(frozen=True)
 class Opened:
-    """A run that is ready; close `policy` after it."""
+    """A run that is ready; close it afterwards."""
 
     policy: LocalPolicy
     method: Method
     settings: Settings
     finetuning: Finetuning
+
+    def close(self) -> None:
+        """Drop the weights, and end what the method keeps running, such as the process of its rewards."""
+        if isinstance(self.method, Closing):
+            self.method.close()
+        self.policy.close()
 
     def plan_lines(self) -> list[str]:
         """Return what the run will take, for a reader; measures the rate on a few tokens, which takes seconds."""
