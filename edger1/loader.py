@@ -303,7 +303,7 @@ def load(
         key, value = unread.pop()
         if key in on_disk:
             continue
-        loaded = value.astype(mx.float32) if _is_widened(value) else value
+        loaded = value.astype(mx.float32) if is_widened(value) else value
         try:
             mx.eval(loaded)
         except RuntimeError as error:
@@ -383,7 +383,7 @@ def _wired() -> Wired:
     return Wired()
 
 
-def _is_widened(value: Any) -> bool:
+def is_widened(value: Any) -> bool:
     """Whether a 16-bit weight becomes f32: see `widened_bytes`."""
     import mlx.core as mx
 

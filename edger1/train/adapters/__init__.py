@@ -1,0 +1,1 @@
+"""Low-rank adapters: over a live model, in files, and fused into weights."""

@@ -1,0 +1,1 @@
+"""Data for fine-tuning: files become rows, rows become conversations, conversations become tokens in batches."""
