@@ -35,9 +35,10 @@ def _ours(config: dict[str, Any], settings: Any, precision: str) -> Callable[[in
 
     from edger1 import kernels
     from edger1.kernels.install import install
+    from edger1.train.adamw import global_norm
     from edger1.train.ops import Ops, extension
     from edger1.train.pretrain import losses, model
-    from edger1.train.pretrain.optimizer import Optimizer, global_norm, trained
+    from edger1.train.pretrain.optimizer import Optimizer, trained
 
     if not kernels.state().available:
         raise RuntimeError(f"EdgeR1's kernels are {kernels.state().reason}")

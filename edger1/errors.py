@@ -57,3 +57,7 @@ class UnstreamableError(FormatError):
 
 class StreamError(EdgeR1Error):
     """An expert could not be read from the model's files while the model was running."""
+
+
+class RewardError(EdgeR1Error):
+    """A reward raised, gave no number, or took too long; the message names the reward, the row and what happened."""

@@ -21,7 +21,8 @@ from tiny_corpus import DENSE, MOE, counting_documents, write_corpus
 from edger1.errors import FormatError, UsageError
 from edger1.train import folder_writer, log
 from edger1.train.folder_writer import SaveError
-from edger1.train.pretrain import checkpoint, schedule, settings
+from edger1.train.pretrain import checkpoint, settings
+from edger1.train.schedule import rate_share
 from edger1.train.pretrain import run as pretrain
 from edger1.train.pretrain.corpus import Corpus, open_corpus
 from edger1.train.pretrain.run import DivergedError, Event, Pretraining
@@ -217,7 +218,7 @@ def test_a_damaged_checkpoint_is_named(corpus: Corpus, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["wsd", "cosine"])
 def test_rates_rise_and_fall(kind: str) -> None:
     chosen = Settings(steps=100, schedule=kind, warmup=0.1, decay=0.2, final=0.1)
-    shares = [schedule.rate_share(step, chosen) for step in range(100)]
+    shares = [rate_share(step, chosen) for step in range(100)]
     assert shares[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
     assert all(a >= b for a, b in pairwise(shares[9:]))
     assert 0.1 <= shares[99] < 0.15

@@ -1,10 +1,8 @@
-"""`edger1 finetune`: train a model."""
+"""`edger1 finetune`: teach a model, by examples, rewards or preferences, or from nothing."""
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,151 +12,210 @@ from edger1.cli.pull import INTERRUPTED
 from edger1.errors import UsageError
 
 if TYPE_CHECKING:
-    from edger1.train.pretrain.run import Event
+    from edger1.cli.training import Show
+    from edger1.train.finetune.method import Evaluation
+    from edger1.train.finetune.run import Event
 
 
 def finetune_command(
-    method: Annotated[str, typer.Option(metavar="pretrain", help="How to train.")] = "pretrain",
-    config: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="TOML with [model] and [train]; docs/train.md lists the keys.")
+    model: Annotated[
+        str | None, typer.Argument(metavar="MODEL", help="Alias, hub name or folder; none for pretrain.")
     ] = None,
     data: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Documents (*.jsonl) and the tokenizer's files.")
+        Path | None, typer.Option(metavar="PATH", help="JSONL, JSON, CSV or Parquet: a file, or a folder of files.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="The run: checkpoints, log, plots, model.")] = None,
+    method: Annotated[str | None, typer.Option(metavar="NAME", help="sft (default), grpo, dpo, or pretrain.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--output", "--out", metavar="RUN", help="Folder of the run. Default: runs/MODEL-METHOD."),
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="TOML with settings; options override it.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")] = False,
+    adapter: Annotated[str | None, typer.Option(metavar="FOLDER", help="Begin with this adapter.")] = None,
+    rank: Annotated[int | None, typer.Option(metavar="R", help="Of a fresh adapter. Default: 16.")] = None,
+    target: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="What is adapted: attention, mlp, experts, or a module; repeatable."),
+    ] = None,
+    epochs: Annotated[float | None, typer.Option(metavar="N", help="How often the data is seen. Default: 2.")] = None,
     steps: Annotated[int | None, typer.Option(metavar="N", help="Steps of the whole schedule.")] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option("--learning-rate", "--lr", metavar="X", help="At its peak.")
+    ] = None,
+    length: Annotated[int | None, typer.Option(metavar="TOKENS", help="Longest document.")] = None,
+    rows: Annotated[int | None, typer.Option(metavar="N", help="Rows that pass the model together.")] = None,
+    memory: Annotated[str | None, typer.Option(metavar="SIZE", help='Memory ceiling, such as "6GB" or "50%".')] = None,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out bad rows, and count them.")] = False,
+    seed: Annotated[int | None, typer.Option(metavar="N", help="Of first weights and the data's order.")] = None,
+    options: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="TABLE.KEY=VALUE", help="Any setting of the TOML file; repeatable."),
+    ] = None,
     minutes: Annotated[float | None, typer.Option(metavar="M", help="Stop after so long, with a checkpoint.")] = None,
-    seed: Annotated[int | None, typer.Option(metavar="N", help="Of the first weights and the data's order.")] = None,
     plan: Annotated[bool, typer.Option("--plan", help="Print what would be trained, and stop.")] = False,
+    show: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="View the answers and rewards of a run instead.")
+    ] = None,
 ) -> None:
-    """Train a model.
+    """Teach a model from data, from rewards or from preferences: an adapter (LoRA) beside its weights.
 
-    `pretrain` teaches a small model from nothing: all weights, on packed documents. The run's folder gets
-    config.toml with every setting, log.jsonl, loss.svg, experts.svg, checkpoints and, at the end, model/, which
-    `edger1 run` takes.
-    Ctrl-C ends the step and saves. With --resume the run's own config.toml is taken unless another is given.
+    The run's folder gets finetune.toml with every setting, log.jsonl, samples.jsonl, plots, checkpoints and, at the
+    end, adapter/, which `edger1 run --adapter` takes. Ctrl-C ends the step and saves; --resume goes on to the same
+    weights.
+
+    `--method pretrain` trains a small model from nothing (docs/pretrain.md).
 
     Examples:
 
-      edger1 finetune --method pretrain --config nano-moe.toml --data corpus --out runs/nano-moe
+      edger1 finetune smollm2-135m --data traces.jsonl
 
-      edger1 finetune --method pretrain --data corpus --out runs/nano-moe --resume --minutes 90
+      edger1 finetune smollm2-135m --data traces.jsonl --output runs/mine --rank 32 --set train.schedule=wsd
+
+      edger1 finetune --output runs/mine --resume
+
+      edger1 finetune --method pretrain --config nano-moe.toml --data corpus --output runs/nano-moe
     """
-    if method != "pretrain":
-        raise UsageError(f'--method is "{method}"; this version knows pretrain.')
-    if out is None:
-        raise UsageError("--out is missing; name a folder for the run.")
-    if config is None and resume:
-        config = out / "config.toml"
-    if config is None or data is None:
-        raise UsageError(f"{'--config' if config is None else '--data'} is missing; see edger1 finetune --help.")
+    if show is not None:
+        _view(show)
+        return
+    if method == "pretrain":
+        from edger1.cli.pretrain import pretrain
+
+        pretrain(config, data, out, resume=resume, steps=steps, minutes=minutes, seed=seed, plan=plan)
+        return
+    given = {
+        "model": {"name": model, "adapter": adapter},
+        "adapter": {"rank": rank, "targets": target or None},
+        "data": {"path": None if data is None else str(data), "length": length, "skip_bad": skip_bad or None},
+        "train": {
+            "method": method, "epochs": epochs, "steps": steps, "learning_rate": learning_rate, "rows": rows,
+            "memory": memory, "seed": seed,
+        },
+    }  # fmt: skip
+    given = {name: {key: v for key, v in table.items() if v is not None} for name, table in given.items()}
+    for text in options or ():
+        name, key, value = _setting(text)
+        given.setdefault(name, {})[key] = value
     if minutes is not None and not minutes > 0:
         raise UsageError(f"--minutes is {minutes:g}; expected more than 0.")
+    _finetune(given, config, out, resume=resume, plan_only=plan, minutes=minutes)
 
-    from dataclasses import replace
 
+def _finetune(
+    given: dict[str, dict[str, Any]],
+    config: Path | None,
+    out: Path | None,
+    *,
+    resume: bool,
+    plan_only: bool,
+    minutes: float | None,
+) -> None:
+    import time
+
+    from edger1.cli.training import Show, interrupts
+
+    settings, out = _settings(given, config, out, resume=resume)
     from edger1.mlx_runtime import prepare
-    from edger1.train.pretrain import settings
 
-    table, chosen = settings.read(config)
-    given: dict[str, Any] = {n: v for n, v in (("steps", steps), ("seed", seed)) if v is not None}
-    chosen = replace(chosen, **given)
     prepare()
-    from edger1.train.pretrain.model import check
-    from edger1.train.pretrain.run import Pretraining
+    from edger1.train.finetune import run
+    from edger1.train.finetune.opening import open_run
 
-    if "vocab_size" in table:
-        # Before the corpus is encoded, which may take a while.
-        check(table)
-    with _Show(chosen.steps) as show:
-        run = Pretraining(show.open(data), table, chosen, out, resume=resume)
-        show.say(run.describe())
-        if plan:
-            return
-        with _interrupts() as asked:
-            result = run.run(show.event, lambda: bool(asked), minutes)
-    again = f"edger1 finetune --method pretrain --data {data} --out {out} --resume"
-    if result.finished:
-        held_out = "".join(f", held-out {name} {value:.4f}" for name, value in result.held_out.items() if value)
-        typer.echo(f"Finished after {result.progress.tokens:,} tokens{held_out}.", err=True)
-    else:
+    run.check_folder(out, resume=resume)
+    with Show(1) as show:
+        opened = open_run(settings, out, resume=resume)
+        try:
+            for line in (*opened.policy.describe(), *opened.method.describe()):
+                show.say(line)
+            for line in opened.plan_lines():
+                show.say(line)
+            if plan_only:
+                return
+            show.steps = opened.settings.train.steps
+            limit = None if minutes is None else time.monotonic() + 60 * minutes
+            with interrupts() as asked:
+                result = opened.finetuning.run(
+                    lambda event: _step(show, event),
+                    lambda: bool(asked) or (limit is not None and time.monotonic() > limit),
+                )
+        finally:
+            opened.policy.close()
+    if not result.finished:
+        again = f"edger1 finetune --output {out} --resume"
         typer.echo(f"Stopped after step {result.progress.step}; all is saved. Go on with: {again}", err=True)
         if asked:
             raise typer.Exit(INTERRUPTED)
+    else:
+        of = f"; the adapter is that of step {result.best_step}" if result.best_step is not None else ""
+        early = (
+            f" early, for no better measurement in {opened.settings.train.patience}" if result.progress.ended else ""
+        )
+        typer.echo(f"Finished{early} after step {result.progress.step}{of}.", err=True)
     typer.echo(str(result.folder))
 
 
-@contextmanager
-def _interrupts() -> Iterator[list[int]]:
-    """Collect the first Ctrl-C, or a polite request to end, in a list; a second one interrupts at once."""
-    asked: list[int] = []
+def _settings(
+    given: dict[str, dict[str, Any]], config: Path | None, out: Path | None, *, resume: bool
+) -> tuple[Any, Path]:
+    """Return the settings: a file's, or those of the run to go on with, with the command line's put over them."""
+    from edger1.train import tables
+    from edger1.train.finetune import settings as reading
+    from edger1.train.finetune.run import CONFIG
 
-    def note(number: int, _: Any) -> None:
-        if asked:
-            raise KeyboardInterrupt
-        asked.append(number)
+    if resume and out is None:
+        raise UsageError("--output is missing; name the run to go on with.")
+    if config is None and resume and out is not None:
+        config = out / CONFIG
+        if not config.is_file():
+            raise UsageError(f"{out} holds no {CONFIG}, so there is no run to go on with; leave --resume out to begin.")
+    merged = reading.merged(tables.load(config) if config is not None else {}, given)
+    settings = reading.from_tables(merged, "The command line" if config is None else str(config))
+    if not settings.model.name:
+        raise UsageError("MODEL is missing; name one, such as smollm2-135m (edger1 models lists them).")
+    if out is None:
+        out = Path("runs") / f"{Path(settings.model.name).name}-{settings.train.method}"
+    return settings, out
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+
+def _setting(text: str) -> tuple[str, str, Any]:
+    """Read TABLE.KEY=VALUE; a value that is no TOML is a text."""
+    place, equals, value = text.partition("=")
+    table, dot, key = place.strip().partition(".")
+    if not equals or not dot or not key:
+        raise UsageError(f'--set is "{text}"; expected TABLE.KEY=VALUE, such as train.schedule=wsd.')
     try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        return table, key, tomllib.loads(f"value = {value.strip()}")["value"]
+    except tomllib.TOMLDecodeError:
+        return table, key, value.strip()
 
 
-class _Show:
-    """Shows a run on standard error: a bar on a terminal, otherwise a line now and then."""
+def _view(run: Path) -> None:
+    from edger1.train.finetune.show import show
 
-    def __init__(self, steps: int) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    show(run)
 
-        self.console = Console(stderr=True)
-        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"), TimeRemainingColumn())
-        self.bar = Progress(*columns, console=self.console, transient=True) if self.console.is_terminal else None
-        self.steps = steps
-        self.task: Any = None
-        self.tenth = -1
 
-    def __enter__(self) -> _Show:
-        if self.bar:
-            self.bar.start()
-        return self
+def _step(show: Show, event: Event) -> None:
+    from edger1.cli.options import printable
 
-    def __exit__(self, *_: object) -> None:
-        if self.bar:
-            self.bar.stop()
+    found = event.figures
+    parts = [f"loss {found['loss']:.3f}"] if "loss" in found else []
+    parts += [f"reward {found['reward']:.3f}"] if "reward" in found else []
+    parts += [f"{found['tokens_per_s']:,.0f} tokens/s"] if "tokens_per_s" in found else []
+    show.step(event.progress.step, " · ".join(parts), measured=_measured(event.evaluation))
+    for sample in event.evaluation.samples if event.evaluation is not None else ():
+        show.say(f"  {_line(printable(sample.prompt), 40)} -> {_line(printable(sample.text), 100)}")
 
-    def say(self, text: str) -> None:
-        """Print a line."""
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-    def open(self, folder: Path) -> Any:
-        """Open the corpus, showing how far its encoding is."""
-        from edger1.train.pretrain.corpus import open_corpus
+def _measured(evaluation: Evaluation | None) -> str:
+    if evaluation is None:
+        return ""
+    return "held out: " + ", ".join(f"{name} {value:.4g}" for name, value in evaluation.figures.items())
 
-        tenth = -1
 
-        def progress(done: int, whole: int) -> None:
-            nonlocal tenth
-            if done * 10 // max(1, whole) > tenth:
-                tenth = done * 10 // max(1, whole)
-                self.say(f"encoding documents {tenth * 10}%")
-
-        return open_corpus(folder, progress)
-
-    def event(self, event: Event) -> None:
-        """Show a step."""
-        step = event.progress.step
-        figures = f"loss {event.loss:.3f}" + (f" · MTP {event.mtp_loss:.3f}" if event.mtp_loss else "")
-        figures += f" · {event.tokens_per_s:,.0f} tokens/s"
-        if event.held_out:
-            self.say(f"step {step} of {self.steps}: {figures} · held-out loss {event.held_out['loss']:.4f}")
-        if self.bar:
-            if self.task is None:
-                self.task = self.bar.add_task("", total=self.steps, figures="")
-            self.bar.update(self.task, completed=step, figures=figures)
-        elif not event.held_out and (step == 1 or step * 100 // self.steps > self.tenth):
-            self.say(f"step {step} of {self.steps}: {figures}")
-        self.tenth = step * 100 // self.steps
+def _line(text: str, width: int) -> str:
+    """Put a text into one line of a width."""
+    text = " ".join(text.split())
+    return text if len(text) <= width else text[: width - 1] + "…"

@@ -49,6 +49,18 @@ class Dataset:
     markers: dict[str, int] = field(default_factory=dict)
     """How many rows reason, by the markers that their file used."""
 
+    files: tuple[str, ...] = ()
+
+    def describe(self) -> str:
+        """Return in a line how the rows were understood, for the plan."""
+        read = f"{len(self.rows):,} rows of kind {self.kind} ({', '.join(self.fields)})"
+        if self.markers:
+            how = ", ".join(f"{count:,} in {name} form" for name, count in self.markers.items())
+            read += f", with reasoning: {how}"
+        if self.bad_count:
+            read += f"; {self.bad_count:,} bad rows left out, the first: {self.bad[0].where}: {self.bad[0].reason}"
+        return read
+
     def __len__(self) -> int:
         return len(self.rows)
 

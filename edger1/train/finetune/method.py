@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import mlx.core as mx
     import numpy as np
 
@@ -112,3 +114,11 @@ class Method(Protocol):
 
     def restore(self, values: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
         """Take up what `state` gave."""
+
+
+@runtime_checkable
+class Recording(Protocol):
+    """A method that writes files of its own into the run's folder."""
+
+    def log_to(self, run: Path) -> None:
+        """Take note of the folder; it is there when the first step is asked for."""

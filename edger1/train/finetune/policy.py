@@ -44,9 +44,10 @@ class LocalPolicy:
         self.packs = layers.packs(model, self.structure)
         """Whether rows may hold several documents; otherwise a row holds one, padded at its end."""
         self._weights = layers.Weights(model, {} if adapted is None else adapted.parameters(), self.structure)
-        self._layered = checkpointing and layers.chained(self.structure, self.packs) and not self._weights.beyond_layers
+        self.layered = checkpointing and layers.chained(self.structure, self.packs) and not self._weights.beyond_layers
+        """Whether layers pass one at a time, and are computed again backwards."""
         self._differentiating = False
-        self.vocabulary = self._vocabulary()
+        self.hidden_size, self.vocabulary = self._sizes()
 
     def describe(self) -> list[str]:
         """Return the plan's lines about the model."""
@@ -57,7 +58,7 @@ class LocalPolicy:
             lines.append("documents are not packed: this architecture takes one document a row")
         if self.structure is None:
             lines.append("the model's head was not found: a row's logits are held whole")
-        elif self.checkpointing and not self._layered:
+        elif self.checkpointing and not self.layered:
             lines.append("activations of all layers are held: this architecture's layers do not follow one another")
         return lines
 
@@ -155,11 +156,13 @@ class LocalPolicy:
     def _install(self) -> None:
         self._installed = install(self.model, "exact", fuse=False)
 
-    def _vocabulary(self) -> int:
+    def _sizes(self) -> tuple[int, int]:
+        token = mx.zeros((1, 1), dtype=mx.int32)
         if self.structure is None:
-            return int(self.model(mx.zeros((1, 1), dtype=mx.int32)).shape[-1])
-        width = self.structure.hidden(mx.zeros((1, 1), dtype=mx.int32), None).shape[-1]
-        return int(self.structure.logits(mx.zeros((1, width))).shape[-1])
+            vocabulary = int(self.model(token).shape[-1])
+            return int(self.folder.config.get("hidden_size") or vocabulary), vocabulary
+        width = int(self.structure.hidden(token, None).shape[-1])
+        return width, int(self.structure.logits(mx.zeros((1, width))).shape[-1])
 
     def _counted(self, batch: Batch) -> tuple[np.ndarray, mx.array]:
         """Return the flat places whose states predict counted tokens, and those tokens."""
@@ -181,7 +184,7 @@ class LocalPolicy:
         ids, rows = mx.array(batch.ids), self._rows(batch)
         with attending(rows):
             caches = None if rows is None else [rows] * len(self.structure.layers)
-            if self._layered:
+            if self.layered:
                 return layers.hidden(self.structure, ids, caches, self._weights if self._differentiating else None)
             return self.structure.hidden(ids, caches)
 

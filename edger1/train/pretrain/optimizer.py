@@ -15,13 +15,12 @@ from types import ModuleType
 
 import mlx.core as mx
 
+from edger1.train import adamw
+from edger1.train.adamw import Rule, Table, clipped
 from edger1.train.ops import Ops, extension
 from edger1.train.pretrain.settings import Settings
 
-Table = dict[str, mx.array]
-
 _MOMENTUM = 0.95
-_EPSILON = 1e-8
 
 
 def takes_muon(name: str, weight: mx.array) -> bool:
@@ -53,7 +52,7 @@ class Optimizer:
         """Return the weights after a step at `share` of the peak rates; `norm` is the gradients' global norm."""
         s = self.settings
         self.step += 1
-        scale = min(1.0, s.clip / (norm + 1e-6)) if s.clip else 1.0
+        scale = clipped(norm, s.clip)
         found: Table = {}
         for name in self.adam:
             found[name] = self._adamw(name, weights[name], gradients[name], share * s.learning_rate, scale)
@@ -61,18 +60,11 @@ class Optimizer:
 
     def _adamw(self, name: str, weight: mx.array, gradient: mx.array, rate: float, scale: float) -> mx.array:
         s = self.settings
-        decay = s.weight_decay if weight.ndim >= 2 else 0.0
+        rule = Rule(s.beta1, s.beta2, s.weight_decay if weight.ndim >= 2 else 0.0)
         m, v = self.state.pop(f"m.{name}"), self.state.pop(f"v.{name}")
-        first, second = 1 - s.beta1**self.step, 1 - s.beta2**self.step
-        if self.kernels is not None and hasattr(self.kernels, "adamw"):
-            weight, m, v = self.kernels.adamw(
-                weight, gradient, m, v, scale, rate, s.beta1, s.beta2, _EPSILON, decay, first, second
-            )
-        else:
-            gradient = gradient * scale
-            m = s.beta1 * m + (1 - s.beta1) * gradient
-            v = s.beta2 * v + (1 - s.beta2) * gradient * gradient
-            weight = weight * (1 - rate * decay) - rate * (m / first) / (mx.sqrt(v / second) + _EPSILON)
+        weight, m, v = adamw.update(
+            weight, gradient, m, v, rule, step=self.step, rate=rate, scale=scale, kernels=self.kernels
+        )
         self.state[f"m.{name}"], self.state[f"v.{name}"] = m, v
         return weight
 
@@ -91,13 +83,3 @@ class Optimizer:
             rate_here = rate * math.sqrt(max(1.0, rows / columns))
             found[name] = blend(weights[name], 1 - rate * self.settings.weight_decay, update, -rate_here)
         return found
-
-
-def global_norm(gradients: Table, kernels: ModuleType | None = None) -> mx.array:
-    """Return the root of the sum of all squares."""
-    square = kernels.squared_norm if kernels is not None and hasattr(kernels, "squared_norm") else _squared_norm
-    return mx.sqrt(sum((square(g) for g in gradients.values()), mx.array(0.0)))
-
-
-def _squared_norm(gradient: mx.array) -> mx.array:
-    return (gradient * gradient).sum()

@@ -21,6 +21,7 @@ import numpy as np
 from edger1.errors import EdgeR1Error, UsageError
 from edger1.fetch.place import write_atomically
 from edger1.kernels.install import install
+from edger1.train.adamw import Table, global_norm
 from edger1.train.folder_writer import SaveError
 from edger1.train.log import Log
 from edger1.train.ops import Ops, extension
@@ -28,9 +29,10 @@ from edger1.train.pretrain import checkpoint, export, losses, model, report, sch
 from edger1.train.pretrain.checkpoint import Progress
 from edger1.train.pretrain.corpus import Corpus
 from edger1.train.pretrain.forward import routers
-from edger1.train.pretrain.optimizer import Optimizer, Table, global_norm, trained
+from edger1.train.pretrain.optimizer import Optimizer, trained
 from edger1.train.pretrain.packing import Place, Rows
 from edger1.train.pretrain.settings import Settings, to_toml
+from edger1.train.schedule import rate_share
 
 # Gradients and activations of a step come and go in the same sizes; memory that went back to the system each time
 # would have to be cleared page by page.
@@ -196,7 +198,7 @@ class Pretraining:
             # The weights that the gradient was taken at are traced arrays by now.
             model.assign(self.model, weights)
             raise self._diverged(main + ahead, length)
-        share = schedule.rate_share(step, s)
+        share = rate_share(step, s)
         model.assign(self.model, self.optimizer.update(weights, gradients, share, length))
         if parts["loads"].size:
             losses.move_biases(self.model, parts["loads"], s.balance_speed)
@@ -234,7 +236,7 @@ class Pretraining:
             "tokens": self.progress.tokens,
             "loss": main,
             "mtp_loss": ahead,
-            "rate": schedule.rate_share(step - 1, s),
+            "rate": rate_share(step - 1, s),
             "mtp_weight": schedule.mtp_weight(step - 1, s),
             "grad_norm": norm,
             "tokens_per_s": round(rate, 1),

@@ -8,12 +8,12 @@ Defaults cite their source; those without one were measured on models of a few m
 
 from __future__ import annotations
 
-import tomllib
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from edger1.errors import UsageError
+from edger1.train.tables import dump, filled, load
 
 
 @dataclass(frozen=True)
@@ -101,12 +101,7 @@ def read(path: Path) -> tuple[dict[str, Any], Settings]:
 
     Raises UsageError for a file that cannot be read, an unknown key or a value of another type.
     """
-    try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read: {(error.strerror or str(error)).lower()}.") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is not TOML: {error}.") from None
+    tables = load(path)
     for table in tables:
         if table not in ("model", "train"):
             raise UsageError(f"{path} has a table [{table}]; expected [model] and [train].")
@@ -118,43 +113,9 @@ def read(path: Path) -> tuple[dict[str, Any], Settings]:
 
 def from_table(table: Any, path: Path) -> Settings:
     """Return settings of a [train] table; raises UsageError as `read` does."""
-    if not isinstance(table, dict):
-        raise UsageError(f"{path} sets train to {table!r}; expected a table [train].")
-    known = {f.name: f.default for f in fields(Settings)}
-    values: dict[str, Any] = {}
-    for name, value in table.items():
-        if name not in known:
-            raise UsageError(f"{path} sets [train] {name}, which is no setting; known are {', '.join(known)}.")
-        wanted = type(known[name])
-        if wanted is float and type(value) is int:
-            value = float(value)
-        if type(value) is not wanted:
-            raise UsageError(f"{path} sets [train] {name} to {value!r}; expected a {_NAMES[wanted]}.")
-        values[name] = value
-    return Settings(**values)
-
-
-_NAMES = {int: "whole number", float: "number", str: "text"}
+    return filled(Settings, "train", table, str(path))
 
 
 def to_toml(model: dict[str, Any], settings: Settings) -> str:
     """Return both as a file that `read` takes."""
-    lines = ["[model]"]
-    lines += [f"{name} = {_value(value)}" for name, value in model.items() if value is not None]
-    lines += ["", "[train]"]
-    lines += [f"{name} = {_value(value)}" for name, value in asdict(settings).items()]
-    return "\n".join(lines) + "\n"
-
-
-def _value(value: Any) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, str):
-        import json
-
-        return json.dumps(value)
-    if isinstance(value, list):
-        return "[" + ", ".join(_value(v) for v in value) + "]"
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{name} = {_value(v)}" for name, v in value.items()) + "}"
-    return repr(value)
+    return dump({"model": model, "train": asdict(settings)})
