@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import count
@@ -47,58 +48,34 @@ class Question:
         ]
 
 
-def _digits(number: int, base: int) -> str:
-    found = ""
-    while number:
-        number, digit = divmod(number, base)
-        found = f"{digit}{found}"
-    return found or "0"
-
-
-def _base_conversion(entry: Entry) -> list[str]:
+def _equation(entry: Entry) -> list[str]:
+    """Return the term moved to the other side, and the division that is left."""
     told = entry["metadata"]
-    source, target = told["source_base"], told["target_base"]
-    digits = [int(digit) for digit in told["source_repr"]]
-    value, steps = digits[0], []
-    for digit in digits[1:]:
-        steps.append(f"{value} * {source} + {digit} = {value * source + digit}")
-        value = value * source + digit
-    while value:
-        steps.append(f"{value} / {target} = {value // target} rest {value % target}")
-        value //= target
-    return steps
-
-
-def _lcm(entry: Entry) -> list[str]:
-    first, second = entry["metadata"]["numbers"]
-    a, b = max(first, second), min(first, second)
+    left, right = told["equation"].split(" = ")
+    total, (factor, added) = int(right), _linear(left, told["variable"])
     steps = []
-    while b:
-        steps.append(f"{a} = {a // b} * {b} + {a % b}")
-        a, b = b, a % b
-    steps.append(f"{first} / {a} = {first // a}")
-    steps.append(f"{first // a} * {second} = {first // a * second}")
-    return steps
+    if added:
+        steps.append(f"{total} {'-' if added > 0 else '+'} {abs(added)} = {total - added}")
+    return [*steps, f"{total - added} / {factor} = {(total - added) // factor}"]
 
 
-def _fraction(entry: Entry) -> list[str]:
-    top, bottom = entry["metadata"]["numerator"], entry["metadata"]["denominator"]
-    a, b = max(top, bottom), min(top, bottom)
-    steps = []
-    while b:
-        steps.append(f"{a} = {a // b} * {b} + {a % b}")
-        a, b = b, a % b
-    steps.append(f"{top} / {a} = {top // a}")
-    steps.append(f"{bottom} / {a} = {bottom // a}")
-    return steps
+def _linear(text: str, variable: str) -> tuple[int, int]:
+    """Return (a, b) of "a*x + b" in any order, as the package prints it."""
+    factor = added = 0
+    for sign, term in re.findall(r"([+-]?)\s*([0-9a-z*]+)", text):
+        number, _, letter = term.rpartition("*")
+        if variable in (letter, term):
+            factor += (-1 if sign == "-" else 1) * int(number or 1)
+        else:
+            added += (-1 if sign == "-" else 1) * int(term)
+    return factor, added
 
 
-BASE_CONVERSION = Task(
-    "base_conversion", {"min_base": 2, "max_base": 9, "min_value": 10, "max_value": 300}, _base_conversion
+EQUATIONS = Task(
+    "simple_equations",
+    {"min_terms": 2, "max_terms": 2, "min_value": 2, "max_value": 30, "operators_weights": [0.5, 0.5, 0.0]},
+    _equation,
 )
-LCM = Task("lcm", {"min_value": 2, "max_value": 99}, _lcm)
-FRACTION = Task("fraction_simplification", {"max_value": 50, "max_factor": 12, "styles": ("plain",)}, _fraction)
-TASKS = {task.name: task for task in (BASE_CONVERSION, LCM, FRACTION)}
 
 
 def dataset(task: Task, size: int, seed: int) -> Any:
