@@ -21,6 +21,8 @@ COMMANDS = (
     ("models", "rm"),
     ("plan",),
     ("finetune",),
+    ("fuse",),
+    ("export",),
     ("eval",),
     ("doctor",),
 )

@@ -28,7 +28,7 @@ def batchable(model: LiveModel, caches: Sequence[Any]) -> bool:
     """Whether requests with such caches can be decoded together, and have the same bits as alone."""
     from mlx_lm.models.cache import KVCache
 
-    return model.installed.stacked and all(type(cache) is KVCache for cache in caches)
+    return model.installed.stacked and model.adapter is None and all(type(cache) is KVCache for cache in caches)
 
 
 class Row(Holder, Protocol):

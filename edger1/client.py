@@ -22,6 +22,7 @@ from typing import Protocol
 
 from edger1 import errors, worker
 from edger1.messages import (
+    AdapterUsed,
     Cancel,
     Done,
     Event,
@@ -34,7 +35,7 @@ from edger1.messages import (
     encode,
 )
 
-TERMINAL = (Done, Failed, Loaded, Unloaded, Scores)
+TERMINAL = (Done, Failed, Loaded, AdapterUsed, Unloaded, Scores)
 OnEvent = Callable[[Event], None]
 _SHUTDOWN_S = 10.0
 

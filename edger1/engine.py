@@ -24,6 +24,7 @@ from edger1.errors import EdgeR1Error, EngineError, UsageError
 from edger1.experts.budget import parse_slots
 from edger1.memory import PROCESS_BYTES, default_ceiling
 from edger1.messages import (
+    AdapterUsed,
     Cancel,
     Event,
     Failed,
@@ -35,6 +36,7 @@ from edger1.messages import (
     Score,
     Unload,
     Unloaded,
+    UseAdapter,
 )
 
 if TYPE_CHECKING:
@@ -107,6 +109,7 @@ class LoadJob:
             context=self._request.context,
             precision=self._request.precision,
             expert_slots=self._request.expert_slots,
+            adapter=None if self._request.adapter is None else Path(self._request.adapter),
         )
 
     def give_way(self) -> None:
@@ -122,6 +125,34 @@ class LoadJob:
         self._steps = None
         if self in self._scheduler.loads:
             self._scheduler.loads.remove(self)
+
+
+class AdapterJob:
+    """A change of a model's adapter: it waits for those that were asked for before it, and the later ones for it."""
+
+    def __init__(self, model: LiveModel, request: UseAdapter, emit: Callable[[Event], None], after: set[str]) -> None:
+        self._model, self._request, self._emit = model, request, emit
+        self.after = after
+        """Ids of the requests for the model that were asked for before it."""
+
+    def step(self) -> bool:
+        """Change the adapter, and say so."""
+        from edger1.adapter import use
+
+        folder = self._request.adapter
+        use(self._model, None if folder is None else Path(folder))
+        self._emit(AdapterUsed(self._request.id, self._request.model, self._model.describe()))
+        return True
+
+    def give_way(self) -> None:
+        """Nothing: there is no half of it."""
+
+    def cancel(self) -> None:
+        """Leave the adapter as it is."""
+        self._emit(Failed(self._request.id, "EngineError", "Changing the adapter was cancelled."))
+
+    def drop(self) -> None:
+        """Nothing: it holds nothing."""
 
 
 class Scheduler:
@@ -189,13 +220,15 @@ class Scheduler:
         except Exception as error:
             self._fail(request.id, error)
 
-    def _start(self, request: Load | Generate | Score) -> Job:
+    def _start(self, request: Load | Generate | Score | UseAdapter) -> Job:
         if isinstance(request, Load):
             _check_load(request)
             return LoadJob(self, request)
         model = self._models.get(request.model)
         if model is None:
             raise EngineError(f"No model {request.model!r} is loaded in this engine; it may have been closed.")
+        if isinstance(request, UseAdapter):
+            return AdapterJob(model, request, self.emit, {id_ for id_, name, _ in self._jobs if name == request.model})
         if isinstance(request, Score):
             from edger1.score import Scoring
 
@@ -208,6 +241,8 @@ class Scheduler:
 
     def _advance(self) -> None:
         """Give the job in front one step, with those that are decoded together with it, and put them to the back."""
+        while self._waits(self._jobs[0]):
+            self._jobs.rotate(-1)
         first = self._jobs[0]
         company = self._company(first)
         if len(company) < 2:
@@ -218,6 +253,16 @@ class Scheduler:
             self._jobs.remove(entry)
         self._step_together(company)
 
+    def _waits(self, entry: Entry) -> bool:
+        """Whether a change of the adapter must come before a job, or jobs before such a change. Never so for all."""
+        id_, model, job = entry
+        if not any(isinstance(each, AdapterJob) for _, _, each in self._jobs):
+            return False
+        same = [(other, each) for other, name, each in self._jobs if name == model]
+        if isinstance(job, AdapterJob):
+            return any(other in job.after for other, _ in same)
+        return any(isinstance(each, AdapterJob) and id_ not in each.after for _, each in same)
+
     def _company(self, first: Entry) -> list[tuple[Entry, Generation]]:
         """Return the jobs whose next token can be decoded together with that of `first`, which is among them."""
         from edger1.generate import Generation
@@ -225,7 +270,7 @@ class Scheduler:
         if not isinstance(first[2], Generation) or not first[2].joins:
             return []
         same = [(e, e[2]) for e in self._jobs if e[1] == first[1] and isinstance(e[2], Generation)]
-        return [(entry, job) for entry, job in same if job.joins]
+        return [(entry, job) for entry, job in same if job.joins and not self._waits(entry)]
 
     def _step(self, entry: Entry, step: Callable[[], bool]) -> None:
         """Go one step with a job that is in no queue, and put it to the back unless it has finished."""

@@ -30,6 +30,7 @@ from edger1.quant.formats import safetensors
 from edger1.thinking import Markers
 
 if TYPE_CHECKING:
+    from edger1.adapter import InUse
     from edger1.experts.anatomy import LayerExperts
     from edger1.experts.streaming import Streaming
     from edger1.kernels.install import Installed
@@ -62,6 +63,7 @@ class LiveModel:
     account: Account
     installed: Installed
     streaming: Streaming | None = None
+    adapter: InUse | None = None
 
     @property
     def context(self) -> int:
@@ -89,13 +91,25 @@ class LiveModel:
             "has_chat_template": self.has_chat_template,
             "kernels": self.installed.active,
             "plan": asdict(self.plan),
+            "adapter": None if self.adapter is None else self.adapter.describe(),
         }
+
+    def report(self) -> dict[str, Any]:
+        """Return how the model runs, see `edger1.runs.of`."""
+        report = self.installed.report()
+        if self.adapter is not None:
+            said = f"adapter {self.adapter.folder.name}: its layers run operation by operation; "
+            report["also"] = [*report["also"], said + self.adapter.adapted.describe()]
+        return report
 
     def close(self) -> None:
         """Drop the weights and caches and give the memory back."""
         import mlx.core as mx
 
         self.kv.clear()
+        if self.adapter is not None:
+            self.adapter.adapted.detach()
+            self.adapter = None
         self.installed.uninstall()
         if self.streaming is not None:
             self.streaming.close()
@@ -133,7 +147,12 @@ def plan_folder(folder: Path, ceiling_bytes: int, context: int | None, expert_sl
 
 
 def _plan(
-    folder: ModelFolder, model: Any, ceiling_bytes: int, context: int | None, expert_slots: str | int | None = None
+    folder: ModelFolder,
+    model: Any,
+    ceiling_bytes: int,
+    context: int | None,
+    expert_slots: str | int | None = None,
+    adapter_bytes: int = 0,
 ) -> tuple[Plan, KVLayout, tuple[LayerExperts, ...]]:
     from edger1.experts import planning
     from edger1.experts.budget import choose_step, with_experts
@@ -145,7 +164,7 @@ def _plan(
     counts = Popularity(folder.path, [layer.experts for layer in layers])
     miss_cost_s = MissCosts(folder.path, layers).seconds()
     popularity = [counts.counts(layer.index).tolist() for layer in layers] if counts.known else None
-    weights = folder.total_bytes
+    weights = folder.total_bytes + adapter_bytes
     # Experts that are streamed stay as they are on disk.
     others = weights - planning.expert_total(layers)
     if not gpu:
@@ -272,15 +291,20 @@ def load(
     context: int | None,
     precision: str,
     expert_slots: str | int | None = None,
+    adapter: Path | None = None,
 ) -> Generator[tuple[int, int], None, LiveModel]:
     """Load a model folder in steps: yields (bytes done, bytes in all) and returns the LiveModel.
 
     Raises FormatError for a folder that is not what it says, MemoryCeilingError before anything large is read,
-    UnstreamableError where `expert_slots` is given and the experts do not lie as streaming needs them.
+    UnstreamableError where `expert_slots` is given and the experts do not lie as streaming needs them, and what
+    `edger1.adapter.use` raises for an adapter.
     """
+    from edger1.adapter import needed_bytes, use
+
     folder = inspect(path)
     model, config = build(folder, name)
-    plan, kv, layers = _plan(folder, model, ceiling_bytes, context, expert_slots)
+    adapter_bytes = 0 if adapter is None else needed_bytes(adapter)
+    plan, kv, layers = _plan(folder, model, ceiling_bytes, context, expert_slots, adapter_bytes)
     plan.check(name)
     import mlx.core as mx
     from mlx.utils import tree_flatten, tree_unflatten
@@ -367,7 +391,13 @@ def load(
     )
     if streaming is not None and plan.stream is not None and not plan.stream.by_hand:
         live.kv.on_claim = partial(_lend, streaming, plan)
-    runs.note(path, live.installed.report())
+    runs.note(path, live.report())
+    if adapter is not None:
+        try:
+            use(live, adapter, planned=True)
+        except BaseException:
+            live.close()
+            raise
     return live
 
 

@@ -41,6 +41,8 @@ class Load:
     precision: str = "fast"
     expert_slots: str | int | None = None
     """Slots a layer for routed experts, as a number or a share such as "25%"; None: what the ceiling allows."""
+    adapter: str | None = None
+    """Folder of an adapter to put over the model."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,18 @@ class Score:
 
 
 @dataclass(frozen=True)
+class UseAdapter:
+    """Put the adapter in a folder over the model in place of the one it has, None for none. Answered by AdapterUsed.
+
+    Answers that were asked for before it are finished first, with the weights that they began with.
+    """
+
+    id: str
+    model: str
+    adapter: str | None
+
+
+@dataclass(frozen=True)
 class Cancel:
     """Stop the request `target` within one token; its Done says finish_reason "cancelled"."""
 
@@ -82,7 +96,7 @@ class Unload:
     model: str
 
 
-Request = Load | Generate | Score | Cancel | Unload
+Request = Load | Generate | Score | UseAdapter | Cancel | Unload
 
 
 @dataclass(frozen=True)
@@ -114,6 +128,15 @@ class Figures:
 @dataclass(frozen=True)
 class Loaded:
     """A model is ready under the name `model`; `info` describes it (architecture, precision, plan, markers ...)."""
+
+    id: str
+    model: str
+    info: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class AdapterUsed:
+    """The model has the adapter that was asked for; `info` describes the model as Loaded does."""
 
     id: str
     model: str
@@ -194,14 +217,14 @@ class Failed:
     message: str
 
 
-Event = Loaded | Unloaded | Progress | Text | Thought | ToolCall | Scores | Done | Failed
+Event = Loaded | AdapterUsed | Unloaded | Progress | Text | Thought | ToolCall | Scores | Done | Failed
 
 _NESTED = {"sampling": Sampling, "usage": Usage, "figures": Figures}
 _KINDS: dict[str, type] = {
     kind.__name__: kind
     for kind in (
-        Load, Generate, Score, Cancel, Unload,
-        Loaded, Unloaded, Progress, Text, Thought, ToolCall, Scores, Done, Failed,
+        Load, Generate, Score, UseAdapter, Cancel, Unload,
+        Loaded, AdapterUsed, Unloaded, Progress, Text, Thought, ToolCall, Scores, Done, Failed,
     )
 }  # fmt: skip
 

@@ -28,6 +28,7 @@ from edger1.fetch.place import write_atomically
 from edger1.folder import beyond_training
 from edger1.memory import Plan, default_ceiling, machine_bytes
 from edger1.messages import (
+    AdapterUsed,
     Cancel,
     Done,
     Event,
@@ -46,6 +47,7 @@ from edger1.messages import (
     ToolCall,
     Unload,
     Usage,
+    UseAdapter,
 )
 from edger1.units import parse_size
 
@@ -243,6 +245,21 @@ class Model:
                 return event.logprobs
         raise EngineError("The engine ended the scoring without saying why.")
 
+    def use_adapter(self, adapter: str | Path | None) -> None:
+        """Put the adapter in a folder over the model, in place of the one that it has; None takes that off.
+
+        Answers under way are finished first. Raises UnknownModelError, FormatError and MemoryCeilingError; the model
+        then has the adapter that it had.
+        """
+        self._check_open()
+        request = UseAdapter(next_id(), self._id, adapter_folder(adapter))
+        for event in client.events(self._connection, request):
+            if isinstance(event, Failed):
+                raise error_of(event)
+            if isinstance(event, AdapterUsed):
+                self.info = event.info
+                self.plan = Plan.from_json(event.info["plan"])
+
     def close(self) -> None:
         """Stop what is running and free the model's memory. Closing twice does nothing."""
         if self._closed:
@@ -405,20 +422,19 @@ def load_into(
     memory: str | int | None = None,
     context: int | None = None,
     precision: str = "fast",
-    adapter: str | None = None,
+    adapter: str | Path | None = None,
     expert_slots: int | str | None = None,
     on_progress: Any = None,
 ) -> Model:
     """Find `name` (fetching it where it is not installed) and load it into an engine."""
-    if adapter is not None:
-        raise NotYetError("adapter is not in this version of EdgeR1 yet; leave it out.")
+    over = adapter_folder(adapter)
     if isinstance(memory, str):
         memory = memory_bytes(memory)
     folder = find(name)
     installed.touch(folder)
     if beyond := beyond_training(folder, context):
         warnings.warn(beyond, stacklevel=3)
-    request = Load(next_id(), str(folder), memory, context, precision, expert_slots)
+    request = Load(next_id(), str(folder), memory, context, precision, expert_slots, over)
     for event in client.events(connection, request):
         if isinstance(event, Failed):
             raise error_of(event)
@@ -429,6 +445,13 @@ def load_into(
     raise EngineError("The engine ended the loading without saying why.")
 
 
+def adapter_folder(adapter: str | Path | None) -> str | None:
+    """Return an adapter's folder as the engine gets it, which need not run in this folder."""
+    if adapter is not None and not isinstance(adapter, str | Path):
+        raise UsageError(f"adapter is {adapter!r:.200}; expected the path of a folder, or None.")
+    return None if adapter is None else str(Path(adapter).expanduser().absolute())
+
+
 def load(name: str | Path, **options: Any) -> Model:
     """Load a model by alias, hub repository or folder, with an engine of its own.
 
@@ -436,7 +459,7 @@ def load(name: str | Path, **options: Any) -> Model:
     and answer together; more than the model was trained for is a warning. precision: "fast" (int8 activations on CPUs)
     or "exact". expert_slots: slots a layer for routed experts, a number or a share such as "25%", also where all would
     fit (default: experts stay resident where the ceiling allows it, else it decides the slots).
-    on_progress(done, total) in bytes.
+    adapter: folder of an adapter, in mlx-lm's or PEFT's layout. on_progress(done, total) in bytes.
 
     Raises UnknownModelError, SourceError, FormatError, MemoryCeilingError, UsageError.
     """

@@ -9,7 +9,7 @@ highest-scored token first.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,6 +112,36 @@ _SAME = {
     "deepseek-v3": ("hunyuan-dense",),
 }
 _SPLITTINGS |= {name: _SPLITTINGS[first] for first, names in _SAME.items() for name in names}
+
+
+def splitting_name(tokenizer: Mapping[str, Any]) -> str | None:
+    """Return llama.cpp's name of how a byte-level tokenizer.json splits text, None where it has none.
+
+    Of several names for one way the first is meant, or that of Llama 3 where whole words are tokens.
+    """
+    steps = tokenizer.get("pre_tokenizer") or {}
+    steps = steps.get("pretokenizers", [steps]) if isinstance(steps, dict) else []
+    expressions: list[str] = []
+    for step in steps:
+        kind = step.get("type")
+        if kind == "Split" and step.get("behavior") == "Isolated" and not step.get("invert"):
+            expressions.append(str((step.get("pattern") or {}).get("Regex")))
+        elif kind == "Digits" and step.get("individual_digits"):
+            expressions.append(r"\p{N}")
+        elif kind == "ByteLevel" and not step.get("add_prefix_space"):
+            expressions += [_GPT2] if step.get("use_regex", True) else []
+        else:
+            return None
+    if not any(step.get("type") == "ByteLevel" for step in steps):
+        return None
+    whole = bool((tokenizer.get("model") or {}).get("ignore_merges"))
+    composes = (tokenizer.get("normalizer") or {}).get("type") == "NFC"
+    for exact in (True, False):
+        for name, each in _SPLITTINGS.items():
+            same = not exact or (each.whole_words, each.compose) == (whole, composes)
+            if same and each.expressions == tuple(expressions):
+                return name
+    return None
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Iterable
 
-from edger1.messages import Done, Event, Failed, Figures, Loaded, Message, Progress, Text, Thought, Usage
+from edger1.messages import AdapterUsed, Done, Event, Failed, Figures, Loaded, Message, Progress, Text, Thought, Usage
 
 HOLD = "hold"
 """A step of a script: wait for `release`, or for a cancel."""
@@ -47,6 +47,7 @@ class FakeBackend:
         self.loads = [list(load) for load in loads]
         self.pace_s = pace_s
         self.asked: list[list[Message]] = []
+        self.adapters: list[str | None] = []
         self.load_count = 0
         self.cancel_count = 0
         self.closed = False
@@ -69,6 +70,10 @@ class FakeBackend:
         self._cancelled = False
         async for event in self._play(script):
             yield event
+
+    async def use_adapter(self, folder: str | None) -> AsyncIterator[Event]:
+        self.adapters.append(folder)
+        yield Failed("", "FormatError", f"{folder} is broken.") if folder == "broken" else AdapterUsed("", "smollm2")
 
     def cancel(self) -> None:
         self.cancel_count += 1

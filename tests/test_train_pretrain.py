@@ -22,11 +22,11 @@ from edger1.errors import FormatError, UsageError
 from edger1.train import folder_writer, log
 from edger1.train.folder_writer import SaveError
 from edger1.train.pretrain import checkpoint, settings
-from edger1.train.schedule import rate_share
 from edger1.train.pretrain import run as pretrain
 from edger1.train.pretrain.corpus import Corpus, open_corpus
 from edger1.train.pretrain.run import DivergedError, Event, Pretraining
 from edger1.train.pretrain.settings import Settings
+from edger1.train.schedule import rate_share
 
 SHORT = Settings(
     steps=12, rows=4, length=32, learning_rate=5e-3, log_every=1, evaluate_every=6, save_every=5, hidden_std=0.1
@@ -267,17 +267,17 @@ def test_the_command_trains_and_says_how_to_go_on(tmp_path: Path, capsys: pytest
     data = write_corpus(tmp_path / "data", counting_documents())
     config = tmp_path / "c.toml"
     config.write_text(settings.to_toml(MOE, SHORT))
-    finetune_command(config=config, data=data, out=tmp_path / "run", steps=3)
+    finetune_command(method="pretrain", config=config, data=data, out=tmp_path / "run", steps=3)
     shown = capsys.readouterr()
     assert shown.out.strip() == str(tmp_path / "run" / "model")
     assert "step 3 of 3" in shown.err
     assert json.loads((tmp_path / "run" / "model" / "config.json").read_text())["num_nextn_predict_layers"] == 1
-    finetune_command(data=data, out=tmp_path / "again", config=config, steps=50000, minutes=0.01)
+    finetune_command(method="pretrain", data=data, out=tmp_path / "again", config=config, steps=50000, minutes=0.01)
     assert "--resume" in capsys.readouterr().err
     assert np.isfinite(log.read(tmp_path / "run" / "log.jsonl")[-1]["held_out"]["loss"])
-    for options in ({}, {"out": tmp_path / "x"}, {"out": tmp_path / "x", "config": config, "method": "sft"}):
+    for options in ({}, {"out": tmp_path / "x"}, {"out": tmp_path / "x", "config": config}):
         with pytest.raises(UsageError):
-            finetune_command(**options)  # type: ignore[arg-type]
+            finetune_command(method="pretrain", **options)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("config", [MOE, DENSE])

@@ -73,6 +73,32 @@ def test_a_question_is_sent_and_answered() -> None:
     assert backend.asked == [[{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2 + 2?"}]]
 
 
+def test_the_adapter_is_changed_by_a_line_that_the_model_never_sees() -> None:
+    backend = FakeBackend()
+
+    async def scenario(pilot: Pilot[None], app: ChatApp) -> None:
+        await settle(pilot, app)
+        app.query_one(Prompt).text = "/adapter runs/a b"
+        await pilot.press("enter")
+        await settle(pilot, app)
+        assert "Adapter runs/a b." in screen(app)
+        assert app.query_one(Prompt).text == ""
+        app.query_one(Prompt).text = "/adapter broken"
+        await pilot.press("enter")
+        await settle(pilot, app)
+        assert "broken is broken." in screen(app)
+        app.query_one(Prompt).text = "/adapter off"
+        await pilot.press("enter")
+        await settle(pilot, app)
+        assert "without an adapter" in screen(app)
+        await pilot.press(*"Hi", "enter")
+        await settle(pilot, app)
+
+    drive(backend, scenario)
+    assert backend.adapters == ["runs/a b", "broken", None]
+    assert [turn["content"] for turn in backend.asked[0]] == ["Hi"]
+
+
 def test_each_question_carries_the_whole_conversation() -> None:
     backend = FakeBackend([Thought("", "hm"), Text("", "one"), FIGURES], [Text("", "two"), FIGURES])
 

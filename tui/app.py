@@ -15,7 +15,7 @@ from textual.css.query import NoMatches
 from textual.widgets import Footer
 
 from edger1.errors import UsageError
-from edger1.messages import Done, Failed, Loaded, Progress, Text, Thought
+from edger1.messages import AdapterUsed, Done, Failed, Loaded, Progress, Text, Thought
 from edger1.tui.backend import Backend
 from edger1.tui.figures import figures, memory
 from edger1.tui.session import Session, State
@@ -31,6 +31,7 @@ from edger1.tui.widgets.welcome import Welcome
 
 _LOOK_S = 2.0
 """How often to look whether the terminal is still there."""
+ADAPTER = "/adapter"
 REMARKS = {"cancelled": "Stopped.", "length": "Stopped at the limit of length."}
 
 
@@ -102,6 +103,10 @@ class ChatApp(App[None], inherit_bindings=False):
         if self.session.state is State.ANSWERING:
             self.notify("The answer is still coming. Esc stops it.", markup=False)
             return
+        words = event.text.split(maxsplit=1)
+        if words[0] == ADAPTER:
+            await self._take_adapter(words[1] if len(words) > 1 else "")
+            return
         prompt.clear()
         await self._leave_welcome()
         self._waiting = Question(event.text, waiting=True)
@@ -110,6 +115,16 @@ class ChatApp(App[None], inherit_bindings=False):
             self._ask_soon()
         elif self.session.state is State.ASLEEP:
             self._load_soon()
+
+    async def _take_adapter(self, folder: str) -> None:
+        """Do what `/adapter DIR` and `/adapter off` ask for."""
+        if not folder:
+            self.notify(f"Give a folder, as in {ADAPTER} runs/mine/adapter, or {ADAPTER} off.", markup=False)
+        elif self.session.state is not State.READY:
+            self.notify("The model is not loaded yet.", markup=False)
+        else:
+            self.query_one(Prompt).clear()
+            self.run_worker(self._use_adapter(None if folder == "off" else folder), name="adapter")
 
     async def action_stop(self) -> None:
         """Stop the answer, or take back a message that waits."""
@@ -172,6 +187,23 @@ class ChatApp(App[None], inherit_bindings=False):
                         self._greet()
                     case Failed(message=message):
                         await self._fail(f"The model could not be loaded. {message}")
+        if self.session.state is State.READY:
+            self._ask_soon()
+
+    async def _use_adapter(self, folder: str | None) -> None:
+        self._say("Changing the adapter")
+        async with aclosing(self.session.use_adapter(folder)) as events:
+            async for event in events:
+                if not self.is_running:
+                    return
+                await self._leave_welcome()
+                match event:
+                    case AdapterUsed():
+                        said = "The model is as it was, without an adapter." if folder is None else f"Adapter {folder}."
+                        await self._transcript.say(Notice.remark(said))
+                    case Failed(message=message):
+                        await self._fail(message)
+        self._say("")
         if self.session.state is State.READY:
             self._ask_soon()
 

@@ -1,4 +1,4 @@
-"""What the chat needs of an engine: four calls, and the events of `edger1.messages` as answers."""
+"""What the chat needs of an engine: five calls, and the events of `edger1.messages` as answers."""
 
 from __future__ import annotations
 
@@ -20,6 +20,9 @@ class Backend(Protocol):
 
     def ask(self, messages: list[Message]) -> AsyncIterator[Event]:
         """Answer the whole conversation: `Progress`, `Thought` and `Text` ..., then `Done` or `Failed`."""
+
+    def use_adapter(self, folder: str | None) -> AsyncIterator[Event]:
+        """Put the adapter in `folder` over the model, or take it off where None: `AdapterUsed` or `Failed`."""
 
     def cancel(self) -> None:
         """Stop the running answer within one token; its `Done` still comes. Does nothing where none is running."""

@@ -8,7 +8,7 @@ from enum import Enum
 from typing import Any, cast
 
 from edger1.errors import EdgeR1Error
-from edger1.messages import Done, Event, Failed, Loaded, Text, Thought
+from edger1.messages import AdapterUsed, Done, Event, Failed, Loaded, Text, Thought
 from edger1.tui.backend import Backend
 from edger1.tui.conversation import Conversation
 
@@ -56,6 +56,15 @@ class Session:
                     self.state = State.READY
                 elif isinstance(event, Failed):
                     self.state = State.ASLEEP
+                yield event
+
+    async def use_adapter(self, folder: str | None) -> AsyncGenerator[Event, None]:
+        """Change the model's adapter: exactly one AdapterUsed or Failed. The conversation goes on."""
+        self.state = State.LOADING
+        async with aclosing(_to_the_end(self.backend.use_adapter(folder), AdapterUsed)) as events:
+            async for event in events:
+                gone = isinstance(event, Failed) and event.error == "EngineError"
+                self.state = State.ASLEEP if gone else State.READY
                 yield event
 
     async def ask(self, question: str) -> AsyncGenerator[Event, None]:

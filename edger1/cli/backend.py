@@ -7,7 +7,18 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 from edger1.client import ChildConnection, aevents, next_id
-from edger1.messages import Cancel, Event, Failed, Generate, Load, Loaded, Message, Unload
+from edger1.messages import (
+    AdapterUsed,
+    Cancel,
+    Event,
+    Failed,
+    Generate,
+    Load,
+    Loaded,
+    Message,
+    Unload,
+    UseAdapter,
+)
 
 
 class ChildBackend:
@@ -17,9 +28,17 @@ class ChildBackend:
     """
 
     def __init__(
-        self, folder: Path, *, memory: int | None, context: int | None, precision: str, expert_slots: str | None = None
+        self,
+        folder: Path,
+        *,
+        memory: int | None,
+        context: int | None,
+        precision: str,
+        expert_slots: str | None = None,
+        adapter: str | None = None,
     ) -> None:
         self._load = (str(folder), memory, context, precision, expert_slots)
+        self._adapter = adapter
         self._memory = memory
         self._connection: ChildConnection | None = ChildConnection(memory)
         self._model: str | None = None
@@ -36,7 +55,7 @@ class ChildBackend:
             await self._drop_model()
         if self._connection is None:
             self._connection = ChildConnection(self._memory)
-        async for event in aevents(self._connection, Load(next_id(), *self._load)):
+        async for event in aevents(self._connection, Load(next_id(), *self._load, self._adapter)):
             if isinstance(event, Loaded):
                 self._model = event.model
             if isinstance(event, Failed):
@@ -50,6 +69,21 @@ class ChildBackend:
             if isinstance(event, Failed):
                 self._forget(event)
         self._model = None
+
+    async def use_adapter(self, folder: str | None) -> AsyncIterator[Event]:
+        """Put the adapter in `folder` over the model, now and when it is loaded anew; None takes it off."""
+        from edger1.model import adapter_folder
+
+        if self._connection is None or self._model is None:
+            yield Failed(next_id(), "EngineError", "The engine is not running.")
+            return
+        path = adapter_folder(folder)
+        async for event in aevents(self._connection, UseAdapter(next_id(), self._model, path)):
+            if isinstance(event, AdapterUsed):
+                self._adapter = path
+            if isinstance(event, Failed):
+                self._forget(event)
+            yield event
 
     async def ask(self, messages: list[Message]) -> AsyncIterator[Event]:
         """Answer the whole conversation: Progress, Thought and Text ..., then Done or Failed."""

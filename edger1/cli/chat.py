@@ -22,6 +22,7 @@ def chat_command(
     context: options.Context = None,
     precision: options.Precision = "fast",
     expert_slots: options.ExpertSlots = None,
+    adapter: options.Adapter = None,
     offline: options.Offline = False,
 ) -> None:
     """Talk to a model in the terminal.
@@ -34,6 +35,8 @@ def chat_command(
 
       edger1 chat deepseek-r1-distill-qwen-1.5b --memory 4GB
 
+      edger1 chat smollm2-135m --adapter runs/mine/adapter
+
       echo "Why is the sky blue?" | edger1 chat smollm2-135m
     """
     from edger1.config import load_config
@@ -41,12 +44,12 @@ def chat_command(
     config = load_config()
     name = model or config.model
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
-        _answer_once(name, system, memory, context, precision, expert_slots, offline)
+        _answer_once(name, system, memory, context, precision, expert_slots, adapter, offline)
         return
 
     from edger1.cli.backend import ChildBackend
     from edger1.cli.loading import apply_threads, ensure_model, note_beyond_training
-    from edger1.model import memory_bytes
+    from edger1.model import adapter_folder, memory_bytes
     from edger1.tui import run_chat
 
     apply_threads(config.threads)
@@ -59,6 +62,7 @@ def chat_command(
         context=context,
         precision=precision,
         expert_slots=expert_slots,
+        adapter=adapter_folder(adapter),
     )
     run_chat(backend, name, system=system, theme=config.theme)
 
@@ -70,6 +74,7 @@ def _answer_once(
     context: int | None,
     precision: str,
     expert_slots: str | None,
+    adapter: str | None,
     offline: bool,
 ) -> None:
     from edger1.cli.loading import open_model
@@ -80,7 +85,13 @@ def _answer_once(
     question = piped or SAMPLE_QUESTION
     terminal = sys.stdout.isatty()
     with open_model(
-        name, memory=memory, context=context, precision=precision, expert_slots=expert_slots, offline=offline
+        name,
+        memory=memory,
+        context=context,
+        precision=precision,
+        expert_slots=expert_slots,
+        adapter=adapter,
+        offline=offline,
     ) as loaded:
         typer.echo(f"> {question}\n")
         done = None

@@ -30,7 +30,7 @@ def finetune_command(
         typer.Option("--output", "--out", metavar="RUN", help="Folder of the run. Default: runs/MODEL-METHOD."),
     ] = None,
     config: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="TOML with settings; options override it.")
+        Path | None, typer.Option(metavar="FILE", help="TOML with settings; other options override it.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")] = False,
     adapter: Annotated[str | None, typer.Option(metavar="FOLDER", help="Begin with this adapter.")] = None,
@@ -85,7 +85,7 @@ def finetune_command(
 
         pretrain(config, data, out, resume=resume, steps=steps, minutes=minutes, seed=seed, plan=plan)
         return
-    given = {
+    asked: dict[str, dict[str, Any]] = {
         "model": {"name": model, "adapter": adapter},
         "adapter": {"rank": rank, "targets": target or None},
         "data": {"path": None if data is None else str(data), "length": length, "skip_bad": skip_bad or None},
@@ -94,7 +94,7 @@ def finetune_command(
             "memory": memory, "seed": seed,
         },
     }  # fmt: skip
-    given = {name: {key: v for key, v in table.items() if v is not None} for name, table in given.items()}
+    given = {name: {key: v for key, v in table.items() if v is not None} for name, table in asked.items()}
     for text in options or ():
         name, key, value = _setting(text)
         given.setdefault(name, {})[key] = value

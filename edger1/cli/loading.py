@@ -34,12 +34,13 @@ def open_model(
     precision: str,
     offline: bool,
     expert_slots: str | None = None,
+    adapter: str | None = None,
 ) -> Iterator[Model]:
     """Load a model with what the command line says, else the user's config.toml, else the defaults; close it after.
 
     After Ctrl-C it is left open: closing waits for the step that is running, and the process ends anyhow.
     """
-    model = _load(name, memory, context, precision, offline, expert_slots)
+    model = _load(name, memory, context, precision, offline, expert_slots, adapter)
     try:
         yield model
     except KeyboardInterrupt:
@@ -51,7 +52,13 @@ def open_model(
 
 
 def _load(
-    name: str, memory: str | None, context: int | None, precision: str, offline: bool, expert_slots: str | None
+    name: str,
+    memory: str | None,
+    context: int | None,
+    precision: str,
+    offline: bool,
+    expert_slots: str | None,
+    adapter: str | None,
 ) -> Model:
     config = load_config()
     apply_threads(config.threads)
@@ -68,6 +75,7 @@ def _load(
             context=context,
             precision=precision,
             expert_slots=expert_slots,
+            adapter=adapter,
             on_progress=_LoadingLine() if sys.stderr.isatty() else None,
         )
 

@@ -31,6 +31,10 @@ ExpertSlots = Annotated[
         help="Slots a layer for streamed experts, as a number or a share of them. Default: what the ceiling allows.",
     ),
 ]
+Adapter = Annotated[
+    str | None,
+    typer.Option("--adapter", metavar="DIR", help="Adapter to put over the model, in mlx-lm's or PEFT's layout."),
+]
 System = Annotated[str | None, typer.Option(metavar="TEXT", help="System prompt.")]
 MaxTokens = Annotated[int | None, typer.Option(metavar="N", help="Longest answer in tokens. Default: what fits.")]
 Temperature = Annotated[

@@ -57,6 +57,7 @@ def run_command(
     context: options.Context = None,
     precision: options.Precision = "fast",
     expert_slots: options.ExpertSlots = None,
+    adapter: options.Adapter = None,
     plot: Annotated[
         Path | None, typer.Option("--plot", metavar="FILE.svg", help="Draw what streaming the experts took, by layer.")
     ] = None,
@@ -93,7 +94,13 @@ def run_command(
     text: list[str] = []
     thinking: list[str] = []
     with open_model(
-        model, memory=memory, context=context, precision=precision, expert_slots=expert_slots, offline=offline
+        model,
+        memory=memory,
+        context=context,
+        precision=precision,
+        expert_slots=expert_slots,
+        adapter=adapter,
+        offline=offline,
     ) as loaded:
         # A model without a chat template continues a plain prompt.
         plain = raw or (system is None and not loaded.info["has_chat_template"])
@@ -146,6 +153,7 @@ def run_command(
             "accounted_memory_bytes": cost.accounted_memory_bytes,
             "precision": loaded.info["precision"],
             "kernels": loaded.info["kernels"],
+            "adapter": loaded.info["adapter"],
             "experts": cost.experts,
         }
         typer.echo(json.dumps(answer, ensure_ascii=False))

@@ -15,6 +15,7 @@ import numpy as np
 from edger1.errors import EdgeR1Error
 
 _DTYPES = {mx.float32: "F32", mx.bfloat16: "BF16", mx.float16: "F16", mx.int32: "I32", mx.uint32: "U32"}
+_DTYPES |= {mx.uint8: "U8", mx.int8: "I8", mx.int64: "I64", mx.bool_: "BOOL"}
 
 
 class SaveError(EdgeR1Error):

@@ -163,6 +163,17 @@ class Adapted:
             module._no_grad = keys
         self._frozen_before = []
 
+    def attach_again(self) -> None:
+        """Put it on once more after `detach`, with the weights that it has; what is trainable does not change."""
+        self._hang(adapted=True)
+
+    def rehang(self, adapted: Any, module: Any) -> None:
+        """Put another layer where one that `adapted` adapts hangs."""
+        for each in self._hung:
+            if each.adapted is adapted:
+                for holder, key in each.places:
+                    holder[key] = module
+
 
 @dataclass(frozen=True)
 class _Hung:

@@ -86,7 +86,10 @@ class Encoder:
             if self._joint is None:
                 return [np.asarray(self._tokenizer.encode(t, add_special_tokens=False), np.int32) for t in texts]
             batch = self._joint.encode_batch_fast(texts, add_special_tokens=False)
-        except UnicodeEncodeError:
+        except (UnicodeEncodeError, TypeError):
+            # A half character is no text to a tokenizer; one row with it must not cost the others.
+            if all(map(_is_text, texts)):
+                raise
             return [self._encode([t])[0] if _is_text(t) else np.zeros(0, np.int32) for t in texts]
         return [np.array(encoding.ids, np.int32) for encoding in batch]
 

@@ -10,12 +10,15 @@ import csv
 import gzip
 import json
 import sys
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from edger1.errors import FormatError, UsageError
+
+_BOM = b"\xef\xbb\xbf"
 
 Found = tuple[str, dict[str, Any] | str]
 """Where ("line 3", "row 7"), and a record, or the reason why there is none."""
@@ -60,24 +63,19 @@ def _suffix(path: Path) -> str:
 
 
 def _jsonl(path: Path) -> Iterator[Found]:
-    yield from _json_lines(path.open("rb"), path)
+    with path.open("rb") as stream:
+        yield from _json_lines(stream, path)
 
 
 def _jsonl_gz(path: Path) -> Iterator[Found]:
-    yield from _json_lines(gzip.open(path, "rb"), path)
+    with gzip.open(path, "rb") as stream:
+        yield from _json_lines(stream, path)
 
 
-def _json_lines(stream: Any, path: Path) -> Iterator[Found]:
+def _json_lines(stream: Iterable[bytes], path: Path) -> Iterator[Found]:
     blank: list[int] = []
-    with stream:
-        lines = enumerate(stream, 1)
-        while True:
-            try:
-                number, line = next(lines)
-            except StopIteration:
-                return
-            except (EOFError, gzip.BadGzipFile, OSError, gzip.zlib.error) as error:  # type: ignore[attr-defined]
-                raise FormatError(f"{path} is damaged: {error}.") from None
+    try:
+        for number, line in enumerate(stream, 1):
             if not line.strip():
                 # Lines at the end may be empty.
                 blank.append(number)
@@ -85,7 +83,9 @@ def _json_lines(stream: Any, path: Path) -> Iterator[Found]:
             for empty in blank:
                 yield f"line {empty}", "the line is empty"
             blank.clear()
-            yield f"line {number}", _parsed(line[3:] if number == 1 and line.startswith(b"\xef\xbb\xbf") else line)
+            yield f"line {number}", _parsed(line[3:] if number == 1 and line.startswith(_BOM) else line)
+    except (EOFError, OSError, zlib.error) as error:
+        raise FormatError(f"{path} is damaged: {error}.") from None
 
 
 def _parsed(line: bytes) -> dict[str, Any] | str:
@@ -126,12 +126,11 @@ def _json(path: Path) -> Iterator[Found]:
     rows = whole
     if isinstance(whole, dict):
         lists = [
-            name
-            for name, value in whole.items()
-            if isinstance(value, list) and isinstance(value[:1], list) and value and isinstance(value[0], dict)
+            name for name, value in whole.items() if isinstance(value, list) and isinstance((value or [0])[0], dict)
         ]
         rows = whole[lists[0]] if len(lists) == 1 else None
-        if "messages" in lists or "conversations" in lists:
+        if "messages" in whole or "conversations" in whole:
+            # The file is one conversation.
             rows = [whole]
     if not isinstance(rows, list):
         raise FormatError(f"{path} holds neither a list of rows nor an object with one such list.")
@@ -194,7 +193,7 @@ class _Lines:
     def __next__(self) -> str:
         line = next(self._stream)
         self.number += 1
-        if self.number == 1 and line.startswith(b"\xef\xbb\xbf"):
+        if self.number == 1 and line.startswith(_BOM):
             line = line[3:]
         try:
             return str(line.decode())

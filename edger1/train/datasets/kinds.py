@@ -36,7 +36,7 @@ _ROLES = {
     "function": "tool",
     "observation": "tool",
 }
-_CHATS = ("messages", "conversations", "conversation")
+CHATS = ("messages", "conversations", "conversation")
 _QUESTIONS = ("prompt", "question", "problem", "instruction", "query", "input")
 _TRACES = (
     # s1 and s1.1, OpenThoughts, and what APIs call a thought.
@@ -70,7 +70,7 @@ def fields_of(record: Record) -> dict[str, tuple[str, ...]]:
     has = {name for name, value in record.items() if value is not None}
     found: dict[str, tuple[str, ...]] = {}
     question = next((name for name in _QUESTIONS if name in has), None)
-    chat = next((name for name in _CHATS if name in has), None)
+    chat = next((name for name in CHATS if name in has), None)
     if {"chosen", "rejected"} <= has:
         found["preference"] = (*(("prompt",) if "prompt" in has else ()), "chosen", "rejected")
     if chat is not None:
@@ -165,7 +165,7 @@ def _trace(record: Record, fields: tuple[str, ...]) -> Read:
 
 def _prompt(record: Record, fields: tuple[str, ...]) -> Read:
     value = record[fields[0]]
-    if isinstance(value, list) or fields[0] in _CHATS:
+    if isinstance(value, list) or fields[0] in CHATS:
         turns = _with_system(record, _turns(value))
         added: dict[str, Any] = {}
         if turns and turns[-1]["role"] == "assistant":

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from edger1.errors import UsageError
+from edger1.train.best_fit import pack as best_fit
 from edger1.train.datasets.template import Encoded
 from edger1.train.finetune.method import Batch
-from edger1.train.best_fit import pack as best_fit
 
 _WINDOW = 32
 _WIDTH = 32

@@ -14,7 +14,7 @@ from typing import Any
 
 from edger1.errors import FormatError, UsageError
 from edger1.train.datasets.files import data_files, records
-from edger1.train.datasets.kinds import KINDS, convert, fields_of, kind_of
+from edger1.train.datasets.kinds import CHATS, KINDS, convert, fields_of, kind_of
 from edger1.train.datasets.rows import BadRow, Dataset, Row
 
 __all__ = ["BadRow", "Dataset", "Row", "read"]
@@ -88,6 +88,13 @@ def _detect(first: list[Found], path: Path, skip_bad: bool) -> str:
             examples.setdefault(own, where)
         elif not skip_bad:
             raise FormatError(f"{where}: {_why_none(record)}. To leave such rows out: --skip-bad")
+    chats = [kind for kind in ("messages", "conversations") if kinds[kind]]
+    if chats:
+        # Among conversations with answers, one without is no prompt but a bad row.
+        unanswered = sum(isinstance(r, dict) and kind_of(r) == "prompt" and not _asks(r) for _, r in first)
+        kinds[chats[0]] += unanswered
+        kinds["prompt"] -= unanswered
+        kinds = +kinds
     if not kinds:
         where, record = first[0] if first else (str(path), "the file is empty")
         raise FormatError(f"{path} holds no rows that can be learned from; {where}: {_why_none(record)}.")
@@ -104,6 +111,10 @@ def _detect(first: list[Found], path: Path, skip_bad: bool) -> str:
         f"{', '.join(f'{count:,} {kind}' for kind, count in kinds.most_common())}). Give one kind a file, read all "
         f"as one with --format {a}, or leave the others out with --skip-bad."
     )
+
+
+def _asks(record: dict[str, Any]) -> bool:
+    return fields_of(record)["prompt"][0] not in CHATS
 
 
 def _reads_all(first: list[Found], kind: str) -> bool:

@@ -1,11 +1,11 @@
 """A conversation as text to learn from, made of what the model's own chat template renders.
 
-Chat templates are for inference: some drop the thoughts of earlier turns, and some write the marker that opens a thought
+Chat templates are for inference: some drop the thoughts of earlier turns, some write the marker that opens a thought
 into the prompt. So the template renders placeholders instead of contents, turn by turn, and the contents are put in
 afterwards, thoughts included:
 
     what comes before the turn, as the template renders it          not learned
-    what the template adds for the model to go on with              not learned   (`<|im_start|>assistant\\n`, `<think>\\n`)
+    what it adds for the model to go on with (`<think>\\n`)          not learned
     [thought, closing marker] answer, end token                     learned
 
 What a template renders around placeholders depends on roles alone, so it is worked out once for each sequence of roles.
@@ -19,6 +19,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 from edger1.errors import EdgeR1Error, FormatError, UsageError
@@ -142,12 +143,11 @@ class Renderer:
         real = self._render([{**m, "content": answer} for m, (_, answer) in zip(messages, parts, strict=True)], tools)
         spliced = "".join(texts[int(part[2:-3])] if n % 2 else part for n, part in enumerate(plan.history))
         if real != spliced:
-            at = next(
-                (i for i, (a, b) in enumerate(zip(real, spliced, strict=False)) if a != b), min(len(real), len(spliced))
-            )
+            both = zip(real, spliced, strict=False)
+            at = next((i for i, (a, b) in enumerate(both) if a != b), min(len(real), len(spliced)))
             raise FormatError(
-                f"the model's chat template changes what is in this conversation, at {real[max(0, at - 10) : at + 20]!r}, so "
-                "its turns cannot be told apart"
+                "the model's chat template changes what is in this conversation, at "
+                f"{real[max(0, at - 10) : at + 20]!r}, so its turns cannot be told apart"
             )
 
     def _plan(self, messages: Sequence[dict[str, Any]], parts: list[Any], tools: Any) -> tuple[_Plan, bool]:
@@ -275,8 +275,8 @@ class _Planner:
         """A turn without a thought where the prompt opens one: as the template closes it when thinking is off."""
         if not lead.rstrip().endswith(self.renderer.markers.start) or not place:
             raise UsageError(
-                f"The model's chat template asks for an answer with {lead!r}, which is not how its assistant turns begin "
-                f"({body[:40]!r})."
+                f"The model's chat template asks for an answer with {lead!r}, which is not how its assistant turns "
+                f"begin ({body[:40]!r})."
             )
         off = self._render(self.skeleton[:i], ask=True, enable_thinking=False)
         closed = off[len(before) :]
@@ -312,20 +312,20 @@ class _Planner:
         if seen[1::2] != history[1::2]:
             return {}
         places = [int(part[2:-3]) for part in history[1::2]]
-        lefts: dict[int, str] = {}
-        rights: dict[int, str] = {}
+        strips = {i: ["", ""] for i in places}
+        none = [("", "")]
         for n in range(0, len(history), 2):
-            left_of, right_of = (places[n // 2] if n + 1 < len(history) else None), (places[n // 2 - 1] if n else None)
-            for right, r in ((" \n", ""), ("", "all"), (" ", "lines")):
-                for left, l in (("\n ", ""), ("", "all"), (" ", "lines")):
-                    if (right if right_of is not None else "") + history[n] + (
-                        left if left_of is not None else ""
-                    ) == seen[n]:
-                        if left_of is not None:
-                            lefts.setdefault(left_of, l)
-                        if right_of is not None:
-                            rights.setdefault(right_of, r)
-        return {i: (lefts.get(i, ""), rights.get(i, "")) for i in places}
+            # What is left of the spaces before this part of the template's own, and behind it.
+            befores = none if n == 0 else [(" \n", ""), ("", "all"), (" ", "lines")]
+            behinds = none if n + 1 == len(history) else [("\n ", ""), ("", "all"), (" ", "lines")]
+            for (before, right), (behind, left) in product(befores, behinds):
+                if before + history[n] + behind == seen[n]:
+                    if n:
+                        strips[places[n // 2 - 1]][1] = right
+                    if n + 1 < len(history):
+                        strips[places[n // 2]][0] = left
+                    break
+        return {i: (left, right) for i, (left, right) in strips.items()}
 
 
 def _stripped(text: str, strip: tuple[str, str]) -> str:

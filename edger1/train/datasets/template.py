@@ -88,13 +88,13 @@ class Encoding:
 class Template:
     """Renders and encodes rows for one tokenizer (mlx-lm's wrapper or one of transformers).
 
-    `length` is how many tokens a document may have. `reasoning` "all" keeps the thoughts of every assistant turn, "last"
-    those of the last turn alone; earlier turns then look as at inference, and those that lost a thought are not
+    `length` is how many tokens a document may have. `reasoning` "all" keeps the thoughts of every assistant turn,
+    "last" those of the last turn alone; earlier turns then look as at inference, and those that lost a thought are not
     learned. `cut_prompt` shortens a prompt that is too long from the left, after the system turn, instead of dropping
     the row.
 
-    A tokenizer without a chat template takes rows of one prompt and one answer, which follow each other as they are, and
-    plain texts.
+    A tokenizer without a chat template takes plain texts, and rows of one prompt and one answer, which follow each
+    other as they are.
     """
 
     def __init__(self, tokenizer: Any, length: int, *, reasoning: str = "all", cut_prompt: bool = False) -> None:
@@ -128,11 +128,19 @@ class Template:
             raise FormatError(f"{done.where}: {done.reason}.")
         return done[0]
 
+    def pair(self, row: Row) -> tuple[Row, Row]:
+        """Return a preference row as two conversations: with its chosen and with its rejected answer."""
+        before = row.messages or []
+        rest = {name: value for name, value in row.columns.items() if name not in ("chosen", "rejected")}
+        chosen, rejected = (
+            Row(row.where, [*before, *row.columns[side]], None, rest) for side in ("chosen", "rejected")
+        )
+        return chosen, rejected
+
     def encode_pair(self, row: Row) -> tuple[Encoded, Encoded]:
         """Encode a preference row with its chosen and with its rejected answer. Raises FormatError as `encode`."""
-        before = row.messages or []
-        pair = [Row(row.where, [*before, *row.columns[side]], None) for side in ("chosen", "rejected")]
-        return self.encode(pair[0]), self.encode(pair[1])
+        chosen, rejected = self.pair(row)
+        return self.encode(chosen), self.encode(rejected)
 
     def encode_all(self, rows: Iterable[Row]) -> Encoding:
         """Encode all rows, in batches.
@@ -297,5 +305,7 @@ def _end_tokens(tokenizer: Any) -> list[tuple[int, str]]:
     """The tokens that end an answer, as ids and text, the tokenizer's own first."""
     own = getattr(tokenizer, "eos_token_id", None)
     ids = [own] if own is not None else []
-    ids += sorted(set(getattr(tokenizer, "eos_token_ids", None) or []) - set(ids))
+    more = getattr(tokenizer, "eos_token_ids", None)
+    # mlx-lm's wrapper has a set, also from the model's config; tokenizers of transformers answer with the one id.
+    ids += sorted(set(more) - set(ids)) if isinstance(more, set | list | tuple) else []
     return [(int(i), str(tokenizer.decode([int(i)]))) for i in ids]

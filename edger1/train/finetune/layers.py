@@ -15,7 +15,6 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
-from edger1.train.finetune.logprobs import concrete
 from edger1.train.finetune.rows import Rows, attending
 from edger1.train.finetune.structure import Structure, same
 
@@ -61,10 +60,11 @@ class Weights:
             if name in weights:
                 module[key] = weights[name]
 
-    def trace(self, weights: list[mx.array]) -> None:
-        """Note what stands for the weights while they are differentiated; layers that are not traced get them, too."""
+    def trace(self, weights: list[mx.array], *, put: bool) -> None:
+        """Note what stands for the weights while they are differentiated, and `put` it into their places."""
         self._traced = weights
-        self.restore(weights)
+        if put:
+            self.restore(weights)
 
     def restore(self, weights: list[mx.array]) -> None:
         """Set all of them, in the order of `names`."""
@@ -128,12 +128,17 @@ def packs(model: Any, structure: Structure | None) -> bool:
         if any(type(one) not in (KVCache, RotatingKVCache) for one in caches):
             return False
         call = model if structure is None else structure.hidden
-        ids = mx.arange(3, 15, dtype=mx.int32)[None]
-        documents = np.repeat(np.array([[0, 1]], np.int32), (5, 7), axis=1)
-        rows = Rows(documents)
+        # Two rows, split differently: a few families apply the mask of one row to another.
+        ids = mx.arange(3, 27, dtype=mx.int32).reshape(2, 12)
+        splits = (5, 8)
+        rows = Rows(np.stack([(np.arange(12) >= split).astype(np.int32) for split in splits]))
         with attending(rows):
-            packed = call(ids, [rows] * len(caches))[0]
-        return all(same(call(ids[:, a:b], None)[0], packed[a:b]) for a, b in ((0, 5), (5, 12)))
+            packed = call(ids, [rows] * len(caches))
+        return all(
+            same(call(ids[r : r + 1, a:b], None)[0], packed[r, a:b])
+            for r, split in enumerate(splits)
+            for a, b in ((0, split), (split, 12))
+        )
     except Exception:
         # A model that cannot be called so fails in any way.
         return False
@@ -172,29 +177,52 @@ def _tail(structure: Structure, ids: mx.array, caches: list[Any] | None, last: m
         return structure.hidden(ids, caches)
 
 
-def hidden(structure: Structure, ids: mx.array, caches: list[Any] | None, weights: Weights | None) -> mx.array:
-    """Return the states [rows, length, D] before the head, evaluated layer by layer.
+class Passes:
+    """The passes through the layers that one loss took, to be gone back through once the loss is known.
 
-    With `weights`, which must be traced, they have a gradient for these.
+    That waits until MLX has differentiated the rest: while it does, it frees nothing that it has evaluated.
     """
-    if weights is None:
-        return _Pass(structure, ids, caches, kept_from=len(structure.layers)).states
-    own = [concrete(value) for value in weights.traced]
-    weights.restore(own)
-    rows = next((one for one in caches or () if isinstance(one, Rows)), None)
-    passed: list[_Pass] = []
 
-    @mx.custom_function
-    def through(*_: mx.array) -> mx.array:
-        passed.append(_Pass(structure, ids, caches, kept_from=max(0, weights.lowest)))
-        return passed[0].states
+    def __init__(self, structure: Structure, weights: Weights) -> None:
+        self._structure, self._weights = structure, weights
+        self._own = list(weights.current().values())
+        self._open: list[tuple[_Pass, Rows | None, list[mx.array]]] = []
 
-    @through.vjp
-    def through_vjp(primals: Any, cotangent: mx.array, _: Any) -> tuple[mx.array, ...]:
-        with attending(rows):
-            return tuple(passed.pop().backwards(cotangent, weights, own))
+    def hidden(self, ids: mx.array, caches: list[Any] | None) -> mx.array:
+        """Return the states [rows, length, D] before the head, evaluated, to be differentiated."""
+        kept = _Pass(self._structure, ids, caches, kept_from=max(0, self._weights.lowest))
+        rows = next((one for one in caches or () if isinstance(one, Rows)), None)
+        found: list[mx.array] = []
+        self._open.append((kept, rows, found))
 
-    return cast(Callable[..., mx.array], through)(*weights.traced)
+        @mx.custom_function
+        def through(*_: mx.array) -> mx.array:
+            return kept.states
+
+        @through.vjp
+        def through_vjp(primals: Any, cotangent: mx.array, _: Any) -> tuple[mx.array, ...]:
+            found.append(cotangent)
+            return tuple(mx.zeros_like(value) for value in primals)
+
+        return cast(Callable[..., mx.array], through)(*self._weights.traced)
+
+    def gradients(self) -> list[mx.array]:
+        """Go back through all passes; return the weights' gradients in the order of their names."""
+        mx.eval([found for _, _, found in self._open])
+        total = [mx.zeros_like(value) for value in self._own]
+        while self._open:
+            kept, rows, found = self._open.pop()
+            for cotangent in found[:1]:
+                with attending(rows):
+                    own = kept.backwards(cotangent, self._weights, self._own)
+                total = [a + b for a, b in zip(total, own, strict=True)]
+                mx.eval(total)
+        return total
+
+
+def hidden(structure: Structure, ids: mx.array, caches: list[Any] | None) -> mx.array:
+    """Return the states [rows, length, D] before the head, evaluated layer by layer; they have no gradient."""
+    return _Pass(structure, ids, caches, kept_from=len(structure.layers)).states
 
 
 class _Pass:
@@ -226,7 +254,7 @@ class _Pass:
 
         _, (at,) = mx.vjp(tail, [self._last], [cotangent])
         mx.eval(at)
-        gradients = [mx.zeros_like(value) if weights.layer_of[i] < 0 else None for i, value in enumerate(own)]
+        gradients = [mx.zeros((0,))] * len(own)
         for number in sorted(self._given, reverse=True):
             layer, args, kwargs = self._given.pop(number)
             places = weights.of_layer(number)
@@ -246,4 +274,4 @@ class _Pass:
             weights.put(places, mine)
             for i, gradient in zip(places, found, strict=True):
                 gradients[i] = gradient
-        return cast(list[mx.array], gradients)
+        return gradients

@@ -1,7 +1,7 @@
 """Log-probabilities of tokens from hidden states, a few rows at a time, so that a batch's logits never exist.
 
 What a token's log-probability changes with is its own hidden state alone. So the pass that computes the
-log-probabilities leaves their gradients as well, [N, D] and no more, and going backwards is a product with the cotangent.
+log-probabilities leaves their gradients as well, [N, D] and no more; going backwards is a product with the cotangent.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 Head = Callable[[mx.array], mx.array]
 """Hidden states [N, D] -> logits [N, V]."""
 
-LOGIT_BYTES = 64 << 20
+LOGIT_BYTES = 32 << 20
 """Of one chunk of logits in f32; a few arrays of this size exist at a time."""
 
 
@@ -48,9 +48,9 @@ def differentiable(head: Head, hidden: mx.array, targets: mx.array, temperature:
             outputs, gradients = mx.vjp(
                 lambda h, goals=goals: _picked(head, h, goals, temperature), [some], [mx.ones(some.shape[:1])]
             )
-            mx.eval(outputs, gradients)
-            found.append(outputs[0])
-            slopes.append(gradients[0])
+            # What MLX is differentiating holds on to all that these were computed from.
+            found.append(concrete(outputs[0]))
+            slopes.append(concrete(gradients[0]))
         return [mx.concatenate(found), mx.concatenate(slopes)]
 
     @with_gradients.vjp
@@ -67,17 +67,33 @@ def _picked(head: Head, hidden: mx.array, targets: mx.array, temperature: float)
     return of_logits(head(hidden), targets, temperature)
 
 
+@mx.custom_function
+def _of_logits(logits: mx.array, targets: mx.array) -> list[mx.array]:
+    normal = mx.logsumexp(logits, axis=-1)
+    chosen = mx.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return [chosen - normal, normal]
+
+
+@_of_logits.vjp
+def _of_logits_vjp(primals: list[mx.array], cotangents: list[mx.array], outputs: list[mx.array]) -> Any:
+    # 1 at the target minus the distribution; written out, it takes one array of the logits' size.
+    logits, targets = primals
+    slopes = cotangents[0]
+    spread = mx.exp(logits - outputs[1][..., None]) * -slopes[..., None]
+    rows = mx.arange(spread.shape[0])
+    return spread.at[rows, targets].add(slopes), mx.zeros_like(targets)
+
+
 def of_logits(logits: mx.array, targets: mx.array, temperature: float) -> mx.array:
-    """Return f32 [...]: natural log-probabilities of targets [...] by logits [..., V] divided by `temperature`."""
+    """Return f32 [N]: natural log-probabilities of targets [N] by logits [N, V] divided by `temperature`."""
     logits = logits.astype(mx.float32)
     if temperature != 1.0:
         logits = logits * (1.0 / temperature)
-    chosen = mx.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    return chosen - mx.logsumexp(logits, axis=-1)
+    return cast(Callable[..., list[mx.array]], _of_logits)(logits, targets)[0]
 
 
 def concrete(x: mx.array) -> mx.array:
-    """Return a copy of an array that differentiation does not follow, so that nothing computed from it is kept for it."""
+    """Return a copy of an array that differentiation does not follow: what is computed from it is not kept."""
     mx.eval(x)
     if x.dtype == mx.bfloat16:
         return mx.array(np.array(x.view(mx.uint16), copy=False)).view(mx.bfloat16)

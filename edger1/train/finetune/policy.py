@@ -47,6 +47,7 @@ class LocalPolicy:
         self.layered = checkpointing and layers.chained(self.structure, self.packs) and not self._weights.beyond_layers
         """Whether layers pass one at a time, and are computed again backwards."""
         self._differentiating = False
+        self._passes: layers.Passes | None = None
         self.hidden_size, self.vocabulary = self._sizes()
 
     def describe(self) -> list[str]:
@@ -81,18 +82,23 @@ class LocalPolicy:
         kept = [self._weights.current()[name] for name in names]
 
         def of(weights: list[mx.array]) -> tuple[mx.array, Figures]:
-            self._weights.trace(weights)
+            self._weights.trace(weights, put=self._passes is None)
             return loss()
 
+        self._passes = layers.Passes(self.structure, self._weights) if self.structure and self.layered else None
         self._differentiating = True
         self.model.train()
         try:
             (value, figures), gradients = mx.value_and_grad(of)(kept)
-            mx.eval(value, figures, gradients)
+            mx.eval(value, figures)
+            self._weights.restore(kept)
+            if self._passes is not None:
+                gradients = self._passes.gradients()
+            mx.eval(gradients)
         finally:
             self._weights.restore(kept)
             self.model.eval()
-            self._differentiating = False
+            self._differentiating, self._passes = False, None
         return value, figures, dict(zip(names, gradients, strict=True))
 
     def logprobs(self, batch: Batch, *, temperature: float = 1.0) -> mx.array:
@@ -184,8 +190,10 @@ class LocalPolicy:
         ids, rows = mx.array(batch.ids), self._rows(batch)
         with attending(rows):
             caches = None if rows is None else [rows] * len(self.structure.layers)
+            if self._differentiating and self._passes is not None:
+                return self._passes.hidden(ids, caches)
             if self.layered:
-                return layers.hidden(self.structure, ids, caches, self._weights if self._differentiating else None)
+                return layers.hidden(self.structure, ids, caches)
             return self.structure.hidden(ids, caches)
 
     def _logits_of_rows(self, batch: Batch) -> mx.array:

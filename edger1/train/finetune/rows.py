@@ -70,7 +70,7 @@ def attending(rows: Rows | None) -> Iterator[None]:
         yield
         return
     original = mx.fast.scaled_dot_product_attention
-    mx.fast.scaled_dot_product_attention = _attention(kernels, rows, original)  # type: ignore[assignment]
+    mx.fast.scaled_dot_product_attention = _attention(kernels, rows, original)
     try:
         yield
     finally:

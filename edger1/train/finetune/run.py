@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -177,7 +178,7 @@ class Finetuning:
         loss, sums, gradients = 0.0, dict[str, float](), Table()
         for i, batch in enumerate(step.batches):
             _seed(self.settings.train.seed, number, i + 1)
-            value, figures, found = self.policy.value_and_grad(lambda batch=batch: self.method.loss(self.policy, batch))
+            value, figures, found = self.policy.value_and_grad(partial(self.method.loss, self.policy, batch))
             loss += _number(value)
             if not math.isfinite(loss):
                 raise self._diverged(loss, math.nan)

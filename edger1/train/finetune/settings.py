@@ -169,7 +169,7 @@ _TABLES: dict[str, Any] = {
 
 
 def read(path: Path) -> Settings:
-    """Return the settings of a TOML file. Raises UsageError for unknown tables and keys, and for values out of range."""
+    """Return the settings of a TOML file. Raises UsageError for unknown tables and keys and impossible values."""
     return from_tables(tables.load(path), str(path))
 
 

@@ -202,7 +202,7 @@ def _encoded(template: Template, rows: Sequence[Row]) -> list[Encoded]:
 
 def _prompts(template: Template, rows: Sequence[Row], count: int) -> list[Prompt]:
     """Return the first prompts that end where an assistant answers."""
-    found = []
+    found: list[Prompt] = []
     for row in rows:
         if len(found) == count:
             break
