@@ -16,7 +16,7 @@ KEYS = (
     ("Ctrl+T", "fold or unfold the reasoning"),
     ("Page Up, Page Down", "scroll the conversation"),
     ("Ctrl+N", "new conversation"),
-    ("/adapter DIR, /adapter off", "put an adapter over the model"),
+    ("/adapter DIR|off", "put an adapter over the model"),
     ("Ctrl+P", "all commands, and themes"),
     ("Ctrl+C", "copy a selection, else quit"),
     ("Ctrl+Q", "quit"),

@@ -160,7 +160,7 @@ def write_shards(folder: Path, weights: dict[str, mx.array], form: str) -> None:
         shards[-1].append(name)
         filled += value.nbytes
         total += value.nbytes
-    placed = {}
+    placed: dict[str, str] = {}
     for i, names in enumerate(shards):
         count = len(shards)
         file = "model.safetensors" if count == 1 else f"model-{i + 1:05d}-of-{count:05d}.safetensors"

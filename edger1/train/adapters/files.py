@@ -199,7 +199,8 @@ def read_weights(path: Path) -> dict[str, mx.array]:
     except (RuntimeError, OSError) as error:
         raise FormatError(f"{path} cannot be read ({error}).") from None
     if not finite.all().item():
-        bad = next(name for name, good in zip(weights, finite.tolist(), strict=True) if not good)
+        flags: Any = finite.tolist()
+        bad = next(name for name, good in zip(weights, flags, strict=True) if not good)
         raise FormatError(f"{path}: {bad} holds numbers that are not finite; the adapter is damaged.")
     return weights
 

@@ -66,10 +66,11 @@ def fuse(adapted: Adapted, *, dequantize: bool = False) -> Fused:
             _set_matrices(plain, lambda index, layer=layer: fused_matrix(layer, index))
             adapted.rehang(layer, plain)
         elif "scales" in linear:
-            squares.append((path, *_requantize(linear, layer)))
+            rounding, change = _requantize(linear, layer)
+            squares.append((path, rounding, change))
         else:
             _set_matrices(linear, lambda index, layer=layer: fused_matrix(layer, index))
-    lost, learnt = (sum(s[i] for s in squares) for i in (1, 2))
+    lost, learnt = sum(a for _, a, _ in squares), sum(b for _, _, b in squares)
     shares = [((a / max(b, 1e-30)) ** 0.5, path) for path, a, b in squares]
     worst, where = max(shares, default=(0.0, ""))
     return Fused(len(done), len(squares), (lost / max(learnt, 1e-30)) ** 0.5 if squares else 0.0, worst, where)
@@ -159,8 +160,9 @@ def _requantize(linear: Any, layer: Any) -> tuple[float, float]:
             mode=linear.mode,
             dtype=mx.float32,
         )
-        lost += float(mx.square(again - wanted).sum().item())
-        learnt += float(mx.square(wanted - before).sum().item())
+        rounding: Any = mx.square(again - wanted).sum().item()
+        change: Any = mx.square(wanted - before).sum().item()
+        lost, learnt = lost + rounding, learnt + change
     for name, held in parts.items():
         if held:
             linear[name] = held[0] if indices == [None] else mx.stack(held)

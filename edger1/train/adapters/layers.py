@@ -66,15 +66,11 @@ def dequantized(linear: Any, index: int | None = None) -> mx.array:
 
 def row_squares(linear: Any) -> mx.array:
     """Return the sums of squares of a layer's rows, f32 [out] or [n, out]; a matrix at a time is in memory."""
-    if isinstance(linear, LINEARS):
-        found = mx.square(dequantized(linear)).sum(axis=-1)
-        mx.eval(found)
-        return found
-    rows = []
-    for index in range(linear.weight.shape[0]):
-        rows.append(mx.square(dequantized(linear, index)).sum(axis=-1))
-        mx.eval(rows[-1])
-    return mx.stack(rows)
+    found = []
+    for index in [None] if isinstance(linear, LINEARS) else range(linear.weight.shape[0]):
+        found.append(mx.square(dequantized(linear, index)).sum(axis=-1))
+        mx.eval(found[-1])
+    return found[0] if isinstance(linear, LINEARS) else mx.stack(found)
 
 
 def _products(linear: Any, rows: mx.array) -> mx.array:

@@ -105,8 +105,8 @@ def read(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, mx.array
     weights = {}
     for path, parts in modules.items():
         lacking = rank - len(parts["lora_a"])
-        weights[f"{path}.lora_a"] = mx.pad(parts["lora_a"].T, ((0, 0), (0, lacking)))
-        weights[f"{path}.lora_b"] = mx.pad(parts["lora_b"].T * (factors[path] / common), ((0, lacking), (0, 0)))
+        weights[f"{path}.lora_a"] = mx.pad(parts["lora_a"].T, [(0, 0), (0, lacking)])
+        weights[f"{path}.lora_b"] = mx.pad(parts["lora_b"].T * (factors[path] / common), [(0, lacking), (0, 0)])
         if dora:
             weights[f"{path}.m"] = parts["m"].reshape(-1)
     mx.eval(list(weights.values()))
@@ -290,7 +290,7 @@ def _join(before: str, layers: Mapping[str, Any], adapted: Adapted) -> tuple[mx.
         for head in range(count):
             start = head * (nope + value) + first
             down.append(inner[head])
-            up.append(mx.pad(outer[head], ((start, count * (nope + value) - start - size), (0, 0))))
+            up.append(mx.pad(outer[head], [(start, count * (nope + value) - start - size), (0, 0)]))
     return mx.concatenate(down, axis=0), mx.concatenate(up, axis=1), None
 
 

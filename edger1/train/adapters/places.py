@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import inspect
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import mlx.nn as nn
@@ -107,18 +109,25 @@ def _adaptable(module: Any) -> bool:
     return isinstance(module, LINEARS) and module.weight.ndim == 2 and not hasattr(module, "to_lora")
 
 
-@cache
 def _read_directly(holder: type, name: str) -> bool:
     """Whether a module takes the weight of its child `name` itself, so that an adapter over the child is not asked."""
-    for each in holder.__mro__:
-        if each.__module__.startswith(("mlx_lm.", "edger1.")):
-            try:
-                source = inspect.getsource(each)
-            except (OSError, TypeError):
-                continue
-            if f"self.{name}.weight" in source:
-                return True
-    return False
+    return any(name in _weights_read(each.__module__).get(each.__name__, ()) for each in holder.__mro__)
+
+
+@cache
+def _weights_read(module: str) -> dict[str, set[str]]:
+    """Return which children's weights the classes of a module of mlx-lm's read: class -> `x` of `self.x.weight`."""
+    file = getattr(sys.modules.get(module), "__file__", None)
+    if not module.startswith(("mlx_lm.", "edger1.")) or file is None:
+        return {}
+    try:
+        parts = re.split(r"^class (\w+)", Path(file).read_text(encoding="utf-8"), flags=re.MULTILINE)
+    except OSError:
+        return {}
+    return {
+        name: set(re.findall(r"self\.(\w+)\.weight\b", body))
+        for name, body in zip(parts[1::2], parts[2::2], strict=True)
+    }
 
 
 def _kind(module: Any, path: str, above: tuple[Any, ...]) -> str:
@@ -163,4 +172,5 @@ def _takes_cache(kind: type) -> bool:
 
 
 def _mixes_tokens(module: Any) -> bool:
-    return _takes_cache(type(module)) or ("q_proj" in module and "k_proj" in module)
+    kind: Any = type(module)
+    return _takes_cache(kind) or ("q_proj" in module and "k_proj" in module)
