@@ -7,8 +7,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edger1.errors import FormatError, UsageError
+
 if TYPE_CHECKING:
     from edger1.train.rewards.opening import Rewards
+
+GYM = "gym:"
+GYM_SIZE = 100
+"""Questions of a generated task, where nothing is said."""
+
+_QUESTIONS = ("question", "problem", "prompt", "instruction", "input")
+_ANSWERS = ("answer", "solution", "final_answer", "target", "output", "label")
+_TESTS = "tests"
 
 
 @dataclass(frozen=True)
@@ -23,11 +33,15 @@ class Question:
 
 @dataclass(frozen=True)
 class Task:
-    """Questions and what scores their answers."""
+    """Questions and what scores their answers. Whoever opened it closes `reward`."""
 
     name: str
     questions: list[Question]
     reward: Rewards
+
+    def describe(self) -> str:
+        """Say what is asked and how it is scored, in a line."""
+        return f"{self.name}: {len(self.questions):,} questions, scored by {', '.join(self.reward.names)}"
 
 
 def open_task(
@@ -38,12 +52,126 @@ def open_task(
     options: Mapping[str, Any] | None = None,
     rewards: Sequence[str] = (),
     system: str | None = None,
+    on_error: str = "stop",
 ) -> Task:
-    """Open `gym:NAME` (`options` are the generator's own) or a JSONL file with columns question and answer.
+    """Open `gym:NAME` (`options` are the generator's own) or a file of rows with a question and its answer.
 
-    size: questions; all of a file's, or 100 of a generator's, where None. rewards: instead of the task's own.
+    Of a file, `options` may name the columns: question=..., answer=...; rows of messages are asked up to their last
+    user message. JSONL, JSON, CSV and Parquet are read. size: the first so many questions; all of a file's or 100 of a
+    generator's where None. seed: of a generator. rewards: as `open_rewards` takes them; where there are none, a
+    generator's own, or for a file: code where rows have tests, numeric where every answer is a number, exact otherwise.
     system: a system message before every question.
 
     Raises UsageError for an unknown task or option, FormatError for a file that is not as it should be.
     """
-    raise NotImplementedError
+    from edger1.sampling import check_count
+    from edger1.train.rewards.opening import open_rewards
+
+    check_count("size", size)
+    options = dict(options or {})
+    before = [] if system is None else [{"role": "system", "content": system}]
+    name = str(name_or_file)
+    if name.startswith(GYM):
+        questions = _generated(name.removeprefix(GYM), size or GYM_SIZE, seed, options, before)
+        # With the generator's options, which some tasks score by.
+        own = [f"{name}:{','.join([f'name={name}', *(f'{key}={value}' for key, value in options.items())])}"]
+        shown = name + (f" ({', '.join(f'{k}={v}' for k, v in options.items())})" if options else "")
+    else:
+        path = Path(name).expanduser()
+        if not path.exists():
+            raise UsageError(
+                f'There is no file {name}; a task of reasoning-gym is named "gym:NAME", such as gym:countdown or '
+                f"gym:{path.name}."
+            )
+        questions = _read(path, size, options, before)
+        own = [_fitting(questions, bool(rewards))]
+        shown = path.name
+    return Task(shown, questions, open_rewards(list(rewards) or own, on_error=on_error))
+
+
+def _generated(
+    task: str, size: int, seed: int, options: dict[str, Any], before: list[dict[str, Any]]
+) -> list[Question]:
+    from edger1.train.rewards.gym import dataset
+
+    generator = dataset(task, size=size, seed=seed, options=options)
+    questions = []
+    for index in range(size):
+        entry = generator[index]
+        ask = [*before, {"role": "user", "content": entry["question"]}]
+        questions.append(Question(ask, dict(entry), f"{GYM}{task}, seed {seed}, number {index}"))
+    return questions
+
+
+def _read(path: Path, size: int | None, options: dict[str, Any], before: list[dict[str, Any]]) -> list[Question]:
+    from edger1.train.datasets.files import data_files, records
+
+    named: dict[str, str] = {key: options.pop(key) for key in ("question", "answer") if key in options}
+    if options:
+        raise UsageError(
+            f"The option {', '.join(options)} is for tasks named gym:...; a file takes question=COLUMN and "
+            "answer=COLUMN."
+        )
+    questions: list[Question] = []
+    for file in data_files(path):
+        for where, record in records(file):
+            place = f"{file.name}, {where}"
+            if isinstance(record, str):
+                raise FormatError(f"{place}: {record}.")
+            if size is not None and len(questions) == size:
+                return questions
+            questions.append(_question(record, named, before, place))
+    if not questions:
+        raise FormatError(f"{path} holds no questions.")
+    return questions
+
+
+def _question(row: dict[str, Any], named: dict[str, str], before: list[dict[str, Any]], place: str) -> Question:
+    columns = dict(row)
+    answer = _column(row, named.get("answer"), _ANSWERS, place)
+    if answer is not None:
+        columns["answer"] = row[answer]
+    messages = row.get("messages")
+    if "question" not in named and isinstance(messages, list) and messages:
+        users = [number for number, message in enumerate(messages) if message.get("role") == "user"]
+        if not users:
+            raise FormatError(f"{place}: the messages have none of a user.")
+        asked = messages[: users[-1] + 1]
+        return Question([*([] if asked[0].get("role") == "system" else before), *asked], columns, place)
+    question = _column(row, named.get("question"), _QUESTIONS, place)
+    if question is None:
+        raise FormatError(
+            f"{place}: no question; expected a column {', '.join(_QUESTIONS)} or messages, and found "
+            f"{', '.join(row) or 'none'}. Name it with question=COLUMN."
+        )
+    text = row[question]
+    if not isinstance(text, str) or not text.strip():
+        raise FormatError(f"{place}: the question in {question} is {text!r:.60}; expected a text.")
+    return Question([*before, {"role": "user", "content": text}], columns, place)
+
+
+def _column(row: dict[str, Any], asked: str | None, usual: Sequence[str], place: str) -> str | None:
+    if asked is not None and asked not in row:
+        raise FormatError(f"{place}: no column {asked}; the row has {', '.join(row) or 'none'}.")
+    return asked or next((name for name in usual if row.get(name) is not None), None)
+
+
+def _fitting(questions: Sequence[Question], given: bool) -> str:
+    """Return the reward that fits the rows' answers. Raises FormatError where a row has none."""
+    from edger1.train.rewards.answers import last_number
+
+    if given:
+        return "exact"
+    if all(question.columns.get(_TESTS) for question in questions):
+        return "code"
+    answers = []
+    for question in questions:
+        answer = question.columns.get("answer")
+        if answer is None or answer == "":
+            raise FormatError(
+                f"{question.where}: no answer; expected a column {', '.join(_ANSWERS)}, and found "
+                f"{', '.join(question.columns)}. Name it with answer=COLUMN, or say with --reward what scores it."
+            )
+        answers += answer if isinstance(answer, list) else [answer]
+    plain = all(not any(c.isalpha() for c in str(answer)) for answer in answers)
+    return "numeric" if plain and all(last_number(str(answer)) is not None for answer in answers) else "exact"

@@ -130,5 +130,14 @@ def _unlatexed(text: str) -> str:
 
 def _plain(text: str, case: bool) -> str:
     text = " ".join(unicodedata.normalize("NFKC", text).split())
-    text = text.strip("\"'`“”‘’ ").rstrip(".").strip()
+    quotes = "\"'`“”‘’ "
+    text = text.strip(quotes).rstrip(".").strip(quotes)
     return text if case else text.casefold()
+
+
+def vote_key(answer: str) -> str | None:
+    """Return what equal final answers have in common: a number's value or the plain text; None where there is none."""
+    text = _plain(final_answer(answer), case=False)
+    if not any(character.isalpha() for character in text) and (found := last_number(text)) is not None:
+        return f"{found[0]}{'%' * found[1]}" if _NUMBER.fullmatch(_unlatexed(text).strip()) else text
+    return text or None

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 
-_TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+_BRACES = re.compile(r"\\boxed\s*\{|\\[{}]|[{}]")
 _LEAD = re.compile(
     r"^(?:so,?\s+|therefore,?\s+|thus,?\s+|hence,?\s+)?(?:the\s+)?(?:final\s+|correct\s+)?"
     r"answer(?:\s+is)?\s*[:=]?\s+(?=\S)|^answer\s*[:=]\s*",
     re.IGNORECASE,
 )
+# Not the powers of x**2 + y**2.
+_BOLD = re.compile(r"(?<![\w)*])\*\*(?=\S)(.+?)(?<=\S)\*\*(?![\w*(])")
+_LONGEST_LINE = 1000
 _FENCE = re.compile(r"```[ \t]*([\w+-]*)[^\n]*\n(.*?)```", re.DOTALL)
 
 
@@ -20,8 +23,7 @@ def final_answer(answer: str, lines: int = 1) -> str:
     "The answer is" and bold markers are cut off a line. `lines` above 1 is for answers of several lines, grids for
     instance. Empty where there is none.
     """
-    if tagged := _TAGGED.findall(answer):
-        inner = str(tagged[-1]).strip()
+    if (inner := _tagged(answer)) is not None:
         return boxed(inner) or inner
     if (inside := boxed(answer)) is not None:
         return inside
@@ -33,15 +35,25 @@ def final_answer(answer: str, lines: int = 1) -> str:
 
 def boxed(text: str) -> str | None:
     """Return what stands in the last complete `\\boxed{...}`, braces balanced; None where there is none."""
-    found = None
-    for match in re.finditer(r"\\boxed\s*\{", text):
-        depth, start = 1, match.end()
-        for place in range(start, len(text)):
-            depth += {"{": 1, "}": -1}.get(text[place], 0)
-            if depth == 0:
-                found = text[start:place].strip()
-                break
+    opened: list[int | None] = []
+    found, at = None, -1
+    # One pass, since a model that goes round in circles may open thousands that it never closes.
+    for match in _BRACES.finditer(text):
+        if match[0].endswith("{") and match[0] != "\\{":
+            opened.append(match.end() if match[0] != "{" else None)
+        elif match[0] == "}" and opened:
+            start = opened.pop()
+            if start is not None and start > at:
+                found, at = text[start : match.start()].strip(), start
     return found
+
+
+def _tagged(text: str) -> str | None:
+    """Return what the last `<answer>` that is closed holds."""
+    start = text.rfind("<answer>", 0, max(0, text.rfind("</answer>")))
+    if start < 0:
+        return None
+    return text[start + len("<answer>") :].partition("</answer>")[0].strip()
 
 
 def fenced(answer: str, *languages: str) -> str | None:
@@ -53,5 +65,7 @@ def fenced(answer: str, *languages: str) -> str | None:
 
 
 def _without_lead(line: str) -> str:
-    line = re.sub(r"\*\*(.+?)\*\*", r"\1", line.strip())
+    if len(line) > _LONGEST_LINE:
+        return line.strip()
+    line = _BOLD.sub(r"\1", line.strip())
     return _LEAD.sub("", line, count=1).strip()

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import json
 import os
 import resource
 import signal
+import struct
 import sys
 
 TYPE_CHECKING = False
@@ -23,9 +25,14 @@ CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = (
     0x00020000, 0x08000000, 0x10000000, 0x20000000, 0x40000000,
 )  # fmt: skip
 MS_NOSUID, MS_NODEV, MS_REC, MS_PRIVATE = 2, 4, 16384, 1 << 18
-PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS = 1, 38
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS = 1, 4, 38
 SYS_MOUNT_SETATTR, AT_FDCWD, AT_RECURSIVE, MOUNT_ATTR_RDONLY = 442, -100, 0x8000, 1
+PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 22, 2
 NOBODY = 65534
+REFUSED = "they would run as root, whose processes this system does not limit; run EdgeR1 as an ordinary user"
+REFUSED_CODE = 97
+# Architecture as the kernel's audit numbers it; clone, clone3, and the calls that only fork.
+FORKS = {"x86_64": (0xC000003E, 56, 435, (57, 58)), "aarch64": (0xC00000B7, 220, 435, ())}
 
 
 def main() -> None:
@@ -39,6 +46,13 @@ def main() -> None:
         libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
         guards = _separate(libc, folder, asked["disk_bytes"])
         libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    # RLIMIT_NPROC does not hold for root, in a user namespace or out of one.
+    forbid_forks = os.getuid() == 0
+    if forbid_forks and (libc is None or os.uname().machine not in FORKS):
+        os.write(report, json.dumps({"refused": REFUSED}).encode())
+        return
+    if forbid_forks:
+        guards.append("forks")
     os.write(report, (json.dumps({"guards": guards}) + "\n").encode())
     os.chdir(folder)
     for name, text in asked["files"].items():
@@ -50,6 +64,8 @@ def main() -> None:
         if libc is not None:
             libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         _limit(limits)
+        if forbid_forks and not _forbid_forks(libc):
+            os._exit(REFUSED_CODE)
         with open(asked["stdin"], "rb") as file:  # noqa: PTH123
             os.dup2(file.fileno(), 0)
         os.execve(asked["command"][0], asked["command"], asked["environment"])
@@ -59,7 +75,8 @@ def main() -> None:
         ended, code = os.wait()
         if ended == child:
             status = code
-    outcome = {"code": os.waitstatus_to_exitcode(status)}
+    code = os.waitstatus_to_exitcode(status)
+    outcome: dict[str, Any] = {"refused": REFUSED} if forbid_forks and code == REFUSED_CODE else {"code": code}
     if asked.get("result"):
         with contextlib.suppress(OSError, ValueError), open(asked["result"], "rb") as file:  # noqa: PTH123
             outcome["result"] = file.read(limits["output_bytes"]).decode("utf-8", "replace")
@@ -71,8 +88,9 @@ def _separate(libc: Any, folder: str, disk_bytes: int) -> list[str]:
     guards = []
     if os.getuid() == 0 and _drop(folder):
         guards.append("user")
-    # Set again after a change of user, which takes it away.
+    # A change of user takes both away; who is not dumpable may not write its own maps.
     libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    libc.prctl(PR_SET_DUMPABLE, 1, 0, 0, 0)
     user, group = os.getuid(), os.getgid()
     flags = CLONE_NEWUSER | CLONE_NEWNET | CLONE_NEWPID | CLONE_NEWIPC | CLONE_NEWNS
     if libc.unshare(flags) == 0:
@@ -127,6 +145,28 @@ def _read_only(libc: Any, folder: str, disk_bytes: int) -> bool:
         return False
     options = f"size={disk_bytes},mode=0700".encode()
     return libc.mount(b"tmpfs", folder.encode(), b"tmpfs", MS_NOSUID | MS_NODEV, options) == 0
+
+
+def _forbid_forks(libc: Any) -> bool:
+    """Have the kernel refuse new processes, but not threads, to this process for good (seccomp)."""
+    architecture, clone, clone3, forks = FORKS[os.uname().machine]
+    load, equal, any_bit, give = 0x20, 0x15, 0x45, 0x06
+    allow, refuse, missing, kill = 0x7FFF0000, 0x00050000 | errno.EAGAIN, 0x00050000 | errno.ENOSYS, 0x80000000
+    # Each: operation, jump if true, jump if false, operand. The call's number is at 0, the architecture at 4, the
+    # first argument at 16. clone3, whose flags lie in memory, is missing: the C library then takes clone.
+    steps = [(load, 0, 0, 4), (equal, 1, 0, architecture), (give, 0, 0, kill), (load, 0, 0, 0)]
+    # Calls of x86-64's 32-bit pointers have other numbers for the same.
+    steps += [(0x35, 0, 1, 0x40000000), (give, 0, 0, kill)] if clone == 56 else []
+    steps += [(equal, 0, 1, clone3), (give, 0, 0, missing)]
+    for number in forks:
+        steps += [(equal, 0, 1, number), (give, 0, 0, refuse)]
+    clone_thread = 0x00010000
+    steps += [(equal, 0, 3, clone), (load, 0, 0, 16), (any_bit, 1, 0, clone_thread), (give, 0, 0, refuse)]
+    steps += [(give, 0, 0, allow)]
+    code = b"".join(struct.pack("=HBBI", *step) for step in steps)
+    held = ctypes.create_string_buffer(code, len(code))
+    program = struct.pack("@HP", len(steps), ctypes.addressof(held))
+    return bool(libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.c_char_p(program), 0, 0) == 0)
 
 
 def _limit(limits: dict[str, Any]) -> None:

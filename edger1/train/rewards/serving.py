@@ -99,18 +99,20 @@ def _function(spec: Spec) -> Callable[[Completion], Any]:
         return partial(function, **options)
     path = Path(spec.file)
     sys.path.insert(0, str(path.parent))
-    made = importlib.util.spec_from_file_location(path.stem, path)
+    # Not its plain name, which may be that of a module that others import.
+    name = f"reward_file_{path.stem}"
+    made = importlib.util.spec_from_file_location(name, path)
     assert made is not None
     assert made.loader is not None
     module = importlib.util.module_from_spec(made)
-    # Under its name, so that dataclasses and pickle in the file find it.
-    sys.modules[path.stem] = module
+    # Dataclasses and pickle in the file look for it there.
+    sys.modules[name] = module
     made.loader.exec_module(module)
-    function = getattr(module, spec.function, None)
-    if not callable(function):
-        there = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
+    own = getattr(module, spec.function, None)
+    if not callable(own):
+        there = [key for key, value in vars(module).items() if getattr(value, "__module__", "") == name]
         raise UsageError(f"{path} has no function {spec.function}; it has {', '.join(there) or 'none'}.")
-    return caller(function, spec.options, f'the reward "{spec.name}"')
+    return caller(own, spec.options, f'the reward "{spec.name}"')
 
 
 def _quiet_maths() -> None:

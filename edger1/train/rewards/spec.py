@@ -38,6 +38,7 @@ def parse(text: str, builtin: Mapping[str, Any]) -> Spec:
     if not isinstance(text, str) or not text.strip():
         raise UsageError(f"A reward is {text!r}; expected text such as numeric, gym:countdown or my.py:function.")
     text = text.strip()
+    options: dict[str, Any]
     if match := _FILE.fullmatch(text):
         name, kind, rest = f"{match['file'].rpartition('/')[2]}:{match['function']}", "file", match["options"] or ""
         file, function, options = match["file"], match["function"], {}

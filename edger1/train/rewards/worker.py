@@ -22,8 +22,8 @@ from edger1.errors import RewardError, UsageError
 from edger1.train.rewards.completion import Completion
 from edger1.train.rewards.spec import Spec
 
-OPEN_TIMEOUT_S = 60.0
-"""For importing a user's file, and the libraries that it needs."""
+OPEN_TIMEOUT_S = 180.0
+"""For importing a user's file and the libraries that it needs, which takes long where much else runs."""
 _MOST_BYTES = 1 << 20
 
 
