@@ -1,4 +1,4 @@
-"""What the tests of GRPO share: a tokenizer of digits, a policy small enough to learn in seconds, rewards to learn from."""
+"""What the tests of GRPO share: a tokenizer of digits, a policy that learns in seconds, and rewards."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ CONFIG = {
 class Digits:
     """A tokenizer whose tokens are the ten digits, and one that ends."""
 
-    eos_token_ids = {END}
+    eos_token_ids = frozenset({END})
     has_thinking = False
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
@@ -96,7 +96,11 @@ class ToyPolicy:
         (value, figures), gradients = mx.value_and_grad(of)(kept)
         self.model.load_weights(list(zip(names, kept, strict=True)))
         mx.eval(value, figures, gradients)
-        return float(value.item()), {n: float(f.item()) for n, f in figures.items()}, dict(zip(names, gradients, strict=True))
+        return (
+            float(value.item()),
+            {n: float(f.item()) for n, f in figures.items()},
+            dict(zip(names, gradients, strict=True)),
+        )
 
 
 class FunctionReward:
@@ -156,7 +160,9 @@ def fixed_batch(settings: GrpoSettings, *, seed: int = 0) -> tuple[Batch, np.nda
         judged.append(Judged(prompts(1)[0], 0, i, rollout, {"toy": 0.0}, 0.0, float(random.normal())))
     tokens = sum(len(each.rollout.ids) for each in judged)
     (batch,) = make_batches(judged, Shares(6, tokens), settings)
-    batch.extra["reference"] = np.where(batch.weights != 0, batch.extra["old"] + random.normal(0, 0.5, batch.ids.shape), 0)
+    batch.extra["reference"] = np.where(
+        batch.weights != 0, batch.extra["old"] + random.normal(0, 0.5, batch.ids.shape), 0
+    )
     batch.extra["reference"] = batch.extra["reference"].astype(np.float32)
     spread = 0.3 if settings.loss != "gspo" else 3e-3
     now = np.where(batch.weights != 0, batch.extra["old"] + random.normal(0, spread, batch.ids.shape), 0)

@@ -17,9 +17,7 @@ from edger1.train.finetune.method import Batch
 
 def by_hand(now: np.ndarray, batch: Batch, s: GrpoSettings) -> tuple[float, np.ndarray]:
     """Return the loss and its gradient by every token's log-probability, in f64, from the papers' formulas."""
-    old, reference, advantages = (
-        batch.extra[name].astype(np.float64) for name in ("old", "reference", "advantages")
-    )
+    old, reference, advantages = (batch.extra[name].astype(np.float64) for name in ("old", "reference", "advantages"))
     now = now.astype(np.float64)
     loss, gradient = 0.0, np.zeros_like(now)
     rows = [np.flatnonzero(batch.extra["completion"][i] == i) for i in range(len(now))]
@@ -42,15 +40,18 @@ def by_hand(now: np.ndarray, batch: Batch, s: GrpoSettings) -> tuple[float, np.n
                 for k in among:
                     gradient[i, k] += share * -ratio * a / len(among)
             u = math.exp(reference[i, t] - now[i, t])
-            loss += share * s.beta * (u - math.log(u) - 1)
-            gradient[i, t] += share * s.beta * (1 - u)
+            k3, weight = u - math.log(u) - 1, ratio if s.unbiased_kl else 1.0
+            loss += share * s.beta * weight * k3
+            gradient[i, t] += share * s.beta * weight * (1 - u)
+            for k in among if s.unbiased_kl else ():
+                gradient[i, k] += share * s.beta * weight * k3 / len(among)
     return loss, gradient
 
 
 @pytest.mark.parametrize("loss", list(PAPERS))
-@pytest.mark.parametrize("beta", [0.0, 0.04])
-def test_losses_and_gradients_are_those_of_the_formulas(loss: str, beta: float) -> None:
-    settings = GrpoSettings(loss=loss, beta=beta, max_tokens=16)
+@pytest.mark.parametrize(("beta", "unbiased"), [(0.0, True), (0.04, True), (0.04, False)])
+def test_losses_and_gradients_are_those_of_the_formulas(loss: str, beta: float, unbiased: bool) -> None:
+    settings = GrpoSettings(loss=loss, beta=beta, unbiased_kl=unbiased, max_tokens=16)
     batch, now = fixed_batch(settings)
     expected, slopes = by_hand(now, batch, settings)
 

@@ -28,12 +28,12 @@ def make(function: Any = sevens, count: int = 6, held_out: int = 0, **settings: 
 
 @pytest.mark.parametrize("loss", list(PAPERS))
 def test_a_reward_is_learned_in_seconds(loss: str) -> None:
-    policy = ToyPolicy()
-    # GSPO's bounds are so narrow that a mini-batch moves little; it gets more steps for one sampling.
-    method = make(loss=loss, group=8, prompts=4, mini_batches=1 if loss == "gspo" else 2)
-    logged = train(policy, method, range(60), rate=0.5 if loss != "dr_grpo" else 2.0)
-    rewards = [each["reward"] for each in logged if "reward" in each]
-    assert np.mean(rewards[-4:]) > np.mean(rewards[:2]) + 0.25
+    # The reward is for tokens, so what learns it reaches the limit, which DAPO would hold against it.
+    plain = {"overlong": 0.0, "mask_truncated": False}
+    method = make(loss=loss, group=8, prompts=4, mini_batches=1, **plain)
+    logged = train(ToyPolicy(), method, range(8), rate=3.0 if loss == "dr_grpo" else 1.0)
+    assert logged[0]["reward"] < 0.1
+    assert logged[-1]["reward"] > 0.5
 
 
 def test_clipping_binds_from_the_second_update_on() -> None:

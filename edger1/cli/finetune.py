@@ -58,6 +58,7 @@ def finetune_command(
     show: Annotated[
         Path | None, typer.Option(metavar="RUN", help="View the answers and rewards of a run instead.")
     ] = None,
+    step: Annotated[int | None, typer.Option(metavar="N", help="With --show: the answers of step N.")] = None,
 ) -> None:
     """Teach a model from data, from rewards or from preferences: an adapter (LoRA) beside its weights.
 
@@ -73,13 +74,19 @@ def finetune_command(
 
       edger1 finetune smollm2-135m --data traces.jsonl --output runs/mine --rank 32 --set train.schedule=wsd
 
+      edger1 finetune smollm2-135m --method grpo --data questions.jsonl --set 'rewards.use=["maths"]'
+
+      edger1 finetune --show runs/smollm2-135m-grpo --step 12
+
       edger1 finetune --output runs/mine --resume
 
       edger1 finetune --method pretrain --config nano-moe.toml --data corpus --output runs/nano-moe
     """
     if show is not None:
-        _view(show)
+        _view(show, step)
         return
+    if step is not None:
+        raise UsageError("--step is for --show RUN; --steps is how many are trained.")
     if method == "pretrain":
         from edger1.cli.pretrain import pretrain
 
@@ -191,10 +198,10 @@ def _setting(text: str) -> tuple[str, str, Any]:
         return table, key, value.strip()
 
 
-def _view(run: Path) -> None:
+def _view(run: Path, step: int | None) -> None:
     from edger1.train.finetune.show import show
 
-    show(run)
+    show(run, step)
 
 
 def _step(show: Show, event: Event) -> None:

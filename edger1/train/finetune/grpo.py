@@ -11,9 +11,11 @@ With the ratio of probabilities, a token's now against when it was sampled, both
 
 a token's loss is PPO's, clipped, and a divergence from the reference where beta > 0 (its estimate k3, never negative):
 
-    L_it = -min(rho_it A_i, clip(rho_it, 1 - low, 1 + high) A_i) + beta (u - log u - 1),     u = pi_ref(o_it) / pi(o_it)
+    L_it = -min(rho_it A_i, clip(rho_it, 1 - low, 1 + high) A_i) + beta rho_it (u - log u - 1)
 
-and what an optimizer step minimises is a weighted sum of them, over its S completions of |o_i| tokens:
+where u = pi_ref(o_it) / pi(o_it); rho in the second term makes its gradient that of the divergence (`unbiased_kl`).
+
+What an optimizer step minimises is a weighted sum of them, over its S completions of |o_i| tokens:
 
     grpo, gspo   1 / (S |o_i|)         each completion counts the same
     dr_grpo      1 / (S max_tokens)    each token counts the same, whatever the answers' lengths
@@ -43,7 +45,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import mlx.core as mx
 import numpy as np
 
-from edger1.train.finetune.grpo_settings import GrpoSettings
+from edger1.errors import UsageError
+from edger1.train.finetune.grpo_settings import BATCH_TOKENS, GrpoSettings
 from edger1.train.finetune.method import Batch, Evaluation, Policy, Sample, Step
 from edger1.train.finetune.rollout_log import FILE, RolloutLog
 from edger1.train.finetune.rollouts import Prompt, Rollout, roll_out
@@ -106,6 +109,11 @@ class Grpo:
         lines: Sequence[str] = (),
     ) -> None:
         """`lines` are what is to be said of the data before training."""
+        if settings.overlong and OVERLONG in rewards.names:
+            raise UsageError(
+                f'There is a reward named "{OVERLONG}", and [grpo] overlong is {settings.overlong:g}, which takes the '
+                "same away; set that to 0, or leave the reward out."
+            )
         self.settings = settings
         self._prompts = list(prompts)
         self._held_out = list(held_out)[: settings.evaluate_prompts]
@@ -350,7 +358,7 @@ def make_batches(judged: Sequence[Judged], step: Shares, settings: GrpoSettings)
     batches = []
     while longest_first:
         length = len(longest_first[0].rollout.prompt_ids) + len(longest_first[0].rollout.ids)
-        rows = max(1, settings.batch_tokens // length)
+        rows = max(1, (settings.batch_tokens or BATCH_TOKENS) // length)
         batches.append(_fill(longest_first[:rows], length, step, learned, settings))
         longest_first = longest_first[rows:]
     return batches
@@ -407,6 +415,8 @@ def surrogate(new: mx.array, batch: Batch, settings: GrpoSettings) -> tuple[mx.a
     if settings.beta:
         log_u = known["reference"] - new
         k3 = mx.exp(log_u) - log_u - 1
+        if settings.unbiased_kl:
+            k3 = k3 * ratio
         loss = loss + settings.beta * k3
         figures["kl"] = (share * k3).sum()
     if "sampled" in known:
@@ -418,7 +428,7 @@ def _completion_means(values: mx.array, completion: mx.array) -> mx.array:
     """Return values [rows, length] with each completion's mean in the place of its tokens' own; -1 is none of them."""
     which, flat = completion.reshape(-1), values.reshape(-1)
     # What belongs to none is summed up in a last place of its own.
-    count = int(mx.max(which).item()) + 2
+    count = values.shape[0] + 1
     which = mx.where(which < 0, count - 1, which)
     sums = mx.zeros(count).at[which].add(flat)
     sizes = mx.zeros(count).at[which].add(mx.ones_like(flat))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,15 @@ from edger1.train import tables
 from edger1.train.datasets.reading import read
 from edger1.train.datasets.rows import Row
 from edger1.train.datasets.splitting import deduplicate, split
+from edger1.train.finetune import decoding, plan
 from edger1.train.finetune.grpo import Grpo
-from edger1.train.finetune.grpo_settings import GrpoSettings, RewardSettings
+from edger1.train.finetune.grpo_settings import BATCH_TOKENS, GrpoSettings, RewardSettings
 from edger1.train.finetune.policy import LocalPolicy
 from edger1.train.finetune.rollouts import Prompt, make_prompt
 from edger1.train.finetune.settings import Settings
 from edger1.train.rewards.completion import split_thought
 from edger1.train.rewards.opening import open_rewards
+from edger1.units import format_bytes
 
 
 def open_method(policy: LocalPolicy, settings: Settings) -> tuple[Grpo, Settings]:
@@ -58,6 +61,7 @@ def open_method(policy: LocalPolicy, settings: Settings) -> tuple[Grpo, Settings
             f"{data.path} has no prompt that leaves room for an answer of {grpo.max_tokens:,} tokens; lower [grpo] "
             "max_tokens or give shorter prompts."
         )
+    settings, grpo = _fitted(policy, settings, grpo, max(len(prompt.ids) for prompt in prompts), lines)
     rewards = open_rewards(reward.use, timeout_s=reward.timeout_s, on_error=reward.on_error, folder=Path.cwd())
     method = Grpo(
         prompts,
@@ -72,6 +76,27 @@ def open_method(policy: LocalPolicy, settings: Settings) -> tuple[Grpo, Settings
         samplings = math.ceil(train.epochs * len(prompts) / grpo.prompts)
         settings = settings.with_values("train", steps=max(1, samplings) * grpo.updates)
     return method, settings
+
+
+def _fitted(
+    policy: LocalPolicy, settings: Settings, grpo: GrpoSettings, longest: int, lines: list[str]
+) -> tuple[Settings, GrpoSettings]:
+    """Decide how much passes the model together, and the room for caches, where the settings leave that open.
+
+    `longest` is the longest prompt's tokens. Raises MemoryCeilingError where not even one completion fits.
+    """
+    found, ceiling = plan.anatomy(policy), plan.ceiling(settings.train.memory)
+    longest += grpo.max_tokens
+    tokens = max(longest, grpo.batch_tokens or BATCH_TOKENS)
+    while not grpo.batch_tokens and tokens > longest and plan.memory(found, 1, tokens).total > ceiling:
+        tokens = max(longest, tokens // 2)
+    plan.check(found, 1, tokens, ceiling)
+    needed = plan.memory(found, 1, tokens)
+    merged = 0 if policy.adapted is None else decoding.merged_bytes(policy.adapted)
+    room = grpo.cache_bytes or max(1, ceiling - needed.weights - needed.adapter - needed.process - merged)
+    grpo = replace(grpo, batch_tokens=tokens, cache_bytes=room)
+    lines.append(f"memory about {needed}, or caches of up to {format_bytes(room)}; ceiling {format_bytes(ceiling)}")
+    return settings.with_values("grpo", batch_tokens=tokens, cache_bytes=room), grpo
 
 
 def _prompts(rows: Sequence[Row], tokenizer: Any, most: int, lines: list[str]) -> list[Prompt]:

@@ -18,6 +18,8 @@ from edger1.train import tables
 from edger1.train.finetune.rollouts import Decoding
 
 _OFF: dict[str, Any] = {"dynamic": False, "overlong": 0.0, "mask_truncated": False}
+BATCH_TOKENS = 4096
+"""Of an update's batch, where nobody says; enough for the kernels to be as fast as they get."""
 PAPERS: dict[str, dict[str, Any]] = {
     # DeepSeekMath (arXiv 2402.03300), equations 3 and 4; clipping as PPO's, which it follows.
     "grpo": {"clip_low": 0.2, "clip_high": 0.2, "scale": "group", **_OFF},
@@ -58,6 +60,9 @@ class GrpoSettings:
     """Of sampling and of every log-probability; 1 in all four papers."""
     beta: float = 0.0
     """Weight of the divergence from the reference. 0 computes no reference; DeepSeekMath has 0.04, R1-Zero 0.001."""
+    unbiased_kl: bool = True
+    """Weigh each token's divergence with its ratio, so that the gradient is that of the divergence itself
+    (DeepSeek-V3.2, arXiv 2512.02556); without, it is DeepSeekMath's."""
     clip_low: Any = None
     clip_high: Any = None
     """How far below and above 1 the ratio of probabilities counts: numbers."""
@@ -77,12 +82,12 @@ class GrpoSettings:
     correction_cap: float = 2.0
     """With old = "trainer": each token weighs min(trainer / sampler, cap); 0 is no correction. The cap is that of
     truncated importance sampling (TIS, Yao et al. 2025)."""
-    batch_tokens: int = 4096
-    """Tokens that pass the model together in an update, about."""
+    batch_tokens: int = 0
+    """Tokens that pass the model together in an update, or one completion; 0: 4,096, or what memory allows."""
     rows: int = MOST_ROWS
     """Completions that are decoded together."""
     cache_bytes: int = 0
-    """What their caches may take; 0 is no limit."""
+    """What their caches may take; 0: what [train] memory leaves."""
     evaluate_prompts: int = 64
     """Held-out prompts that an evaluation answers, greedily."""
 
@@ -104,14 +109,14 @@ class GrpoSettings:
                 )
         if self.scale not in ("group", "none"):
             raise UsageError(f'[grpo] scale is "{self.scale}"; expected group or none.')
-        for name in ("prompts", "mini_batches", "epochs", "max_tokens", "most_rounds", "batch_tokens", "rows"):
+        for name in ("prompts", "mini_batches", "epochs", "max_tokens", "most_rounds", "rows"):
             if getattr(self, name) < 1:
                 raise UsageError(f"[grpo] {name} is {getattr(self, name)}; expected 1 or more.")
         if self.group < 2:
             raise UsageError(f"[grpo] group is {self.group}; expected 2 or more: completions are compared in groups.")
         if not 0 < self.temperature < math.inf:
             raise UsageError(f"[grpo] temperature is {self.temperature}; expected a number above 0.")
-        for name in ("beta", "correction_cap", "cache_bytes", "evaluate_prompts", "clip_high"):
+        for name in ("beta", "correction_cap", "batch_tokens", "cache_bytes", "evaluate_prompts", "clip_high"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UsageError(f"[grpo] {name} is {getattr(self, name)}; expected 0 or more.")
         for name in ("clip_low", "overlong"):

@@ -18,7 +18,7 @@ from edger1.loader import build, is_widened
 from edger1.mlx_runtime import give_back, prepare
 from edger1.train.adapters import files, wiring
 from edger1.train.adapters.wiring import Adapted, AdapterSpec
-from edger1.train.finetune import layers, logprobs, structure
+from edger1.train.finetune import decoding, layers, logprobs, structure
 from edger1.train.finetune.method import Batch
 from edger1.train.finetune.rows import Rows, attending
 
@@ -144,6 +144,24 @@ class LocalPolicy:
         """Ready the model for decoding within, and give it: mlx-lm's model, adapter on, to be called with a cache."""
         self.model.eval()
         yield self.model
+
+    @contextmanager
+    def merged(self) -> Iterator[Any]:
+        """Ready the model for decoding many tokens within: as `generation`, the adapter merged where that is faster."""
+        self.model.eval()
+        layers_merged = None if self.adapted is None else decoding.merge(self.adapted)
+        if layers_merged is None:
+            yield self.model
+            return
+        assert self._installed is not None
+        self._installed.uninstall()
+        with layers_merged:
+            installed = install(self.model, "exact")
+            try:
+                yield self.model
+            finally:
+                installed.uninstall()
+        self._install()
 
     def save(self, folder: Path, extra: dict[str, Any] | None = None) -> None:
         """Write the adapter as a folder in mlx-lm's layout. Raises SaveError where it cannot be written."""

@@ -115,7 +115,8 @@ def roll_out(
         for prompt, number in zip(prompts, range(len(prompts)) if numbers is None else numbers, strict=True)
         for row in range(group)
     ]
-    with policy.generation() as model:
+    # A policy that can ready itself for many tokens says so.
+    with getattr(policy, "merged", policy.generation)() as model:
         _decode(model, rows, ends, decoding)
     return [
         Rollout(
@@ -244,8 +245,8 @@ class _Batch:
         scaled = logits * (1 / temperature) if temperature else logits
         logprobs = mx.take_along_axis(scaled, tokens[:, None], axis=-1)[:, 0] - mx.logsumexp(scaled, axis=-1)
         mx.eval(tokens, logprobs)
-        drawn: list[Any] = tokens.tolist()
-        scores: list[Any] = logprobs.tolist()
+        drawn: Any = tokens.tolist()
+        scores: Any = logprobs.tolist()
         return list(zip(self.rows, drawn, scores, strict=True))
 
     def _prompt_cache(self, prompt: Prompt) -> list[Any]:

@@ -39,7 +39,8 @@ CONFIG = "finetune.toml"
 # page by page. What is held beyond the peak is less than this.
 _CACHE_BYTES = 256 << 20
 
-_BEGINNINGS = {CONFIG, "log.jsonl", "rollouts.jsonl", "samples.jsonl", "loss.png", "loss.svg", "reward.png", "reward.svg", "checkpoints"}
+_BEGINNINGS = {CONFIG, "log.jsonl", "rollouts.jsonl", "samples.jsonl", "loss.png", "loss.svg",
+               "reward.png", "reward.svg", "checkpoints"}  # fmt: skip
 """What a run that ended before its first checkpoint leaves."""
 
 
