@@ -21,6 +21,8 @@ COMMANDS = (
     ("models", "rm"),
     ("plan",),
     ("finetune",),
+    ("distill",),
+    ("pairs",),
     ("fuse",),
     ("export",),
     ("eval",),

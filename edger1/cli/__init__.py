@@ -14,12 +14,14 @@ from edger1.cli.chat import chat_command
 from edger1.cli.convert import convert_command
 from edger1.cli.data import data_command
 from edger1.cli.demo import demo_command
+from edger1.cli.distill import distill_command
 from edger1.cli.doctor import doctor_command
 from edger1.cli.evaluate import evaluate_command
 from edger1.cli.export import export_command
 from edger1.cli.finetune import finetune_command
 from edger1.cli.fuse import fuse_command
 from edger1.cli.models import models_app
+from edger1.cli.pairs import pairs_command
 from edger1.cli.plan import plan_command
 from edger1.cli.pull import INTERRUPTED, pull_command
 from edger1.cli.run import run_command
@@ -64,6 +66,8 @@ app.add_typer(models_app, name="models")
 app.command("plan")(plan_command)
 app.command("data")(data_command)
 app.command("finetune")(finetune_command)
+app.command("distill")(distill_command)
+app.command("pairs")(pairs_command)
 app.command("fuse")(fuse_command)
 app.command("export")(export_command)
 app.command("verify")(verify_command)

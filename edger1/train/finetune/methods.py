@@ -42,9 +42,35 @@ def _grpo(policy: LocalPolicy, settings: Settings) -> tuple[Method, Settings]:
     return grpo_opening.open_method(policy, settings)
 
 
+def _dpo_tables() -> dict[str, Any]:
+    from edger1.train.finetune.dpo_settings import DpoSettings
+
+    return {"dpo": DpoSettings}
+
+
+def _dpo(policy: LocalPolicy, settings: Settings) -> tuple[Method, Settings]:
+    from edger1.train.finetune import dpo_opening
+
+    return dpo_opening.open_method(policy, settings)
+
+
+def _distill_tables() -> dict[str, Any]:
+    from edger1.train.finetune.distill_settings import DistillSettings
+
+    return {"distill": DistillSettings}
+
+
+def _distill(policy: LocalPolicy, settings: Settings) -> tuple[Method, Settings]:
+    from edger1.train.finetune import distill_opening
+
+    return distill_opening.open_method(policy, settings)
+
+
 _WAYS: dict[str, Way] = {
     "sft": Way(dict, _sft),
     "grpo": Way(_grpo_tables, _grpo),
+    "dpo": Way(_dpo_tables, _dpo),
+    "distill": Way(_distill_tables, _distill),
 }
 
 

@@ -40,7 +40,7 @@ CONFIG = "finetune.toml"
 _CACHE_BYTES = 256 << 20
 
 _BEGINNINGS = {CONFIG, "log.jsonl", "rollouts.jsonl", "samples.jsonl", "loss.png", "loss.svg",
-               "reward.png", "reward.svg", "checkpoints"}  # fmt: skip
+               "reward.png", "reward.svg", "checkpoints", "cache"}  # fmt: skip
 """What a run that ended before its first checkpoint leaves."""
 
 
@@ -83,6 +83,7 @@ class Finetuning:
     samples.jsonl    answers given at each measurement: {"step", "prompt", "text", "rewards"}
     loss.png         and reward.png where there are rewards; SVG where matplotlib is missing
     checkpoints/     see checkpoint.py
+    cache/           what DPO's reference and distillation's teacher said, so that they say it once
     adapter/         the result, once finished, in mlx-lm's layout
     """
 

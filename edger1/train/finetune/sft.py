@@ -64,7 +64,7 @@ class Sft:
         train, length = settings.train, settings.data.length
         self.settings, self._prompts, self._lines = settings, prompts, list(lines)
         self.batches = Batches(list(training), length, train.rows, train.seed, pad=pad, packed=packed)
-        self._held_out = (
+        self.held_out = (
             Batches(list(validation), length, train.rows, 0, pad=pad, packed=packed, shuffle=False)
             if validation
             else None
@@ -85,13 +85,13 @@ class Sft:
 
     def evaluate(self, policy: Policy, step: int) -> Evaluation | None:
         """Return the mean cross entropy of held-out documents, and answers to some of their prompts."""
-        if self._held_out is None:
+        if self.held_out is None:
             return None
         total, count, rows = 0.0, 0.0, 0
-        for i in range(self._held_out.epoch_batches(0)):
+        for i in range(self.held_out.epoch_batches(0)):
             if rows >= self.settings.train.evaluate_rows:
                 break
-            batch = self._held_out.at(i)
+            batch = self.held_out.at(i)
             found = np.array(policy.logprobs(batch))
             total -= float((found * batch.weights).sum(dtype=np.float64))
             count += float(batch.weights.sum())

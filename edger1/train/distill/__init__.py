@@ -1,0 +1,1 @@
+"""Distillation of reasoning: a teacher's traces, verified, become a data set to train on."""
