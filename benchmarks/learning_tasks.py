@@ -1,7 +1,7 @@
 """Questions of reasoning-gym (Apache-2.0) for the learning experiments, with the steps that the package does not give.
 
 Tasks that the nano models never saw (`recipes/nano/kinds.py` has those they did). A question belongs to one set only,
-by a hash of its words: held-out questions are in no training set, nor are questions for rewards among those with traces.
+by a hash of its words: held-out questions are in no training set, nor questions for rewards among those with traces.
 """
 
 from __future__ import annotations
