@@ -45,16 +45,17 @@ SFT: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 GRPO: dict[str, dict[str, Any]] = {
     "train": {
-        "method": "grpo", "steps": 80, "learning_rate": 1e-3, "schedule": "cosine", "keep": "last",
-        "evaluate_every": 20, "samples": 0, "checkpointing": "off",
+        "method": "grpo", "steps": 48, "learning_rate": 3e-4, "schedule": "cosine", "keep": "last",
+        "evaluate_every": 16, "samples": 0, "checkpointing": "off",
     },
     "grpo": {
-        "group": 8, "prompts": 8, "mini_batches": 2, "max_tokens": runs.MAX_TOKENS, "evaluate_prompts": THROUGH_THE_RUN,
+        "group": 8, "prompts": 16, "mini_batches": 2, "max_tokens": runs.MAX_TOKENS,
+        "evaluate_prompts": THROUGH_THE_RUN,
     },
     "rewards": {"use": [f"gym:{TASK.name}"]},
 }  # fmt: skip
 CONTROL: dict[str, Any] = {
-    "learning_rate": 1e-3, "rows": 8, "accumulate": 1, "keep": "last", "evaluate_every": 1000, "samples": 0,
+    "learning_rate": 3e-4, "rows": 16, "accumulate": 1, "keep": "last", "evaluate_every": 1000, "samples": 0,
     "checkpointing": "off",
 }  # fmt: skip
 STUDENT: dict[str, dict[str, Any]] = {
@@ -138,9 +139,9 @@ def control(seed: int) -> Path:
     if not data.is_file():
         _reject(data, seed)
     right = json.loads(data.with_suffix(".json").read_text())
-    # A step of eight full rows learns from about as many completions as one of GRPO's, and the steps' tokens add up to
-    # as many completion tokens.
-    tables = {
+    # A step's rows hold about as many completions as GRPO samples for one of its steps, and the steps' tokens add up to
+    # as many completion tokens as GRPO learned from.
+    tables: dict[str, dict[str, Any]] = {
         "model": {"name": str(runs.MODEL), "adapter": str(plateau())},
         "data": {"path": str(data), "length": 256, "validation_share": 0.0, "deduplicate": False},
         "train": {**CONTROL, "seed": seed, "epochs": taken["learned"] / right["tokens"]},
@@ -193,7 +194,7 @@ def student(name: str) -> Path:
 
 
 def _taught(name: str) -> list[dict[str, Any]]:
-    """Return the rows that `edger1 distill` makes: of each prompt the shortest accepted answer of four, or one answer."""
+    """Return the rows that `edger1 distill` makes: a prompt's shortest accepted answer of four, or one answer."""
     asked = runs.prompts(work() / "teacher.jsonl", questions(TASK, "teacher", TAUGHT))
     folder = work() / f"traces-{name}"
     if not (folder / "data.jsonl").is_file():
@@ -235,8 +236,9 @@ def grpo_part() -> tuple[list[Comparison], list[str]]:
         notes.append(
             f"Seed {seed}. GRPO: {took['completions']:,} completions, {took['sampled']:,} tokens, of which "
             f"{took['learned']:,} learned from; greedy {ours[-1]['greedy']}, sampled {ours[-1]['sampled']}. Control: "
-            f"{right['completions']:,} completions of the same prompts, {right['sampled']:,} tokens, {right['right']:,} "
-            f"right; {learned:,} tokens learned from; greedy {theirs[-1]['greedy']}, sampled {theirs[-1]['sampled']}."
+            f"{right['completions']:,} completions of the same prompts, {right['sampled']:,} tokens, "
+            f"{right['right']:,} right; {learned:,} tokens learned from; greedy {theirs[-1]['greedy']}, sampled "
+            f"{theirs[-1]['sampled']}."
         )
     notes.append(f"The plateau: greedy {start['greedy']}, sampled {start['sampled']}.")
     lines = []
