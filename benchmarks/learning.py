@@ -32,30 +32,30 @@ from edger1.train import plot
 
 HELD_OUT = 400
 THROUGH_THE_RUN = 128
-TRACES = 500
+WORKED, TERSE = 400, 400
 SEEDS = (1, 2, 3)
 SFT_BAR, GRPO_BAR = 30.0, 10.0
 
 SFT: dict[str, dict[str, Any]] = {
     "data": {"length": 256, "validation_share": 0.04},
     "train": {
-        "epochs": 10.0, "rows": 8, "accumulate": 1, "learning_rate": 3e-3, "evaluate_every": 15, "keep": "last",
-        "samples": 0,
+        "epochs": 7.0, "rows": 8, "accumulate": 1, "learning_rate": 3e-3, "evaluate_every": 15, "keep": "last",
+        "samples": 0, "checkpointing": "off",
     },
 }  # fmt: skip
 GRPO: dict[str, dict[str, Any]] = {
     "train": {
-        "method": "grpo", "steps": 48, "learning_rate": 3e-4, "schedule": "cosine", "keep": "last",
-        "evaluate_every": 16, "samples": 0, "checkpointing": "off",
+        "method": "grpo", "steps": 32, "learning_rate": 3e-4, "schedule": "cosine", "keep": "last",
+        "evaluate_every": 8, "samples": 0, "checkpointing": "off",
     },
     "grpo": {
-        "group": 8, "prompts": 16, "mini_batches": 2, "max_tokens": runs.MAX_TOKENS,
-        "evaluate_prompts": THROUGH_THE_RUN,
+        "group": 8, "prompts": 8, "mini_batches": 2, "max_tokens": runs.MAX_TOKENS,
+        "evaluate_prompts": 1,
     },
     "rewards": {"use": [f"gym:{TASK.name}"]},
 }  # fmt: skip
 CONTROL: dict[str, Any] = {
-    "learning_rate": 3e-4, "rows": 16, "accumulate": 1, "keep": "last", "evaluate_every": 1000, "samples": 0,
+    "learning_rate": 3e-4, "rows": 4, "accumulate": 1, "keep": "last", "evaluate_every": 1000, "samples": 0,
     "checkpointing": "off",
 }  # fmt: skip
 STUDENT: dict[str, dict[str, Any]] = {
@@ -89,10 +89,16 @@ def accuracy_of(name: str, adapter: Path | None) -> dict[str, Right]:
 
 def plateau() -> Path:
     """Return the adapter that supervised fine-tuning ends with, which is trained where it is not there yet."""
-    data = runs.traces(work() / "traces.jsonl", questions(TASK, "traces", TRACES))
-    some = held_out()[:THROUGH_THE_RUN]
+    found = questions(TASK, "traces", WORKED + TERSE)
+    rows = [q.messages() if i < WORKED else q.without_steps() for i, q in enumerate(found)]
+    data = runs.write_rows(work() / "traces.jsonl", [{"messages": row} for row in rows])
     tables = {**SFT, "data": {**SFT["data"], "path": str(data)}}
-    return runs.train(work() / "sft", tables, lambda policy: runs.accuracy(policy, TASK, some), _no_longer_grows)
+    return runs.train(work() / "sft", tables, sampled, _no_longer_grows)
+
+
+def sampled(policy: Any) -> Right:
+    """Return the share right, at temperature 1, of the questions that are asked through a run."""
+    return runs.accuracy(policy, TASK, held_out()[:THROUGH_THE_RUN], temperature=1.0)
 
 
 def _no_longer_grows(curve: list[tuple[int, float]]) -> bool:
@@ -114,7 +120,7 @@ def grpo(seed: int) -> Path:
         "data": {"path": str(reward_prompts()), "validation": str(validation), "length": 256},
         "train": {**GRPO["train"], "seed": seed},
     }
-    return runs.train(work() / f"grpo-{seed}", tables)
+    return runs.train(work() / f"grpo-{seed}", tables, sampled)
 
 
 def spent(seed: int) -> dict[str, int]:
@@ -213,7 +219,8 @@ def sft_part() -> tuple[list[Comparison], list[str]]:
     log = [line for line in runs.log_of(work() / "sft") if "loss" in line]
     curve = ", ".join(f"{step}: {share:.0%}" for step, share in runs.curve_of(work() / "sft"))
     notes = [
-        f"{TASK.name} of reasoning-gym, {dict(TASK.settings)}; {TRACES} worked solutions, LoRA of rank {runs.RANK}.",
+        f"{TASK.name} of reasoning-gym, {dict(TASK.settings)}; {WORKED} worked solutions and "
+        f"{TERSE} bare answers, LoRA of rank {runs.RANK}.",
         f"Ended after step {log[-1]['step']}, {log[-1]['tokens']:,} answer tokens. Right by step, of the first "
         f"{THROUGH_THE_RUN} held-out questions: {curve}.",
         f"Greedy: {before['greedy']} before, {after['greedy']} after. Sampled at temperature 1: {before['sampled']}, "
@@ -288,18 +295,17 @@ def draw(folder: Path) -> None:
     series = [plot.Line("SFT", [step for step, _ in sft], [100 * share for _, share in sft])]
     begin = sft[-1][0]
     for seed in SEEDS:
-        path = work() / f"grpo-{seed}"
-        if (path / "log.jsonl").is_file():
-            found = [(line["step"], line["evaluation"]["reward"]) for line in runs.log_of(path) if "evaluation" in line]
-            name = f"GRPO, seed {seed}"
-            series.append(plot.Line(name, [begin + step for step, _ in found], [100 * reward for _, reward in found]))
+        found = runs.curve_of(work() / f"grpo-{seed}")
+        if found:
+            y = [100 * share for _, share in found]
+            series.append(plot.Line(f"GRPO, seed {seed}", [begin + step for step, _ in found], y))
     for seed in SEEDS:
-        path = work() / "accuracy" / f"control-{seed}" / "accuracy.json"
-        if path.is_file():
-            right = runs.accuracy_of(path.parent, TASK, [], None)["greedy"].share
-            log = [line for line in runs.log_of(work() / f"control-{seed}") if "loss" in line]
-            name = f"control, seed {seed}"
-            series.append(plot.Line(name, [begin, begin + log[-1]["step"]], [100 * sft[-1][1], 100 * right]))
+        path = work() / "accuracy" / f"control-{seed}"
+        if path.is_dir():
+            right = runs.accuracy_of(path, TASK, [], None)["sampled"].share
+            last = runs.log_of(work() / f"control-{seed}")[-1]["step"]
+            y = [100 * sft[-1][1], 100 * right]
+            series.append(plot.Line(f"control, seed {seed}", [begin, begin + last], y))
     folder.mkdir(parents=True, exist_ok=True)
     title = f"nano-dense learns {TASK.name.replace('_', ' ')}"
     (folder / "learning.svg").write_text(

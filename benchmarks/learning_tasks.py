@@ -47,6 +47,13 @@ class Question:
             {"role": "assistant", "content": f"<think>\n{thoughts}\n</think>\n\n{self.answer}"},
         ]
 
+    def without_steps(self) -> list[dict[str, str]]:
+        """Return the question and its answer as a chat whose thought is empty."""
+        return [
+            {"role": "user", "content": self.text},
+            {"role": "assistant", "content": f"<think>\n\n</think>\n\n{self.answer}"},
+        ]
+
 
 def _equation(entry: Entry) -> list[str]:
     """Return the term moved to the other side, and the division that is left."""
