@@ -45,7 +45,7 @@ class Side:
     @property
     def spread(self) -> float:
         """How far the readings lie apart: the largest less the smallest, relative to the median."""
-        return (max(self.readings) - min(self.readings)) / self.median
+        return (max(self.readings) - min(self.readings)) / self.median if self.median else 0.0
 
 
 Form = Literal["times", "share", "difference", "gain"]

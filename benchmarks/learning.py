@@ -227,7 +227,8 @@ def sft_part() -> tuple[list[Comparison], list[str]]:
         f"{after['sampled']}.",
     ]
     return [
-        _gain("SFT to its plateau, held-out accuracy", [after["greedy"]], "before", [before["greedy"]], SFT_BAR)
+        _gain(f"SFT to its plateau, held-out accuracy, {how}", [after[how]], "before", [before[how]], SFT_BAR)
+        for how in ("greedy", "sampled")
     ], notes
 
 
@@ -251,7 +252,7 @@ def grpo_part() -> tuple[list[Comparison], list[str]]:
     lines = []
     for how in ("greedy", "sampled"):
         got, held = [each[how] for each in ours], [each[how] for each in theirs]
-        bar = GRPO_BAR if how == "greedy" else None
+        bar = GRPO_BAR if how == "sampled" else None
         lines += [
             _gain(f"GRPO over the plateau, {how}", got, "plateau", [start[how]], bar),
             _gain(f"GRPO over rejection-sampling SFT, {how}", got, "rejection sampling", held, bar),
