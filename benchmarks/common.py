@@ -45,10 +45,10 @@ class Side:
     @property
     def spread(self) -> float:
         """How far the readings lie apart: the largest less the smallest, relative to the median."""
-        return (max(self.readings) - min(self.readings)) / self.median
+        return (max(self.readings) - min(self.readings)) / self.median if self.median else 0.0
 
 
-Form = Literal["times", "share", "difference"]
+Form = Literal["times", "share", "difference", "gain"]
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,8 @@ class Comparison:
     """One line of a benchmark: EdgeR1 against a peer. `bar` is what the figure is to reach, None where there is none.
 
     `form` says what the figure is: how many "times" better EdgeR1 is (`less_is_better` is for seconds and bytes), which
-    "share" of the peer's value ours is at most, or by what "difference" in their unit ours exceeds it at most.
+    "share" of the peer's value ours is at most, by what "difference" in their unit ours exceeds it at most, or by what
+    "gain" at least.
     """
 
     what: str
@@ -70,7 +71,7 @@ class Comparison:
     def figure(self) -> float:
         """What is held against the bar, from the medians."""
         ours, peer = self.ours.median, self.peer.median
-        if self.form == "difference":
+        if self.form in ("difference", "gain"):
             return ours - peer
         return peer / ours if self.form == "times" and self.less_is_better else ours / peer
 
@@ -79,7 +80,7 @@ class Comparison:
         """Whether the figure reaches the bar; None without a bar."""
         if self.bar is None:
             return None
-        return self.figure >= self.bar if self.form == "times" else self.figure <= self.bar
+        return self.figure >= self.bar if self.form in ("times", "gain") else self.figure <= self.bar
 
 
 def cores() -> int:
@@ -198,8 +199,8 @@ def print_table(comparisons: list[Comparison]) -> None:
     """Print the comparisons as a Markdown table."""
     rows = [("what", "EdgeR1", "peer", "", "figure", "bar", "", "spread")]
     for line in comparisons:
-        unit = f" {line.ours.unit}" if line.form == "difference" else ""
-        sign = ">=" if line.form == "times" else "<="
+        unit = f" {line.ours.unit}" if line.form in ("difference", "gain") else ""
+        sign = ">=" if line.form in ("times", "gain") else "<="
         rows.append(
             (
                 line.what,
