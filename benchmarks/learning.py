@@ -201,7 +201,7 @@ def student(name: str) -> Path:
 
 def _taught(name: str) -> list[dict[str, Any]]:
     """Return the rows that `edger1 distill` makes: a prompt's shortest accepted answer of four, or one answer."""
-    asked = runs.prompts(work() / "teacher.jsonl", questions(TASK, "teacher", TAUGHT))
+    asked = runs.prompts(work() / "teacher.jsonl", questions(TASK, "rewards", TAUGHT, seed=2))
     folder = work() / f"traces-{name}"
     if not (folder / "data.jsonl").is_file():
         how = ["--verify", f"gym:{TASK.name}", "-n", "4"] if name == "verified" else ["--unverified", "-n", "1"]

@@ -15,9 +15,10 @@ from itertools import count
 from typing import Any, Literal
 
 Entry = Mapping[str, Any]
-Part = Literal["held-out", "traces", "rewards", "teacher"]
+Part = Literal["held-out", "traces", "rewards"]
 
-_PARTS: tuple[Part, ...] = ("held-out", "traces", "rewards", "teacher")
+_PARTS: tuple[Part, ...] = ("held-out", "traces", "rewards", "rewards")
+"""A quarter each; the questions for rewards take two."""
 _AT_ONCE = 1000
 
 
@@ -92,8 +93,7 @@ def dataset(task: Task, size: int, seed: int) -> Any:
 
 def part_of(text: str) -> Part:
     """Return which set a question belongs to, whatever its place in a data set."""
-    place = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % 8
-    return _PARTS[min(place // 2, 3)] if place < 6 else "rewards"
+    return _PARTS[int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % 8 // 2]
 
 
 def questions(task: Task, part: Part, number: int, seed: int = 1) -> list[Question]:
