@@ -78,8 +78,9 @@ def find(model: Any) -> list[Place]:
             if not isinstance(value, _OVER):
                 # What is above a decoder layer says nothing of what is in it.
                 inner = (value,) if id(value) in index else (*above, value)
-                for name, child in value.children().items():
-                    visit(f"{path}.{name}" if path else name, child, inner, layer, value, name)
+                for name in value.children():
+                    # Its own: `children` gives copies of lists, into which nothing could be put.
+                    visit(f"{path}.{name}" if path else name, value[name], inner, layer, value, name)
         elif isinstance(value, dict):
             for name, child in value.items():
                 visit(f"{path}.{name}", child, above, layer, value, name)
