@@ -19,6 +19,7 @@ import json
 import os
 import re
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,7 @@ def accuracy_of(name: str, adapter: Path | None) -> dict[str, Right]:
     return runs.accuracy_of(work() / "accuracy" / name, TASK, held_out(), adapter)
 
 
+@cache
 def plateau() -> Path:
     """Return the adapter that supervised fine-tuning ends with, which is trained where it is not there yet."""
     found = questions(TASK, "traces", WORKED + TERSE)
