@@ -65,7 +65,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         found[name] = tmp_path_factory.mktemp(name)
         torch.manual_seed(0)
         config = transformers.LlamaConfig(
-            vocab_size=VOCABULARY, max_position_embeddings=512, rms_norm_eps=1e-5, eos_token_id=257, rope_theta=1e5, **shape
+            vocab_size=VOCABULARY,
+            max_position_embeddings=512,
+            rms_norm_eps=1e-5,
+            eos_token_id=257,
+            rope_theta=1e5,
+            **shape,
         )
         transformers.LlamaForCausalLM(config).save_pretrained(found[name])
         write_tokenizer(found[name])
