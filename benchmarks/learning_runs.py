@@ -115,14 +115,14 @@ def train(
     `measure` is called at each of the run's measurements, and `stop` with (step, share right) of all so far ends it.
     They are kept in `curve.jsonl`.
     """
-    from edger1.train.finetune import checkpoint
+    from edger1.train import run_folder
     from edger1.train.finetune.opening import open_run
     from edger1.train.finetune.settings import from_tables
 
     if (folder / "adapter").is_dir():
         return folder / "adapter"
     # A run that ended before its first checkpoint begins anew in the same folder.
-    resume = checkpoint.latest(folder) is not None
+    resume = run_folder.latest(folder) is not None
     settings = from_tables(
         {"model": {"name": str(MODEL)}, "adapter": {"rank": RANK}, **tables}, "the experiment's settings"
     )

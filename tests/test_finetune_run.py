@@ -18,13 +18,14 @@ import pytest
 from tiny import write_tiny_model
 
 from edger1.errors import FormatError, MemoryCeilingError, UsageError
-from edger1.train import log
+from edger1.train import log, run_folder
 from edger1.train.finetune import checkpoint, settings
 from edger1.train.finetune.method import Batch, Evaluation, Step
 from edger1.train.finetune.opening import Opened, open_run
-from edger1.train.finetune.run import DivergedError, Event, Result
+from edger1.train.finetune.run import Event, Result
 from edger1.train.finetune.settings import Settings
 from edger1.train.folder_writer import SaveError
+from edger1.train.run_folder import DivergedError
 
 
 @pytest.fixture(scope="module")
@@ -229,7 +230,7 @@ def test_a_loss_that_is_no_number_stops_the_run_before_its_update(model: Path, d
     found = chosen(model, data)
     with pytest.raises(DivergedError, match="step 4, whose update was not made; the last good checkpoint is"):
         train(found, tmp_path / "run", change=instead(nan_at=3))
-    kept = checkpoint.latest(tmp_path / "run")
+    kept = run_folder.latest(tmp_path / "run")
     assert kept is not None
     assert kept.name == "step-00000002"
     assert all(bool(mx.isfinite(value).all().item()) for value in checkpoint.load(kept).arrays.values())
@@ -240,17 +241,17 @@ def test_a_full_disk_leaves_the_checkpoint_before(
 ) -> None:
     found = chosen(model, data)
     train(found, tmp_path / "run", after=2)
-    kept = checkpoint.latest(tmp_path / "run")
+    kept = run_folder.latest(tmp_path / "run")
     assert kept is not None
     before = adapter_bytes(kept / "adapter")
 
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "write_tensors", full)
+    monkeypatch.setattr(run_folder, "write_tensors", full)
     with pytest.raises(SaveError, match="no space left"):
         train(found, tmp_path / "run", resume=True)
-    assert checkpoint.latest(tmp_path / "run") == kept
+    assert run_folder.latest(tmp_path / "run") == kept
     assert adapter_bytes(kept / "adapter") == before
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from edger1.train.finetune import checkpoint, methods, plan
+from edger1.train import run_folder
+from edger1.train.finetune import methods, plan
 from edger1.train.finetune.method import Closing, Method
 from edger1.train.finetune.policy import LocalPolicy, open_policy
 from edger1.train.finetune.run import Finetuning, check_folder
@@ -70,5 +71,5 @@ def _start(run: Path, adapter: str, *, resume: bool) -> Path | None:
     """Return the adapter to begin with; one that was begun with says what the run's adapter is like."""
     if not adapter:
         return None
-    found = checkpoint.latest(run) if resume else None
+    found = run_folder.latest(run) if resume else None
     return Path(adapter) if found is None else found / "adapter"

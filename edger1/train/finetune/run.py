@@ -19,18 +19,17 @@ from typing import Any, cast
 import mlx.core as mx
 import numpy as np
 
-from edger1.errors import EdgeR1Error, UsageError
-from edger1.fetch.place import write_atomically
-from edger1.train import adamw
+from edger1.errors import UsageError
+from edger1.train import adamw, run_folder
 from edger1.train.adamw import Table
 from edger1.train.finetune import checkpoint, report
 from edger1.train.finetune.checkpoint import Progress, State
 from edger1.train.finetune.method import Evaluation, Method, Recording, Step
 from edger1.train.finetune.policy import LocalPolicy
 from edger1.train.finetune.settings import Settings
-from edger1.train.folder_writer import SaveError
 from edger1.train.log import Log
 from edger1.train.ops import extension
+from edger1.train.run_folder import DivergedError
 from edger1.train.schedule import rate_share
 
 CONFIG = "finetune.toml"
@@ -42,10 +41,6 @@ _CACHE_BYTES = 256 << 20
 _BEGINNINGS = {CONFIG, "log.jsonl", "rollouts.jsonl", "samples.jsonl", "loss.png", "loss.svg",
                "reward.png", "reward.svg", "checkpoints", "cache"}  # fmt: skip
 """What a run that ended before its first checkpoint leaves."""
-
-
-class DivergedError(EdgeR1Error):
-    """The loss or the gradient is no number any more."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +116,7 @@ class Finetuning:
         where something cannot be written. The last good checkpoint stays either way.
         """
         self.run_folder.mkdir(parents=True, exist_ok=True)
-        self._write_config()
+        run_folder.write_settings(self.run_folder / CONFIG, self.settings.to_toml())
         log = Log(self.run_folder / "log.jsonl", self.progress.step)
         samples = Log(self.run_folder / "samples.jsonl", self.progress.step)
         steps = self.settings.train.steps
@@ -222,21 +217,8 @@ class Finetuning:
         return found
 
     def _diverged(self, loss: float, norm: float) -> DivergedError:
-        kept = checkpoint.latest(self.run_folder)
-        good = f"the last good checkpoint is {kept}" if kept else "no checkpoint had been saved yet"
         what = f"The loss is {loss}" + ("" if math.isnan(norm) else f" and the gradient's norm {norm}")
-        return DivergedError(
-            f"{what} at step {self.progress.step + 1}, whose update was not made; {good}. Lower the learning rate, or "
-            f"look at the data, and {'go on with --resume' if kept else 'begin again'}."
-        )
-
-    def _write_config(self) -> None:
-        path, text = self.run_folder / CONFIG, self.settings.to_toml()
-        try:
-            if not path.is_file() or path.read_text(encoding="utf-8") != text:
-                write_atomically(path, text)
-        except OSError as error:
-            raise SaveError(f"{path} cannot be written: {error.strerror or error}. Nothing was changed.") from None
+        return run_folder.diverged(self.run_folder, self.progress.step + 1, what)
 
     def _save(self) -> Path:
         values, arrays = self.method.state()
@@ -265,7 +247,7 @@ class Finetuning:
         return Result(True, self.progress, self._evaluation, destination)
 
     def _restore(self) -> None:
-        folder = checkpoint.latest(self.run_folder)
+        folder = run_folder.latest(self.run_folder)
         assert folder is not None
         state = checkpoint.load(folder)
         arrays = dict(state.arrays)
@@ -296,13 +278,7 @@ class Finetuning:
 
 def check_folder(run: Path, *, resume: bool) -> None:
     """Raise UsageError where a run cannot begin in a folder or, with `resume`, go on from it."""
-    found = checkpoint.latest(run)
-    if resume and found is None:
-        raise UsageError(f"{run} holds no checkpoint to go on from; leave --resume out to begin.")
-    if not resume and run.exists():
-        names = {path.name for path in run.iterdir()} if run.is_dir() else {"a file"}
-        if names and (found is not None or not ("log.jsonl" in names and names <= _BEGINNINGS)):
-            raise UsageError(f"{run} exists and is not empty; give another --output, or --resume to go on with it.")
+    run_folder.check(run, _BEGINNINGS, resume=resume)
 
 
 def _seed(seed: int, step: int, batch: int) -> None:

@@ -18,11 +18,10 @@ from typing import Any, cast
 import mlx.core as mx
 import numpy as np
 
-from edger1.errors import EdgeR1Error, UsageError
-from edger1.fetch.place import write_atomically
+from edger1.errors import UsageError
 from edger1.kernels.install import install
+from edger1.train import run_folder
 from edger1.train.adamw import Table, global_norm
-from edger1.train.folder_writer import SaveError
 from edger1.train.log import Log
 from edger1.train.ops import Ops, extension
 from edger1.train.pretrain import checkpoint, export, losses, model, report, schedule
@@ -32,6 +31,7 @@ from edger1.train.pretrain.forward import routers
 from edger1.train.pretrain.optimizer import Optimizer, trained
 from edger1.train.pretrain.packing import Place, Rows
 from edger1.train.pretrain.settings import Settings, to_toml
+from edger1.train.run_folder import DivergedError
 from edger1.train.schedule import rate_share
 
 # Gradients and activations of a step come and go in the same sizes; memory that went back to the system each time
@@ -41,10 +41,6 @@ _CACHE_BYTES = 8 << 30
 
 _BEGINNINGS = {"config.toml", "log.jsonl", "loss.svg", "experts.svg", "checkpoints"}
 """What a run that ended before its first checkpoint leaves."""
-
-
-class DivergedError(EdgeR1Error):
-    """The loss or the gradient is no number any more."""
 
 
 @dataclass(frozen=True)
@@ -89,11 +85,7 @@ class Pretraining:
         exists already or, with `resume`, one without a checkpoint, and FormatError for a checkpoint or model that is
         damaged.
         """
-        found = checkpoint.latest(run)
-        if resume and found is None:
-            raise UsageError(f"{run} holds no checkpoint to go on from; leave --resume out to begin.")
-        if not resume and run.exists() and not (found is None and _holds_little(run)):
-            raise UsageError(f"{run} exists and is not empty; give another --out, or --resume to go on with it.")
+        run_folder.check(run, _BEGINNINGS, resume=resume)
         if settings.loss_on == "assistant" and not corpus.train.counted.any():
             raise UsageError(f"{corpus.folder} holds no assistant turn, and [train] loss_on counts nothing else.")
         self.corpus, self.settings, self.run_folder = corpus, settings, run
@@ -108,8 +100,8 @@ class Pretraining:
         self.held_out = Rows(corpus.held_out, length, pad, 0, counted_only=counted_only, shuffle=False)
         self.progress = Progress()
         self._loads: list[mx.array] = []
-        if resume and found is not None:
-            self._restore(found)
+        if resume:
+            self._restore()
         elif settings.start_from:
             self._start_from(Path(settings.start_from))
         self._gradient = mx.value_and_grad(self._loss)
@@ -140,7 +132,7 @@ class Pretraining:
         where a checkpoint cannot be written. The last good checkpoint stays either way.
         """
         self.run_folder.mkdir(parents=True, exist_ok=True)
-        self._write_config()
+        run_folder.write_settings(self.run_folder / "config.toml", to_toml(self.config, self.settings))
         log = Log(self.run_folder / "log.jsonl", self.progress.step)
         limit = time.perf_counter() + 60 * minutes if minutes is not None else math.inf
         installed = install(self.model, "exact", fuse=False)
@@ -249,20 +241,8 @@ class Pretraining:
         return entry
 
     def _diverged(self, loss: float, norm: float) -> DivergedError:
-        kept = checkpoint.latest(self.run_folder)
-        good = f"the last good checkpoint is {kept}" if kept else "no checkpoint had been saved yet"
-        return DivergedError(
-            f"The loss is {loss} and the gradient's norm {norm} at step {self.progress.step + 1}; {good}. "
-            f"Lower the learning rates, or look at the data, and {'go on with --resume' if kept else 'begin again'}."
-        )
-
-    def _write_config(self) -> None:
-        path, text = self.run_folder / "config.toml", to_toml(self.config, self.settings)
-        try:
-            if not path.is_file() or path.read_text(encoding="utf-8") != text:
-                write_atomically(path, text)
-        except OSError as error:
-            raise SaveError(f"{path} cannot be written: {error.strerror or error}. Nothing was changed.") from None
+        what = f"The loss is {loss} and the gradient's norm {norm}"
+        return run_folder.diverged(self.run_folder, self.progress.step + 1, what)
 
     def _save(self) -> Path:
         state = {f"weights.{n}": w for n, w in model.parameters(self.model).items()} | self.optimizer.state
@@ -277,7 +257,9 @@ class Pretraining:
         self._same(folder, weights, model.parameters(self.model))
         model.assign(self.model, weights)
 
-    def _restore(self, folder: Path) -> None:
+    def _restore(self) -> None:
+        folder = run_folder.latest(self.run_folder)
+        assert folder is not None
         self.progress, state = checkpoint.load(folder)
         loads = state.pop("loads", None)
         self._loads = [] if loads is None else [loads]
@@ -305,9 +287,3 @@ class Pretraining:
 
 def _number(value: mx.array) -> float:
     return float(cast(float, value.item()))
-
-
-def _holds_little(run: Path) -> bool:
-    """Whether a run may begin in this folder: it is empty, or has what a run left that never saved."""
-    names = {path.name for path in run.iterdir()}
-    return not names or ("log.jsonl" in names and names <= _BEGINNINGS)
