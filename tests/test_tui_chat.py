@@ -5,16 +5,16 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from fake_backend import FIGURES, GONE, HOLD, FakeBackend, words
+from chatting import drive, screen, settle, until
+from fake_backend import FIGURES, HOLD, FakeBackend, words
 from textual.pilot import Pilot
 
 from edger1.errors import UsageError
-from edger1.messages import Failed, Loaded, Progress, Text, Thought
+from edger1.messages import Failed, Progress, Text, Thought
 from edger1.tui import app as app_module
 from edger1.tui.app import ChatApp
 from edger1.tui.session import State
@@ -22,39 +22,6 @@ from edger1.tui.widgets.answer_text import AnswerText
 from edger1.tui.widgets.prompt import Prompt
 from edger1.tui.widgets.thinking import Thinking
 from edger1.tui.widgets.transcript import Transcript
-
-Scenario = Callable[[Pilot[None], ChatApp], Awaitable[None]]
-
-
-def drive(
-    backend: FakeBackend, scenario: Scenario, size: tuple[int, int] = (80, 24), system: str | None = None
-) -> None:
-    app = ChatApp(backend, "smollm2-135m", system=system)
-
-    async def run() -> None:
-        async with app.run_test(size=size) as pilot:
-            await scenario(pilot, app)
-
-    asyncio.run(asyncio.wait_for(run(), timeout=20))
-
-
-def screen(app: ChatApp) -> str:
-    return "\n".join("".join(part.text for part in line).rstrip() for line in app.screen._compositor.render_strips())
-
-
-async def settle(pilot: Pilot[None], app: ChatApp) -> None:
-    """Wait until the engine's work is done and drawn."""
-    await app.workers.wait_for_complete()
-    await pilot.pause()
-
-
-async def until(pilot: Pilot[None], condition: Callable[[], bool]) -> None:
-    """Wait for something that happens while an answer is held."""
-    for _ in range(200):
-        await pilot.pause(0.01)
-        if condition():
-            return
-    raise AssertionError(f"this never came about; the screen was:\n{screen(pilot.app)}")  # type: ignore[arg-type]
 
 
 def test_a_question_is_sent_and_answered() -> None:
@@ -219,94 +186,6 @@ def test_sending_during_an_answer_loses_nothing() -> None:
     assert [messages[-1]["content"] for messages in backend.asked] == ["a", "b"]
 
 
-def test_loading_shows_progress_and_takes_a_message() -> None:
-    backend = FakeBackend(loads=[[Progress("", "load", 49_000_000, 98_000_000), HOLD, Loaded("", "m")]])
-
-    async def scenario(pilot: Pilot[None], app: ChatApp) -> None:
-        await until(pilot, lambda: "50% of 98 MB" in screen(app))
-        assert "You can type" in screen(app)
-        await pilot.press("a", "enter")
-        assert "▌ a" in screen(app)
-        assert backend.asked == []
-        backend.release()
-        await settle(pilot, app)
-        assert "Hello." in screen(app)
-
-    drive(backend, scenario)
-
-
-def test_a_message_that_waits_can_be_taken_back() -> None:
-    backend = FakeBackend(loads=[[HOLD, Loaded("", "m")]])
-
-    async def scenario(pilot: Pilot[None], app: ChatApp) -> None:
-        await pilot.press("a", "enter", "b", "enter")
-        assert app.query_one(Prompt).text == "b"
-        await pilot.press("escape")
-        assert app.query_one(Prompt).text == "a\n\nb"
-        assert "▌ a" not in screen(app)
-        backend.release()
-        await settle(pilot, app)
-
-    drive(backend, scenario)
-    assert backend.asked == []
-
-
-def test_a_model_that_does_not_load_is_explained_and_tried_again() -> None:
-    damaged = Failed("", "FormatError", "model.safetensors ends too early; pull it again.")
-    backend = FakeBackend(loads=[[HOLD, damaged], [Loaded("", "m")]])
-
-    async def scenario(pilot: Pilot[None], app: ChatApp) -> None:
-        await pilot.press("a", "enter")
-        backend.release()
-        await settle(pilot, app)
-        assert "model.safetensors ends too early" in screen(app)
-        assert "Send a message to start the engine again." in screen(app)
-        assert app.query_one(Prompt).text == "a"
-        await pilot.press("enter")
-        await settle(pilot, app)
-        assert "Hello." in screen(app)
-
-    drive(backend, scenario)
-    assert backend.load_count == 2
-
-
-def test_a_dead_engine_costs_no_conversation() -> None:
-    backend = FakeBackend([*words("half an ans"), GONE], [Text("", "better now"), FIGURES])
-
-    async def scenario(pilot: Pilot[None], app: ChatApp) -> None:
-        await pilot.press("a", "enter")
-        await settle(pilot, app)
-        shown = screen(app)
-        assert "half an ans" in shown
-        assert "memory ran out" in shown
-        await pilot.press("b", "enter")
-        await settle(pilot, app)
-        assert "half an ans" in screen(app)
-        assert "better now" in screen(app)
-
-    drive(backend, scenario)
-    assert backend.load_count == 2
-    assert [message["content"] for message in backend.asked[1]] == ["a", "half an ans", "b"]
-
-
-def test_a_request_refused_leaves_the_engine_and_the_text() -> None:
-    refused = Failed("", "ContextError", "The conversation has 9,000 tokens and the context holds 8,192.")
-    backend = FakeBackend([refused], [Text("", "fine"), FIGURES])
-
-    async def scenario(pilot: Pilot[None], app: ChatApp) -> None:
-        await pilot.press("a", "enter")
-        await settle(pilot, app)
-        assert "the context holds 8,192" in screen(app)
-        assert app.query_one(Prompt).text == "a"
-        await pilot.press("b", "enter")
-        await settle(pilot, app)
-        assert "fine" in screen(app)
-
-    drive(backend, scenario)
-    assert backend.load_count == 1
-    assert [message["content"] for message in backend.asked[1]] == ["ab"]
-
-
 def test_a_new_conversation_forgets_the_old_one_even_in_mid_answer() -> None:
     backend = FakeBackend([*words("old words"), HOLD, FIGURES], [Text("", "new words"), FIGURES])
 
@@ -322,23 +201,6 @@ def test_a_new_conversation_forgets_the_old_one_even_in_mid_answer() -> None:
 
     drive(backend, scenario)
     assert backend.asked[1] == [{"role": "user", "content": "b"}]
-
-
-def test_an_engine_that_dies_behind_a_new_conversation_is_started_for_it() -> None:
-    backend = FakeBackend([Text("", "x"), HOLD, GONE], [Text("", "here"), FIGURES])
-    backend.cancel = lambda: None  # type: ignore[method-assign]  # it dies instead of stopping
-
-    async def scenario(pilot: Pilot[None], app: ChatApp) -> None:
-        await pilot.press("a", "enter")
-        await until(pilot, lambda: app.session.state is State.ANSWERING)
-        await pilot.press("ctrl+n", "b", "enter")
-        backend.release()
-        await settle(pilot, app)
-        await settle(pilot, app)
-        assert "here" in screen(app)
-
-    drive(backend, scenario)
-    assert backend.load_count == 2
 
 
 def test_reasoning_is_open_while_it_comes_and_folds_for_the_answer() -> None:
@@ -540,19 +402,6 @@ def test_nothing_runs_while_idle() -> None:
         assert asyncio.get_running_loop().time() - before < 5
 
     drive(backend, scenario)
-
-
-def test_the_engine_is_closed_when_the_chat_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    from edger1 import tui
-
-    async def no_terminal(self: ChatApp) -> None:
-        async with self.run_test() as pilot:
-            await pilot.press("ctrl+q")
-
-    monkeypatch.setattr(ChatApp, "run_async", no_terminal)
-    backend = FakeBackend()
-    tui.run_chat(backend, "m")
-    assert backend.closed
 
 
 def test_an_unknown_theme_is_refused_with_names() -> None:

@@ -187,8 +187,8 @@ def _adapter_name(path: Path) -> str:
 
 @contextmanager
 def _opened(variant: Variant, given: TaskOptions) -> Iterator[Model]:
-    """Load a variant, and close it; after Ctrl-C it is left, as the process ends anyhow."""
-    from edger1.cli.loading import apply_threads
+    """Load a variant, and close it after use."""
+    from edger1.cli.loading import apply_threads, closing
     from edger1.config import load_config
     from edger1.model import load
 
@@ -201,14 +201,8 @@ def _opened(variant: Variant, given: TaskOptions) -> Iterator[Model]:
         precision=given.precision,
         **({} if variant.adapter is None else {"adapter": str(variant.adapter)}),
     )
-    try:
+    with closing(model):
         yield model
-    except KeyboardInterrupt:
-        raise
-    except BaseException:
-        model.close()
-        raise
-    model.close()
 
 
 class _Progress:

@@ -40,7 +40,13 @@ def open_model(
 
     After Ctrl-C it is left open: closing waits for the step that is running, and the process ends anyhow.
     """
-    model = _load(name, memory, context, precision, offline, expert_slots, adapter)
+    with closing(_load(name, memory, context, precision, offline, expert_slots, adapter)) as model:
+        yield model
+
+
+@contextlib.contextmanager
+def closing(model: Model) -> Iterator[Model]:
+    """Close a model after use, but not after Ctrl-C: that waits for the step that is running."""
     try:
         yield model
     except KeyboardInterrupt:

@@ -1,0 +1,44 @@
+"""Drives the chat with a scripted engine, and reads its screen."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+from fake_backend import FakeBackend
+from textual.pilot import Pilot
+
+from edger1.tui.app import ChatApp
+
+Scenario = Callable[[Pilot[None], ChatApp], Awaitable[None]]
+
+
+def drive(
+    backend: FakeBackend, scenario: Scenario, size: tuple[int, int] = (80, 24), system: str | None = None
+) -> None:
+    app = ChatApp(backend, "smollm2-135m", system=system)
+
+    async def run() -> None:
+        async with app.run_test(size=size) as pilot:
+            await scenario(pilot, app)
+
+    asyncio.run(asyncio.wait_for(run(), timeout=20))
+
+
+def screen(app: ChatApp) -> str:
+    return "\n".join("".join(part.text for part in line).rstrip() for line in app.screen._compositor.render_strips())
+
+
+async def settle(pilot: Pilot[None], app: ChatApp) -> None:
+    """Wait until the engine's work is done and drawn."""
+    await app.workers.wait_for_complete()
+    await pilot.pause()
+
+
+async def until(pilot: Pilot[None], condition: Callable[[], bool]) -> None:
+    """Wait for something that happens while an answer is held."""
+    for _ in range(200):
+        await pilot.pause(0.01)
+        if condition():
+            return
+    raise AssertionError(f"this never came about; the screen was:\n{screen(pilot.app)}")  # type: ignore[arg-type]
