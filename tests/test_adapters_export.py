@@ -24,7 +24,7 @@ from edger1.cli import app
 from edger1.errors import UsageError
 from edger1.quant.convert import convert_gguf
 from edger1.train.adapters import export, files, peft
-from edger1.train.adapters.fuse import fuse
+from edger1.train.adapters.fuse import dequantize_model, fuse
 from edger1.train.adapters.gguf_file import write_gguf
 from edger1.train.adapters.wiring import AdapterSpec, attach
 from edger1.train.folder_writer import SaveError
@@ -79,6 +79,15 @@ def test_fusing_into_quantized_weights_says_what_rounding_takes(family: str) -> 
     # What is large against the steps of the codes survives better.
     assert losses[1] < losses[0]
     assert errors[0] > 1e-3
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe", "deepseek_v3", "rwkv7"])
+def test_a_dequantized_model_has_nothing_quantized_left_and_the_same_logits(family: str) -> None:
+    model = families.build(family, quantize=True)
+    before = model(adapting.IDS)
+    assert dequantize_model(model) > 0
+    assert not [path for path, module in model.named_modules() if "scales" in module]
+    assert families.relative_error(model(adapting.IDS), before) < 1e-4
 
 
 def test_the_fuse_command_writes_a_model_that_loads(tmp_path: Path) -> None:

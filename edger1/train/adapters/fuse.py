@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_unflatten
 from mlx_lm.models.mla import MultiLinear
 from mlx_lm.models.switch_layers import SwitchLinear
 
@@ -110,16 +111,11 @@ def unquantized(linear: Any) -> Any:
 
 def dequantize_model(model: Any) -> int:
     """Make every quantized layer of a model a plain one; returns how many there were."""
-    count = 0
-    for module in list(model.modules()):
-        for key, child in list(module.children().items()):
-            if isinstance(child, nn.Module) and "scales" in child:
-                module[key], count = unquantized(child), count + 1
-            elif isinstance(child, list):
-                for i, each in enumerate(child):
-                    if isinstance(each, nn.Module) and "scales" in each:
-                        child[i], count = unquantized(each), count + 1
-    return count
+    quantized = [(path, module) for path, module in model.named_modules() if "scales" in module]
+    for path, module in quantized:
+        # By its path: a module's children in lists are copies, into which nothing could be put.
+        model.update_modules(tree_unflatten([(path, unquantized(module))]))
+    return len(quantized)
 
 
 def _set_matrices(linear: Any, matrix: Any) -> None:
