@@ -16,7 +16,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from tiny import write_tiny_model
+from typer.testing import CliRunner
 
+from edger1.cli import app
 from edger1.errors import FormatError, MemoryCeilingError, UsageError
 from edger1.train import log, run_folder
 from edger1.train.finetune import checkpoint, settings
@@ -311,3 +313,12 @@ def test_the_command_trains_resumes_and_plans(
     for wrong in ({"out": run, "resume": False}, {"out": tmp_path / "none", "resume": True}, {"options": ["steps"]}):
         with pytest.raises(UsageError):
             finetune_command(**wrong)  # type: ignore[arg-type]
+
+
+def test_only_a_run_that_was_measured_is_told_to_be_no_gain(model: Path, data: Path, tmp_path: Path) -> None:
+    for share, said in ((0.0, False), (0.3, True)):
+        options = ["--output", str(tmp_path / str(share)), "--steps", "1", "--lr", "1e-12", "--set", "train.samples=0"]
+        options += ["--set", f"data.validation_share={share}"]
+        done = CliRunner().invoke(app, ["finetune", str(model), "--data", str(data), *options])
+        assert done.exit_code == 0, done.output
+        assert ("this adapter is no gain" in done.output) == said

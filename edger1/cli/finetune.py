@@ -160,10 +160,8 @@ def _finetune(
             f" early, for no better measurement in {opened.settings.train.patience}" if result.progress.ended else ""
         )
         typer.echo(f"Finished{early} after step {result.progress.step}{of}.", err=True)
-        if result.progress.best_step == 0:
-            typer.echo(
-                "The measurement before training was better than any after it; this adapter is no gain.", err=True
-            )
+        if result.progress.best is not None and result.progress.best_step == 0:
+            typer.echo("No measurement was better than the one before training: this adapter is no gain.", err=True)
     typer.echo(str(result.folder))
 
 

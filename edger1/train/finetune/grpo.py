@@ -177,7 +177,7 @@ class Grpo:
             "finished": float(np.mean([r.finished for r in rollouts])),
         }
         shown = zip(self._held_out[:3], rollouts, scores, strict=False)
-        return Evaluation(figures, figures["reward"], [Sample(p.text, r.text, each) for p, r, each in shown])
+        return Evaluation(figures, figures["reward"], [Sample(_asked(p), r.text, each) for p, r, each in shown])
 
     def state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """Return what is still to be learned from, and where the prompts are; see `method.Method`."""
@@ -455,6 +455,12 @@ def _figures(sampled: list[Judged], group: int) -> dict[str, float]:
         "groups": len(sampled) / group,
         "skipped_groups": sum(each.skipped for each in sampled) / group,
     }
+
+
+def _asked(prompt: Prompt) -> str:
+    """Return what is asked, without the template around it."""
+    turns = prompt.messages
+    return turns if isinstance(turns, str) else str(turns[-1]["content"])
 
 
 def _markers(tokenizer: Any) -> tuple[tuple[str, str], bool]:
