@@ -14,17 +14,22 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 
 @dataclass
 class Entry:
-    """One kept cache: exactly `ids` have passed through the model; they decode to `text`."""
+    """One kept cache: exactly `ids` have passed through the model; they decode to `text`.
+
+    `drawn` are the ids that the model had drawn to go on from there, `drawn_text` what they decode to.
+    """
 
     ids: list[int]
     text: str
     caches: list[Any]
+    drawn: list[int] = field(default_factory=list)
+    drawn_text: str = ""
 
     @property
     def nbytes(self) -> int:
@@ -86,7 +91,14 @@ class KVStore:
         )
         if best is None:
             return encode(text)
-        return best.ids + encode(text[len(best.text) :])
+        ids, rest = best.ids, text[len(best.text) :]
+        if best.drawn_text and rest.startswith(best.drawn_text):
+            ids, rest = ids + best.drawn, rest[len(best.drawn_text) :]
+        return ids + (encode(rest) if rest else [])
+
+    def texts(self) -> list[str]:
+        """Return what each entry stands for, as far as that is known, the longest first."""
+        return sorted((e.text + e.drawn_text for e in self._entries if e.text), key=len, reverse=True)
 
     def hold(self, holder: Holder, tokens: int) -> bool:
         """Set aside room for a cache of `tokens` tokens; False means to wait and ask again.

@@ -24,6 +24,7 @@ from edger1 import errors, worker
 from edger1.messages import (
     AdapterUsed,
     Cancel,
+    Counted,
     Done,
     Event,
     Failed,
@@ -35,7 +36,7 @@ from edger1.messages import (
     encode,
 )
 
-TERMINAL = (Done, Failed, Loaded, AdapterUsed, Unloaded, Scores)
+TERMINAL = (Done, Failed, Loaded, AdapterUsed, Unloaded, Scores, Counted)
 OnEvent = Callable[[Event], None]
 _SHUTDOWN_S = 10.0
 

@@ -19,13 +19,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from edger1 import sampling
+from edger1 import sampling, tool_calls
 from edger1.errors import EdgeR1Error, EngineError, UsageError
 from edger1.experts.budget import parse_slots
 from edger1.memory import PROCESS_BYTES, default_ceiling
 from edger1.messages import (
     AdapterUsed,
     Cancel,
+    Counted,
+    CountTokens,
     Event,
     Failed,
     Generate,
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
 
 PRECISIONS = ("fast", "exact")
 THINK = ("auto", "on", "off")
+SPECULATE = ("auto", "off", "lookup", "mtp", "draft")
 
 
 class Interrupted(Exception):  # noqa: N818
@@ -110,6 +113,7 @@ class LoadJob:
             precision=self._request.precision,
             expert_slots=self._request.expert_slots,
             adapter=None if self._request.adapter is None else Path(self._request.adapter),
+            draft=None if self._request.draft is None else Path(self._request.draft),
         )
 
     def give_way(self) -> None:
@@ -194,7 +198,7 @@ class Scheduler:
         """Bytes that a further model may take: what it was given, within what the engine's others leave."""
         ceiling = self._ceiling_bytes or default_ceiling()
         # The process itself is counted once in every plan, and is there only once.
-        taken = sum(m.plan.total_bytes - PROCESS_BYTES for m in self._models.values())
+        taken = sum(m.plan.total_bytes - PROCESS_BYTES for model in self._models.values() for m in model.all_models)
         left = max(0, ceiling - taken)
         if asked_bytes is None:
             return left
@@ -204,8 +208,8 @@ class Scheduler:
         """Take a loaded model into service."""
         name = request.id
         self._models[name] = model
-        if model.streaming is not None:
-            model.streaming.interrupted = self._look
+        for streaming in model.streamings:
+            streaming.interrupted = self._look
         self.emit(Loaded(request.id, name, model.describe()))
 
     def _handle(self, request: Request) -> None:
@@ -214,19 +218,29 @@ class Scheduler:
                 self._cancel(request.target)
             elif isinstance(request, Unload):
                 self._unload(request)
+            elif isinstance(request, CountTokens):
+                self._count(request)
             else:
                 model = "" if isinstance(request, Load) else request.model
                 self._jobs.append((request.id, model, self._start(request)))
         except Exception as error:
             self._fail(request.id, error)
 
+    def _model(self, name: str) -> LiveModel:
+        model = self._models.get(name)
+        if model is None:
+            raise EngineError(f"No model {name!r} is loaded in this engine; it may have been closed.")
+        return model
+
+    def _count(self, request: CountTokens) -> None:
+        ids = self._model(request.model).tokenizer.encode(request.text, add_special_tokens=False)
+        self.emit(Counted(request.id, len(ids)))
+
     def _start(self, request: Load | Generate | Score | UseAdapter) -> Job:
         if isinstance(request, Load):
             _check_load(request)
             return LoadJob(self, request)
-        model = self._models.get(request.model)
-        if model is None:
-            raise EngineError(f"No model {request.model!r} is loaded in this engine; it may have been closed.")
+        model = self._model(request.model)
         if isinstance(request, UseAdapter):
             return AdapterJob(model, request, self.emit, {id_ for id_, name, _ in self._jobs if name == request.model})
         if isinstance(request, Score):
@@ -398,8 +412,15 @@ def _check_generate(request: Generate) -> None:
         raise UsageError("Give either messages or a prompt, and not both.")
     if request.prompt is not None and not isinstance(request.prompt, str):
         raise UsageError(f"prompt is {request.prompt!r:.200}; expected a string.")
+    tool_calls.check_tools(request.tools)
+    if request.continue_last and request.messages is None:
+        raise UsageError("continue_last goes on from the last of some messages, and there is a prompt instead.")
+    if request.tools and request.messages is None:
+        raise UsageError("Tools are told through the chat template, which a raw prompt leaves out. Give messages.")
     if request.think not in THINK:
         raise UsageError(f"think is {request.think!r}; expected one of {', '.join(THINK)}.")
+    if request.speculate not in SPECULATE:
+        raise UsageError(f"speculate is {request.speculate!r}; expected one of {', '.join(SPECULATE)}.")
     sampling.check(request.sampling)
     sampling.check_stop(request.stop)
     sampling.check_count("max_tokens", request.max_tokens)

@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,51 +28,22 @@ from edger1.cache import Entry
 from edger1.errors import ContextError, UsageError
 from edger1.experts.figures import Account
 from edger1.loader import LiveModel
-from edger1.messages import Done, Event, Figures, Generate, Message, Progress, Text, Thought, Usage
+from edger1.messages import Done, Event, Figures, Generate, Progress, Running, Text, Thought, ToolCall, Usage
 from edger1.mlx_runtime import on_gpu
+from edger1.prompt import render
 from edger1.sampling import RandomState, Sampler
-from edger1.thinking import Splitter, begins_in_thought
+from edger1.seam import Detokenizer
+from edger1.speculate import Speculation
+from edger1.thinking import Splitter
+from edger1.tool_calls import MalformedCallError
 
 # Weights up to which a CPU reads them in some tens of milliseconds.
 _SMALL_MODEL_BYTES = 1 << 30
 
-ROLES = ("system", "user", "assistant", "tool", "developer")
+_LOOK_BACK = 64
 
-
-def render(model: LiveModel, request: Generate) -> tuple[str, bool]:
-    """Return the prompt as text, and whether it is raw, so that special tokens (such as BOS) are still to be added.
-
-    Raises UsageError for messages that are none, or that the model's template refuses.
-    """
-    if request.prompt is not None:
-        return request.prompt, True
-    messages = check_messages(request.messages)
-    if not model.has_chat_template:
-        raise UsageError(
-            f"{model.name} has no chat template, so it cannot take messages. Give it raw text instead: "
-            f'edger1 run {model.name} --raw "..."'
-        )
-    thinking: dict[str, bool] = {} if request.think == "auto" else {"enable_thinking": request.think == "on"}
-    try:
-        text = model.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **thinking)
-    except Exception as error:
-        # Templates are programs; they refuse, for instance, a system message, or two user turns in a row.
-        raise UsageError(f"The chat template of {model.name} does not take these messages: {error}") from error
-    return str(text), False
-
-
-def check_messages(messages: Any) -> list[Message]:
-    """Raise UsageError unless `messages` is a non-empty list of {"role": ..., "content": str}."""
-    if not isinstance(messages, list) or not messages:
-        raise UsageError('messages must be a non-empty list such as [{"role": "user", "content": "Hello"}].')
-    for i, message in enumerate(messages):
-        if not isinstance(message, dict) or message.get("role") not in ROLES:
-            raise UsageError(
-                f"message {i} is {message!r:.200}; expected a dict whose role is one of {', '.join(ROLES)}."
-            )
-        if not isinstance(message.get("content"), str):
-            raise UsageError(f"the content of message {i} is {message.get('content')!r:.200}; expected a string.")
-    return messages
+RUNNING_EVERY_S = 0.5
+"""How often an answer tells how it is coming along."""
 
 
 def peak_memory_bytes() -> int:
@@ -99,12 +70,17 @@ class _Clock:
     prefill: float = 0.0
     first: float = 0.0
     last: float = 0.0
+    # When it was last told how the answer is coming along, and how many tokens there were.
+    told: float = 0.0
+    told_tokens: int = 0
 
 
 @dataclass
 class _Output:
     tokens: list[int] = field(default_factory=list)
     finish: str | None = None
+    calls: int = 0
+    notes: list[str] = field(default_factory=list)
 
 
 class Generation:
@@ -118,10 +94,10 @@ class Generation:
         self._clock = _Clock(asked=time.perf_counter())
         self._output = _Output()
 
-        text, self._raw = render(model, request)
-        in_thought = begins_in_thought(text, model.markers)
-        self._prompt_text = text
-        self._prompt = self._encode(text)
+        rendered = render(model, request)
+        self._raw = rendered.raw
+        self._prompt_text = rendered.text
+        self._prompt = self._encode(rendered.text)
         if not self._prompt:
             raise UsageError("The prompt is empty; there is nothing to continue.")
         room = model.context - len(self._prompt)
@@ -135,9 +111,13 @@ class Generation:
         chosen = sampling.resolve(request.sampling, model.sampling)
         self._sampler = Sampler(chosen, model.vocabulary)
         self._random = RandomState.seeded(chosen.seed)
-        self._splitter = Splitter(model.markers, request.stop, in_thought)
-        self._detokenizer = model.tokenizer.detokenizer
+        calls = model.calls.markers if request.tools else ()
+        self._splitter = Splitter(model.markers, request.stop, rendered.in_thought, calls=calls, said=rendered.said)
+        self._detokenizer = Detokenizer(model.tokenizer, self._prompt if rendered.said else ())
         self._run_ahead = runs_ahead(model) and not self._sampler.looks_back
+        self._drafts = Speculation(
+            model, request.speculate, self._sampler, self._random, turn, seeded=chosen.seed is not None
+        )
 
         self._experts = None if model.streaming is None else Account(model.streaming)
         self._caches: list[Any] | None = None
@@ -158,7 +138,15 @@ class Generation:
             half = f"U+{ord(text[error.start]):04X}"
             raise UsageError(f"The prompt is no text: it holds half a character ({half}). Give it as UTF-8.") from None
         # Raw text gets its special tokens at its beginning, so it is encoded as a whole.
-        return encode(text) if self._raw else self._model.kv.encode(text, encode)
+        if self._raw:
+            return encode(text)
+        ids = self._model.kv.encode(text, encode)
+        if self._request.continue_last:
+            end = str(self._model.tokenizer.decode(ids[-_LOOK_BACK:], skip_special_tokens=False)).lstrip()
+            if not text.endswith(end):
+                # Encoded apart, what comes after a cached text may begin with a blank that is not in it.
+                return encode(text)
+        return ids
 
     def step(self, *, ahead: bool = True) -> bool:
         """Do one chunk or one token; returns True when the answer is complete and Done has been sent.
@@ -177,13 +165,20 @@ class Generation:
             return False
         # A token that was drawn ahead has had everything before it fed.
         remaining = self._waiting - (self._next is None)
-        count = min(remaining, self._model.prefill_step) if remaining > 0 else 1
+        drafts = self._choose_drafts() if remaining <= 0 else 0
+        drafting = drafts > 0 and self._next is None
+        count = min(remaining, self._model.prefill_step) if remaining > 0 else 1 + drafts * drafting
         if not self._model.kv.hold(self, len(self._fed) + count):
             return False
         if remaining > 0:
             self._prefill(self._known()[len(self._fed) : len(self._fed) + count])
             return False
-        self._decode(ahead=ahead)
+        before = len(self._output.tokens)
+        if drafting:
+            self._verify()
+        else:
+            self._decode(ahead=ahead and not drafts)
+        self._drafts.end(len(self._output.tokens) - before, drafted=drafting)
         if self._output.finish is None:
             return False
         self.finish()
@@ -263,7 +258,7 @@ class Generation:
         if taken is None:
             return False
         caches, shared = taken
-        self._caches = caches or make_prompt_cache(self._model.model)
+        self._caches = self._drafts.begin(caches) or make_prompt_cache(self._model.model)
         self._fed = known[:shared]
         if not self._clock.prefill:
             self._clock.prefill = time.perf_counter()
@@ -288,6 +283,7 @@ class Generation:
         if self.batch is not None:
             self.batch.remove(self)
         self._caches = None
+        self._drafts.drop()
 
     def cancel(self) -> None:
         """End the answer here; what was generated stands."""
@@ -299,16 +295,17 @@ class Generation:
         import mlx.core as mx
 
         assert self._caches is not None
-        self._model.model(mx.array([chunk]), cache=self._caches)
+        self._drafts.forward(mx.array([chunk]), self._caches, len(self._fed), self._known())
         mx.eval([cache.state for cache in self._caches])
         self._fed.extend(chunk)
         if not self._output.tokens:
             total = len(self._prompt) - self._cached
             self._emit(Progress(self._request.id, "prefill", len(self._fed) - self._cached, total))
 
-    def _forward(self, tokens: Any) -> Any:
-        """Feed `tokens` (1, 1) and draw the next one; returns its id, shape (1,), not yet evaluated."""
-        logits = self._model.model(tokens, cache=self._caches)[:, -1, :]
+    def _forward(self, tokens: Any, position: int) -> Any:
+        """Feed `tokens` (1, 1) at `position` and draw the next one; returns its id, shape (1,), not yet evaluated."""
+        assert self._caches is not None
+        logits = self._drafts.forward(tokens, self._caches, position, self._known())[:, -1, :]
         self._turn.take(self._random)
         return self._sampler(logits, self._known() if self._sampler.looks_back else [])
 
@@ -318,11 +315,11 @@ class Generation:
         if self._next is None:
             last = self.last_token
             self._fed.append(last)
-            self._next = self._forward(mx.array([[last]]))
+            self._next = self._forward(mx.array([[last]]), len(self._fed) - 1)
         current, self._next = self._next, None
         ahead = ahead and self._run_ahead and len(self._output.tokens) + 1 < self._max_tokens
         if ahead:
-            self._next = self._forward(current[None])
+            self._next = self._forward(current[None], len(self._fed))
             mx.async_eval(self._next)
         token = int(current.item())
         if self._model.streaming is not None:
@@ -332,19 +329,51 @@ class Generation:
             self._fed.append(token)
         self._add(token)
 
+    def _choose_drafts(self) -> int:
+        """Return how many drafts the next step verifies, or the one after it where a token was drawn ahead."""
+        assert self._caches is not None
+        unread = self._next is not None
+        room = self._max_tokens - len(self._output.tokens) - 1 - unread
+        return self._drafts.choose(self._known(), self._caches, room, unread=unread)
+
+    def _verify(self) -> None:
+        """Say the drafts that stand and one token more, up to where the answer ends."""
+        assert self._caches is not None
+        before = len(self._fed)
+        said = self._drafts.step(self._known(), self._caches)
+        for streaming in self._model.streamings:
+            streaming.let_go()
+        for token in said:
+            if self._output.finish is not None:
+                break
+            self._fed.append(self.last_token)
+            self._add(token)
+        self._drafts.settle(len(self._fed), self._caches, len(self._fed) - before)
+
     def _add(self, token: int) -> None:
-        self._clock.last = time.perf_counter()
+        clock = self._clock
+        clock.last = time.perf_counter()
         if not self._output.tokens:
-            self._clock.first = self._clock.last
+            clock.first = clock.told = clock.last
+            clock.told_tokens = 1
         self._output.tokens.append(token)
         self._publish(token)
+        if clock.last - clock.told >= RUNNING_EVERY_S and self._output.finish is None:
+            self._tell()
+
+    def _tell(self) -> None:
+        """Say how the answer is coming along."""
+        clock, said, watch = self._clock, len(self._output.tokens), self._model.watch
+        rate = (said - clock.told_tokens) / (clock.last - clock.told)
+        clock.told, clock.told_tokens = clock.last, said
+        figures = replace(self._figures(by_layer=False), decode_tokens_per_s=rate)
+        self._emit(Running(self._request.id, figures, None if watch is None else watch.layers()))
 
     def _publish(self, token: int) -> None:
         if token in self._model.tokenizer.eos_token_ids:
             self._output.finish = "stop"
         else:
-            self._detokenizer.add_token(token)
-            self._send(self._splitter.feed(self._detokenizer.last_segment))
+            self._send(self._splitter.feed(self._detokenizer.add(token)))
             if self._splitter.stopped:
                 self._output.finish = "stop"
             elif len(self._output.tokens) >= self._max_tokens:
@@ -352,23 +381,44 @@ class Generation:
 
     def _send(self, segments: list[tuple[str, str]]) -> None:
         for kind, text in segments:
+            if kind == "call":
+                self._call(text)
+                continue
+            if kind == "cut":
+                self._output.notes.append("The answer ended in the middle of a tool call, which stands in the text.")
             self._emit(Thought(self._request.id, text) if kind == "thought" else Text(self._request.id, text))
+
+    def _call(self, block: str) -> None:
+        try:
+            calls = self._model.calls.read(block, self._request.tools)
+        except MalformedCallError as error:
+            self._output.notes.append(f"A tool call cannot be read ({error}); it stands in the text.")
+            self._emit(Text(self._request.id, block))
+            return
+        self._output.calls += len(calls)
+        for call in calls:
+            self._emit(ToolCall(self._request.id, call["name"], call["arguments"], call["id"]))
 
     def finish(self) -> None:
         """Send what is left of a complete answer, and Done; the caches are kept for prompts that go on from it."""
-        self._detokenizer.finalize()
-        self._send(self._splitter.feed(self._detokenizer.last_segment))
-        self._send(self._splitter.finish())
-        if self._splitter.stopped and self._output.finish == "length":
+        output = self._output
+        self._send(self._splitter.feed(self._detokenizer.end()))
+        self._send(self._splitter.finish(whole=output.finish == "stop"))
+        if self._splitter.stopped and output.finish == "length":
             # The stop string's last character waited for a token that did not come.
-            self._output.finish = "stop"
+            output.finish = "stop"
         self._keep_cache()
-        self._emit(Done(self._request.id, self._output.finish or "stop", usage=self._usage(), figures=self._figures()))
+        finish = "tools" if output.calls and output.finish == "stop" else output.finish or "stop"
+        self._emit(Done(self._request.id, finish, usage=self._usage(), figures=self._figures(), notes=output.notes))
 
     def _keep_cache(self) -> None:
         self._model.kv.release(self)
         if self._fed and self._caches is not None:
-            self._model.kv.put(Entry(self._fed, "" if self._raw else self._fed_text(), self._caches))
+            caches = self._drafts.leave(self._caches, len(self._fed))
+            text = "" if self._raw else self._fed_text()
+            drawn = self._known()[len(self._fed) :] if len(self._fed) >= len(self._prompt) else []
+            said = str(self._model.tokenizer.decode(drawn, skip_special_tokens=False)) if text and drawn else ""
+            self._model.kv.put(Entry(self._fed, text, caches, drawn, said))
         self._caches = None
 
     def _fed_text(self) -> str:
@@ -387,7 +437,7 @@ class Generation:
             completion_tokens=len(self._output.tokens),
         )
 
-    def _figures(self) -> Figures:
+    def _figures(self, *, by_layer: bool = True) -> Figures:
         clock, usage = self._clock, self._usage()
         decoded = len(self._output.tokens) - 1
         # One token is always fed, to draw the first from; that is no prefill.
@@ -398,9 +448,13 @@ class Generation:
             time_to_first_token_s=clock.first - clock.asked if clock.first else None,
             peak_memory_bytes=peak_memory_bytes(),
             accounted_memory_bytes=self._model.accounted_bytes,
+            ceiling_bytes=self._model.plan.ceiling_bytes,
             context_used=len(self._prompt) + len(self._output.tokens),
             context_size=self._model.context,
-            experts=None if self._experts is None else self._experts.summary(usage.prefilled_tokens, max(0, decoded)),
+            experts=None
+            if self._experts is None
+            else self._experts.summary(usage.prefilled_tokens, max(0, decoded), by_layer=by_layer),
+            drafts=self._drafts.figures(),
         )
 
 

@@ -11,7 +11,7 @@ import contextlib
 import gc
 import json
 from collections.abc import Collection, Generator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,20 +19,24 @@ from typing import TYPE_CHECKING, Any
 from edger1 import installed, kernels, registry, runs, sampling
 from edger1.accounting import Account
 from edger1.cache import KVStore
+from edger1.drafting.length import Pace
 from edger1.errors import FormatError, MemoryCeilingError
 from edger1.experts.wired import Wired
 from edger1.folder import ModelFolder, inspect
 from edger1.kv_layout import kv_layout
-from edger1.memory import KVLayout, Plan, choose_context, make_plan
+from edger1.memory import PROCESS_BYTES, KVLayout, Plan, choose_context, make_plan
 from edger1.messages import Sampling
 from edger1.mlx_runtime import give_back, on_gpu, prepare
 from edger1.quant.formats import safetensors
 from edger1.quant.model_config import additions
-from edger1.thinking import Markers
+from edger1.thinking import HARMONY, Markers
+from edger1.tool_calls import CallFormat, call_format
 
 if TYPE_CHECKING:
     from edger1.adapter import InUse
+    from edger1.drafting.mtp import Ahead
     from edger1.experts.anatomy import LayerExperts
+    from edger1.experts.live import Watch
     from edger1.experts.streaming import Streaming
     from edger1.kernels.install import Installed
 
@@ -63,8 +67,29 @@ class LiveModel:
     kv: KVStore
     account: Account
     installed: Installed
+    calls: CallFormat
     streaming: Streaming | None = None
+    watch: Watch | None = None
     adapter: InUse | None = None
+    ahead: Ahead | None = None
+    """The model's layer for multi-token prediction, which drafts."""
+    no_ahead: str = ""
+    """Why there is none, where the model's files have one."""
+    draft: LiveModel | None = None
+    """A smaller model that drafts."""
+    pace: Pace = field(default_factory=Pace)
+
+    @property
+    def all_models(self) -> list[LiveModel]:
+        """This model and the one that drafts for it."""
+        return [self] if self.draft is None else [self, self.draft]
+
+    @property
+    def streamings(self) -> list[Streaming]:
+        """All that reads experts from disk while the model runs."""
+        ahead = None if self.ahead is None else self.ahead.streaming
+        own = [] if self.draft is None else self.draft.streamings
+        return [each for each in (self.streaming, ahead, *own) if each is not None]
 
     @property
     def context(self) -> int:
@@ -91,8 +116,10 @@ class LiveModel:
             "context": self.context,
             "has_chat_template": self.has_chat_template,
             "kernels": self.installed.active,
+            "tools": "described" if self.calls.described else "template",
             "plan": asdict(self.plan),
             "adapter": None if self.adapter is None else self.adapter.describe(),
+            "drafts": {"mtp": self.ahead is not None, "draft": None if self.draft is None else self.draft.name},
         }
 
     def report(self) -> dict[str, Any]:
@@ -108,6 +135,10 @@ class LiveModel:
         import mlx.core as mx
 
         self.kv.clear()
+        for beside in (self.ahead, self.draft):
+            if beside is not None:
+                beside.close()
+        self.ahead = self.draft = None
         if self.adapter is not None:
             self.adapter.adapted.detach()
             self.adapter = None
@@ -124,9 +155,15 @@ class LiveModel:
 
 def prefill_step(parameters: int) -> int:
     """Tokens a prefill step: fixed for a model and device, so that the same prompt is always split the same way."""
-    if on_gpu():
+    gpu = on_gpu()
+    return step_tokens(parameters, gpu=gpu, with_kernels=not gpu and kernels.state().available)
+
+
+def step_tokens(parameters: int, *, gpu: bool, with_kernels: bool) -> int:
+    """As `prefill_step`, for a device that is named."""
+    if gpu:
         return GPU_PREFILL_STEP
-    if not kernels.state().available:
+    if not with_kernels:
         return PLAIN_PREFILL_STEP
     step = 512
     while step > 32 and step * parameters > _STEP_WORK:
@@ -293,24 +330,71 @@ def load(
     precision: str,
     expert_slots: str | int | None = None,
     adapter: Path | None = None,
+    draft: Path | None = None,
 ) -> Generator[tuple[int, int], None, LiveModel]:
     """Load a model folder in steps: yields (bytes done, bytes in all) and returns the LiveModel.
 
     Raises FormatError for a folder that is not what it says, MemoryCeilingError before anything large is read,
     UnstreamableError where `expert_slots` is given and the experts do not lie as streaming needs them, and what
-    `edger1.adapter.use` raises for an adapter.
+    `edger1.adapter.use` raises for an adapter. `draft` is a smaller model's folder; UsageError where its vocabulary is
+    another.
     """
+    from edger1.drafting.other_model import check_vocabulary
+
+    drafting = None
+    if draft is not None:
+        drafting = yield from load(draft.name, draft, ceiling_bytes=ceiling_bytes, context=context, precision=precision)
+        ceiling_bytes -= drafting.plan.total_bytes - PROCESS_BYTES
+    try:
+        live = yield from _load_beside(name, path, ceiling_bytes, context, precision, expert_slots, adapter)
+    except BaseException:
+        if drafting is not None:
+            drafting.close()
+        raise
+    if drafting is not None:
+        live.draft = drafting
+        try:
+            check_vocabulary(live, drafting)
+        except BaseException:
+            live.close()
+            raise
+    return live
+
+
+def _load_beside(
+    name: str,
+    path: Path,
+    ceiling_bytes: int,
+    context: int | None,
+    precision: str,
+    expert_slots: str | int | None,
+    adapter: Path | None,
+) -> Generator[tuple[int, int], None, LiveModel]:
+    """Load a model, with its own MTP layer and an adapter, beside what is there already."""
     from edger1.adapter import needed_bytes, use
+    from edger1.drafting import loading
 
     folder = inspect(path)
     model, config = build(folder, name)
-    adapter_bytes = 0 if adapter is None else needed_bytes(adapter)
-    plan, kv, layers = _plan(folder, model, ceiling_bytes, context, expert_slots, adapter_bytes)
+
+    def planned(extra_bytes: int) -> tuple[Plan, KVLayout, tuple[LayerExperts, ...]]:
+        beside = extra_bytes + (0 if adapter is None else needed_bytes(adapter))
+        return _plan(folder, model, ceiling_bytes, context, expert_slots, beside)
+
+    plan, kv, layers = planned(0)
     plan.check(name)
+    found = loading.find(folder)
+    room = None if found is None else loading.room(found, plan, folder.config)
+    ahead_fits = False
+    if room is not None:
+        with_ahead = planned(room)
+        if ahead_fits := loading.is_worth(with_ahead[0], plan):
+            plan, kv, layers = with_ahead
     import mlx.core as mx
     from mlx.utils import tree_flatten, tree_unflatten
     from mlx_lm.utils import load_tokenizer
 
+    from edger1.experts.live import Watch
     from edger1.experts.miss_cost import MissCosts
     from edger1.experts.popularity import Popularity
     from edger1.experts.streaming import Streaming
@@ -385,11 +469,17 @@ def load(
         markers=thinking_markers(path, tokenizer),
         prefill_step=kv.step_tokens,
         vocabulary=vocabulary,
+        calls=call_format(tokenizer),
         streaming=streaming,
+        watch=None if streaming is None else Watch(streaming),
         kv=KVStore(plan.kv_bytes, kv.nbytes),
         installed=replaced,
         account=Account(),
+        no_ahead="" if found is None or ahead_fits else loading.NO_ROOM,
     )
+    if found is not None and ahead_fits:
+        live.ahead = loading.load(found, folder, model, precision, loading.share(plan))
+        live.account = Account()
     if streaming is not None and plan.stream is not None and not plan.stream.by_hand:
         live.kv.on_claim = partial(_lend, streaming, plan)
     runs.note(path, live.report())
@@ -423,10 +513,13 @@ def is_widened(value: Any) -> bool:
 
 
 def thinking_markers(path: Path, tokenizer: Any) -> Markers | None:
-    """Return the strings around the model's thoughts: the registry's, else what mlx-lm finds in the vocabulary."""
+    """Return the strings around the model's thoughts: the registry's, harmony's where its template writes that, else
+    what mlx-lm finds in the vocabulary."""
     entry = registry.find(installed.name_of(path))
     if entry is not None and entry.thinking is not None:
         return Markers(entry.thinking.start, entry.thinking.end)
+    if HARMONY.start in str(tokenizer.chat_template):
+        return HARMONY
     return Markers(tokenizer.think_start, tokenizer.think_end) if tokenizer.has_thinking else None
 
 

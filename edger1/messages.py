@@ -6,13 +6,16 @@ come back the same way. Every message carries the id of the request it belongs t
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from dataclasses import dataclass, field
 from typing import Any
 
 Message = dict[str, Any]
-"""A chat message: {"role": "system" | "user" | "assistant" | "tool", "content": str, ...}."""
+"""A chat message: {"role": "system" | "user" | "assistant" | "tool" | "developer", "content": str}.
+
+An assistant's may have "tool_calls" as OpenAI writes them, the arguments as an object or as JSON; a tool's has the
+"tool_call_id" that it answers. "thought" is the reasoning of an assistant's message that is to be continued.
+"""
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,8 @@ class Load:
     """Slots a layer for routed experts, as a number or a share such as "25%"; None: what the ceiling allows."""
     adapter: str | None = None
     """Folder of an adapter to put over the model."""
+    draft: str | None = None
+    """Folder of a smaller model with the same vocabulary, which drafts for this one."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,23 @@ class Generate:
     sampling: Sampling = field(default_factory=Sampling)
     stop: list[str] = field(default_factory=list)
     think: str = "auto"
+    tools: list[dict[str, Any]] = field(default_factory=list)
+    """Functions that the model may call, each {"type": "function", "function": {"name", "description", "parameters"}}
+    with its parameters as a JSON schema."""
+    continue_last: bool = False
+    """Go on from the end of the last message, which is an assistant's: from its text, or, where it has none, in the
+    middle of its "thought"."""
+    speculate: str = "off"
+    """Where drafts come from: "off", "auto" (what promises most), "lookup", "mtp" or "draft"."""
+
+
+@dataclass(frozen=True)
+class CountTokens:
+    """Count the tokens of a text, without special ones. Answered by Counted."""
+
+    id: str
+    model: str
+    text: str
 
 
 @dataclass(frozen=True)
@@ -96,7 +118,7 @@ class Unload:
     model: str
 
 
-Request = Load | Generate | Score | UseAdapter | Cancel | Unload
+Request = Load | Generate | CountTokens | Score | UseAdapter | Cancel | Unload
 
 
 @dataclass(frozen=True)
@@ -119,10 +141,14 @@ class Figures:
     peak_memory_bytes: int = 0
     accounted_memory_bytes: int = 0
     """What the process held at the end by its own account, see `edger1.accounting`."""
+    ceiling_bytes: int = 0
+    """What the model may take of memory, by its plan."""
     context_used: int = 0
     context_size: int = 0
     experts: dict[str, Any] | None = None
     """What streaming the experts took, as `edger1.experts.figures.summary` has it; None where they are resident."""
+    drafts: dict[str, Any] | None = None
+    """What drafting came to, as `edger1.speculate.Speculation.figures` has it; None for what is no answer."""
 
 
 @dataclass(frozen=True)
@@ -179,11 +205,35 @@ class Thought:
 
 @dataclass(frozen=True)
 class ToolCall:
-    """A call that the model asks for."""
+    """A call that the model asks for. `call_id` is what the message with the call's result names it by."""
 
     id: str
     name: str
     arguments: dict[str, Any] = field(default_factory=dict)
+    call_id: str = ""
+
+
+@dataclass(frozen=True)
+class Running:
+    """How an answer is coming along, about twice a second while it is decoded.
+
+    `figures` are those of Done so far, with the rate since the last Running, and without the layers of `experts`.
+    `layers` is there where experts are
+    streamed: for each of those layers {"layer": index, "hits": n, "misses": n, "experts": {expert: uses}}, all counted
+    since the last Running of any answer of the model.
+    """
+
+    id: str
+    figures: Figures = field(default_factory=Figures)
+    layers: list[dict[str, Any]] | None = None
+
+
+@dataclass(frozen=True)
+class Counted:
+    """The answer to CountTokens."""
+
+    id: str
+    tokens: int
 
 
 @dataclass(frozen=True)
@@ -200,12 +250,14 @@ class Scores:
 
 @dataclass(frozen=True)
 class Done:
-    """The end of an answer: finish_reason is "stop", "length" or "cancelled"."""
+    """The end of an answer: finish_reason is "stop", "length", "cancelled", or "tools" where it waits for the results
+    of its tool calls. `notes` are sentences for the user on what in the answer is not as it seems."""
 
     id: str
     finish_reason: str
     usage: Usage = field(default_factory=Usage)
     figures: Figures = field(default_factory=Figures)
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -217,21 +269,27 @@ class Failed:
     message: str
 
 
-Event = Loaded | AdapterUsed | Unloaded | Progress | Text | Thought | ToolCall | Scores | Done | Failed
+Event = (
+    Loaded | AdapterUsed | Unloaded | Progress | Text | Thought | ToolCall | Running | Counted | Scores | Done | Failed
+)
 
 _NESTED = {"sampling": Sampling, "usage": Usage, "figures": Figures}
 _KINDS: dict[str, type] = {
     kind.__name__: kind
     for kind in (
-        Load, Generate, Score, UseAdapter, Cancel, Unload,
-        Loaded, AdapterUsed, Unloaded, Progress, Text, Thought, ToolCall, Scores, Done, Failed,
+        Load, Generate, CountTokens, Score, UseAdapter, Cancel, Unload,
+        Loaded, AdapterUsed, Unloaded, Progress, Text, Thought, ToolCall, Running, Counted, Scores, Done, Failed,
     )
 }  # fmt: skip
 
 
 def encode(message: Request | Event) -> str:
     """Write a message as one line of JSON, without the newline."""
-    return json.dumps({"kind": type(message).__name__, **dataclasses.asdict(message)}, ensure_ascii=True)
+    fields = {"kind": type(message).__name__, **vars(message)}
+    for name in _NESTED.keys() & fields.keys():
+        # Of plain values all through, which are not copied for it.
+        fields[name] = vars(fields[name])
+    return json.dumps(fields, ensure_ascii=True)
 
 
 def decode(line: str) -> Request | Event:
@@ -242,6 +300,9 @@ def decode(line: str) -> Request | Event:
         for name, nested in _NESTED.items():
             if name in fields:
                 fields[name] = nested(**fields[name])
+        for layer in fields.get("layers") or ():
+            # JSON makes strings of an object's keys.
+            layer["experts"] = {int(expert): uses for expert, uses in layer["experts"].items()}
         return kind(**fields)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"not a message of the engine: {line[:200]!r}") from error

@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Self, TypedDict, Unpack
 
-from edger1 import client, installed, registry, sampling, worker
+from edger1 import client, installed, registry, sampling, tool_calls, worker
 from edger1.client import Connection, ThreadConnection, error_of, next_id
 from edger1.errors import EdgeR1Error, EngineError, NotYetError, UnknownModelError, UsageError
 from edger1.fetch.place import write_atomically
@@ -59,7 +59,11 @@ class GenerateOptions(TypedDict, total=False):
 
     None or a missing value leaves a setting to the model's own defaults. `stop` is a list of strings that end the
     answer and are cut off it. `think` is "auto", "on" or "off" where the model's template can switch its reasoning.
-    `raw` gives a string to the model as it stands, without its chat template.
+    `raw` gives a string to the model as it stands, without its chat template. `tools` are functions that the model may
+    call, each {"type": "function", "function": {"name", "description", "parameters"}} with its parameters as a JSON
+    schema. `continue_last` goes on from the end of the last message, an assistant's, and returns only what is new;
+    where that has no text but a "thought", from the middle of the thought. `speculate` says where drafts come from:
+    "auto", "off", "lookup", "mtp" or "draft".
     """
 
     max_tokens: int | None
@@ -72,9 +76,11 @@ class GenerateOptions(TypedDict, total=False):
     stop: str | Sequence[str] | None
     think: str
     think_budget: int | None
-    tools: Sequence[Any]
+    tools: Sequence[dict[str, Any]]
     schema: Any
     raw: bool
+    continue_last: bool
+    speculate: str
 
 
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
@@ -82,7 +88,11 @@ _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "se
 
 @dataclass(frozen=True)
 class Response:
-    """A complete answer. `finish_reason` is "stop", "length" or "cancelled"."""
+    """A complete answer. `finish_reason` is "stop", "length", "cancelled", or "tools" where it waits for the results of
+    `tool_calls`: say them in messages {"role": "tool", "tool_call_id": ..., "content": ...} behind its own.
+
+    `notes` are sentences on what in it is not as it seems, such as a tool call that could not be read.
+    """
 
     text: str
     thinking: str
@@ -90,6 +100,7 @@ class Response:
     finish_reason: str
     usage: Usage
     figures: Figures
+    notes: tuple[str, ...] = ()
 
 
 @dataclass
@@ -118,6 +129,7 @@ class _Collector:
                 event.finish_reason,
                 event.usage,
                 event.figures,
+                tuple(event.notes),
             )
         return None
 
@@ -195,7 +207,7 @@ class Model:
         raise EngineError("The engine ended the answer without saying why.")
 
     def stream(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> Iterator[Event]:
-        """Yield Progress, Thought, Text, ToolCall and at last Done. Leaving the loop early cancels the answer.
+        """Yield Progress, Thought, Text, ToolCall, Running and at last Done. Leaving the loop early cancels the answer.
 
         Raises what `generate` raises; the options are checked at the call, before the first event is asked for.
         """
@@ -283,7 +295,7 @@ class Model:
                 f"{', '.join(sorted(unknown))} is no option of generate; there are "
                 f"{', '.join(GenerateOptions.__annotations__)}."
             )
-        for name in ("think_budget", "tools", "schema"):
+        for name in ("think_budget", "schema"):
             if options.get(name):
                 raise NotYetError(f"{name} is not in this version of EdgeR1 yet; leave it out.")
         if not isinstance(prompt, str | list):
@@ -294,6 +306,11 @@ class Model:
         raw = options.get("raw", False) or (isinstance(prompt, str) and not self.info["has_chat_template"])
         if raw and not isinstance(prompt, str):
             raise UsageError("raw=True takes a string, and the prompt is a list of messages.")
+        tools, continue_last = tool_calls.check_tools(options.get("tools") or []), options.get("continue_last", False)
+        if continue_last and isinstance(prompt, str):
+            raise UsageError("continue_last goes on from the last of some messages; give a list of them.")
+        if tools and raw:
+            raise UsageError("Tools are told through a chat template, which a raw prompt leaves out. Give messages.")
         return Generate(
             next_id(),
             self._id,
@@ -303,6 +320,9 @@ class Model:
             sampling=drawn,
             stop=sampling.check_stop(options.get("stop")),
             think=options.get("think", "auto"),
+            tools=tools,
+            continue_last=continue_last,
+            speculate=options.get("speculate", "off"),
         )
 
 
@@ -330,6 +350,9 @@ class Chat:
         """
         if not isinstance(text, str):
             raise UsageError(f"The message is {text!r:.200}; expected a string.")
+        for name in ("tools", "continue_last"):
+            if options.get(name):
+                raise UsageError(f"A conversation's send takes no {name}; give generate the messages of it.")
         turn: Message = {"role": "user", "content": text}
         collector = _Collector()
         kept = False
@@ -424,6 +447,7 @@ def load_into(
     precision: str = "fast",
     adapter: str | Path | None = None,
     expert_slots: int | str | None = None,
+    draft: str | Path | None = None,
     on_progress: Any = None,
 ) -> Model:
     """Find `name` (fetching it where it is not installed) and load it into an engine."""
@@ -434,7 +458,8 @@ def load_into(
     installed.touch(folder)
     if beyond := beyond_training(folder, context):
         warnings.warn(beyond, stacklevel=3)
-    request = Load(next_id(), str(folder), memory, context, precision, expert_slots, over)
+    drafting = None if draft is None else str(find(draft))
+    request = Load(next_id(), str(folder), memory, context, precision, expert_slots, over, drafting)
     for event in client.events(connection, request):
         if isinstance(event, Failed):
             raise error_of(event)
@@ -459,7 +484,8 @@ def load(name: str | Path, **options: Any) -> Model:
     and answer together; more than the model was trained for is a warning. precision: "fast" (int8 activations on CPUs)
     or "exact". expert_slots: slots a layer for routed experts, a number or a share such as "25%", also where all would
     fit (default: experts stay resident where the ceiling allows it, else it decides the slots).
-    adapter: folder of an adapter, in mlx-lm's or PEFT's layout. on_progress(done, total) in bytes.
+    adapter: folder of an adapter, in mlx-lm's or PEFT's layout. draft: a smaller model with the same vocabulary, which
+    drafts for this one. on_progress(done, total) in bytes.
 
     Raises UnknownModelError, SourceError, FormatError, MemoryCeilingError, UsageError.
     """

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,8 @@ from edger1.messages import Sampling
 
 if TYPE_CHECKING:
     import mlx.core as mx
+    import numpy as np
+    import numpy.typing as npt
 
 # The window that repetition_penalty looks back over; llama.cpp and Ollama use the same.
 REPETITION_WINDOW = 64
@@ -166,11 +168,7 @@ class Sampler:
         import mlx.core as mx
 
         extension = _kernels(logits)
-        if extension is not None and self._processors and tokens:
-            logits = extension.penalized(logits, tokens[-REPETITION_WINDOW:], self._penalty)
-        elif extension is None:
-            for process in self._processors:
-                logits = process(tokens, logits)
+        logits = self.penalized(logits, tokens)
         if self.greedy:
             return mx.argmax(logits, axis=-1)
         if extension is None:
@@ -185,11 +183,52 @@ class Sampler:
 
     def draw(self, tokens: list[int], random: RandomState, *, unread: bool) -> Draw:
         """Return how the kernels draw a row of many as `__call__` would; a token after `tokens` may be `unread` yet."""
-        key = 0 if self.greedy else random.next_key(kernels())
         # A window of the last so many tokens, one of which draw_tokens is given apart.
-        recent = tokens[int(unread) - REPETITION_WINDOW :] if self._processors else []
+        return self.row(tokens[int(unread) - REPETITION_WINDOW :], 0 if self.greedy else random.next_key(kernels()))
+
+    def row(self, recent: list[int], key: int) -> Draw:
+        """Return how the kernels draw a row of many with the random number of `key`, after `recent` tokens."""
         top_p, min_p, top_k = (self._settings[name] for name in ("top_p", "min_p", "top_k"))
-        return key, self._inverse_temperature, top_p, min_p, int(top_k), self._penalty, recent
+        discouraged = recent[-REPETITION_WINDOW:] if self._processors else []
+        return key, self._inverse_temperature, top_p, min_p, int(top_k), self._penalty, discouraged
+
+    def penalized(self, logits: mx.array, tokens: list[int]) -> mx.array:
+        """Return `logits` (1, vocabulary) as they are after `tokens`, those discouraged that are to be."""
+        extension = _kernels(logits)
+        if extension is not None and self._processors and tokens:
+            found: mx.array = extension.penalized(logits, tokens[-REPETITION_WINDOW:], self._penalty)
+            return found
+        for process in self._processors if extension is None else ():
+            logits = process(tokens, logits)
+        return logits
+
+    def probabilities(self, logits: mx.array, contexts: Sequence[Sequence[int]]) -> npt.NDArray[np.float64]:
+        """Return the distributions [rows, vocabulary] that `__call__` draws from, each row after its own tokens.
+
+        Not for greedy decoding.
+        """
+        import mlx.core as mx
+        import numpy as np
+
+        logits = logits.astype(mx.float32)
+        if self._processors:
+            rows = [self.penalized(logits[i : i + 1], list(tokens)) for i, tokens in enumerate(contexts)]
+            logits = mx.concatenate(rows)
+        kept = self._filtered(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
+        found = np.array(mx.softmax(kept * self._inverse_temperature, axis=-1)).astype(np.float64)
+        return found / found.sum(axis=-1, keepdims=True)
+
+    def _filtered(self, logprobs: mx.array) -> mx.array:
+        """Return log-probabilities with -inf for what is never drawn, in the order of mlx-lm's sampler."""
+        from mlx_lm import sample_utils
+
+        if 0 < self._settings["top_p"] < 1:
+            logprobs = sample_utils.apply_top_p(logprobs, self._settings["top_p"])
+        if self._settings["min_p"]:
+            logprobs = sample_utils.apply_min_p(logprobs, self._settings["min_p"])
+        if self._settings["top_k"]:
+            logprobs = sample_utils.apply_top_k(logprobs, int(self._settings["top_k"]))
+        return logprobs
 
 
 def kernels() -> Any:

@@ -189,3 +189,15 @@ def test_smollm2_prefills_only_the_second_turn(smollm2: Path) -> None:
     assert second.usage.cached_tokens == fed
     # What the template puts between two answers, and the word itself: nothing of the first turn.
     assert second.usage.prefilled_tokens < 16
+
+
+def test_what_was_drawn_and_not_fed_keeps_its_tokens() -> None:
+    store = store_of(100)
+    store.put(Entry([10, 11], "ab", [FakeCache(2)], drawn=[12], drawn_text="cd"))
+    encode = {"ef": [99], "x": [98], "": [0]}.__getitem__
+    assert store.encode("abcdef", encode) == [10, 11, 12, 99]
+    assert store.encode("abcd", encode) == [10, 11, 12]
+    assert store.encode("abx", encode) == [10, 11, 98]
+    store.put(entry([1], "abcde"))
+    store.put(entry([1]))
+    assert store.texts() == ["abcde", "abcd"]

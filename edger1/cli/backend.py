@@ -3,33 +3,43 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from edger1.client import ChildConnection, aevents, next_id
 from edger1.messages import (
     AdapterUsed,
     Cancel,
+    Counted,
+    CountTokens,
     Event,
     Failed,
     Generate,
     Load,
     Loaded,
     Message,
+    Request,
     Unload,
     UseAdapter,
 )
 
+if TYPE_CHECKING:
+    from edger1.tui.settings import Settings
+
 
 class ChildBackend:
-    """One model in one child process; implements `edger1.tui.Backend`.
+    """One model at a time in one child process; implements `edger1.tui.Backend`.
 
-    The child is started here and not in `load`, so that it imports MLX while the terminal is being drawn.
+    The child is started by the first `load`: before that its imports would take the time from those of the screen.
+    Without a folder nothing is loaded until one has been chosen. `memory` is the ceiling that all models have in turn,
+    in bytes.
     """
 
     def __init__(
         self,
-        folder: Path,
+        folder: Path | None,
         *,
         memory: int | None,
         context: int | None,
@@ -37,10 +47,13 @@ class ChildBackend:
         expert_slots: str | None = None,
         adapter: str | None = None,
     ) -> None:
-        self._load = (str(folder), memory, context, precision, expert_slots)
+        self._folder = folder
+        self._load = (memory, context, precision, expert_slots)
         self._adapter = adapter
         self._memory = memory
-        self._connection: ChildConnection | None = ChildConnection(memory)
+        self._connection: ChildConnection | None = None
+        # Loaded, or perhaps so: a load that nobody waited for may have come to its end.
+        self._held: str | None = None
         self._model: str | None = None
         self._running: str | None = None
 
@@ -49,56 +62,91 @@ class ChildBackend:
         """Process id of the engine, while there is one."""
         return self._connection.pid if self._connection is not None else None
 
+    def choose(self, model: str, folder: Path, adapter: str | None = None) -> None:
+        """Have the next `load` load another model, with an adapter's folder or None, in place of the present one."""
+        from edger1.model import adapter_folder
+
+        self._folder, self._adapter = folder, adapter_folder(adapter)
+
     async def load(self) -> AsyncIterator[Event]:
-        """Start the engine if it is not running and load the model: Progress ..., then Loaded or Failed."""
-        if self._connection is not None and self._model is not None:
-            await self._drop_model()
+        """Load the chosen model in place of the present one: Progress ..., then Loaded or Failed.
+
+        Starts the engine if it is not running. Where it fails there is no model, and another can be chosen.
+        """
+        if self._folder is None:
+            yield Failed(next_id(), "UsageError", "No model is chosen yet. Pick one first.")
+            return
+        await self._drop_model()
         if self._connection is None:
             self._connection = ChildConnection(self._memory)
-        async for event in aevents(self._connection, Load(next_id(), *self._load, self._adapter)):
-            if isinstance(event, Loaded):
-                self._model = event.model
-            if isinstance(event, Failed):
-                self._forget(event)
-            yield event
+        request = Load(next_id(), str(self._folder), *self._load, self._adapter)
+        self._held = request.id
+        async with aclosing(self._events(request)) as events:  # type: ignore[type-var]
+            async for event in events:
+                if isinstance(event, Loaded):
+                    self._model = event.model
+                yield event
 
     async def _drop_model(self) -> None:
-        assert self._connection is not None
-        assert self._model is not None
-        async for event in aevents(self._connection, Unload(next_id(), self._model)):
-            if isinstance(event, Failed):
-                self._forget(event)
-        self._model = None
+        held, self._held, self._model = self._held, None, None
+        if held is not None and self._connection is not None:
+            # Of one that was not loaded it says the same.
+            async for _ in self._events(Unload(next_id(), held)):
+                pass
 
     async def use_adapter(self, folder: str | None) -> AsyncIterator[Event]:
         """Put the adapter in `folder` over the model, now and when it is loaded anew; None takes it off."""
         from edger1.model import adapter_folder
 
         if self._connection is None or self._model is None:
-            yield Failed(next_id(), "EngineError", "The engine is not running.")
+            yield _not_running()
             return
         path = adapter_folder(folder)
-        async for event in aevents(self._connection, UseAdapter(next_id(), self._model, path)):
-            if isinstance(event, AdapterUsed):
-                self._adapter = path
-            if isinstance(event, Failed):
-                self._forget(event)
-            yield event
+        async with aclosing(self._events(UseAdapter(next_id(), self._model, path))) as events:  # type: ignore[type-var]
+            async for event in events:
+                if isinstance(event, AdapterUsed):
+                    self._adapter = path
+                yield event
 
-    async def ask(self, messages: list[Message]) -> AsyncIterator[Event]:
-        """Answer the whole conversation: Progress, Thought and Text ..., then Done or Failed."""
+    async def ask(
+        self,
+        messages: list[Message],
+        *,
+        settings: Settings,
+        tools: Sequence[dict[str, Any]] = (),
+        continue_last: bool = False,
+    ) -> AsyncIterator[Event]:
+        """Answer the whole conversation, or go on with its last message; see `edger1.tui.Backend`."""
         if self._connection is None or self._model is None:
-            yield Failed(next_id(), "EngineError", "The engine is not running.")
+            yield _not_running()
             return
-        request = Generate(next_id(), self._model, messages=messages)
+        request = Generate(
+            next_id(),
+            self._model,
+            messages=messages,
+            max_tokens=settings.max_tokens,
+            sampling=settings.sampling,
+            think=settings.think,
+            tools=list(tools),
+            continue_last=continue_last,
+        )
         self._running = request.id
         try:
-            async for event in aevents(self._connection, request):
-                if isinstance(event, Failed):
-                    self._forget(event)
-                yield event
+            async with aclosing(self._events(request)) as events:  # type: ignore[type-var]
+                async for event in events:
+                    yield event
         finally:
-            self._running = None
+            if self._running == request.id:
+                self._running = None
+
+    async def count_tokens(self, text: str) -> int | None:
+        """Return how many tokens the model makes of `text`, or None while there is no model that could tell."""
+        if self._connection is None or self._model is None:
+            return None
+        async for event in self._events(CountTokens(next_id(), self._model, text)):
+            if isinstance(event, Counted):
+                return event.tokens
+        return None
 
     def cancel(self) -> None:
         """Stop the running answer within one token; its Done still comes. Does nothing where none is running."""
@@ -107,14 +155,22 @@ class ChildBackend:
 
     async def close(self) -> None:
         """Stop the engine. May be called more than once."""
-        connection, self._connection, self._model = self._connection, None, None
+        connection = self._connection
+        self._connection = self._model = self._held = None
         if connection is not None:
             # The step that is running is finished first, which must not stop the screen.
             await asyncio.to_thread(connection.close)
 
-    def _forget(self, failed: Failed) -> None:
-        """After an EngineError the next load starts from a fresh process."""
-        if failed.error == "EngineError":
-            connection, self._connection, self._model = self._connection, None, None
-            if connection is not None:
-                connection.close()
+    async def _events(self, request: Request) -> AsyncIterator[Event]:
+        """Send a request and yield its events. After an EngineError the next load starts from a fresh process."""
+        connection = self._connection
+        assert connection is not None
+        async with aclosing(aevents(connection, request)) as events:  # type: ignore[type-var]
+            async for event in events:
+                if isinstance(event, Failed) and event.error == "EngineError" and self._connection is connection:
+                    await self.close()
+                yield event
+
+
+def _not_running() -> Failed:
+    return Failed(next_id(), "EngineError", "The engine is not running.")

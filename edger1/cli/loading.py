@@ -18,6 +18,12 @@ if TYPE_CHECKING:
 
 def ensure_model(name: str, offline: bool) -> Path:
     """Return the model's folder, fetching it with a progress bar where it is not installed."""
+    from edger1 import installed
+    from edger1.errors import UnknownModelError
+
+    # What is here is found without what would fetch it, which takes a while to import.
+    with contextlib.suppress(UnknownModelError):
+        return installed.resolve(name)
     from edger1.cli.pull import reporting
     from edger1.model import find
 
@@ -35,12 +41,13 @@ def open_model(
     offline: bool,
     expert_slots: str | None = None,
     adapter: str | None = None,
+    draft: str | None = None,
 ) -> Iterator[Model]:
     """Load a model with what the command line says, else the user's config.toml, else the defaults; close it after.
 
     After Ctrl-C it is left open: closing waits for the step that is running, and the process ends anyhow.
     """
-    with closing(_load(name, memory, context, precision, offline, expert_slots, adapter)) as model:
+    with closing(_load(name, memory, context, precision, offline, expert_slots, adapter, draft)) as model:
         yield model
 
 
@@ -65,10 +72,12 @@ def _load(
     offline: bool,
     expert_slots: str | None,
     adapter: str | None,
+    draft: str | None,
 ) -> Model:
     config = load_config()
     apply_threads(config.threads)
     folder = ensure_model(name, offline or config.offline)
+    drafting = None if draft is None else ensure_model(draft, offline or config.offline)
     from edger1.model import load
 
     context = context if context is not None else config.context
@@ -82,6 +91,7 @@ def _load(
             precision=precision,
             expert_slots=expert_slots,
             adapter=adapter,
+            draft=drafting,
             on_progress=_LoadingLine() if sys.stderr.isatty() else None,
         )
 

@@ -35,6 +35,18 @@ Adapter = Annotated[
     str | None,
     typer.Option("--adapter", metavar="DIR", help="Adapter to put over the model, in mlx-lm's or PEFT's layout."),
 ]
+Draft = Annotated[
+    str | None,
+    typer.Option("--draft", metavar="MODEL", help="Smaller model with the same vocabulary, which drafts for this one."),
+]
+Speculate = Annotated[
+    str | None,
+    typer.Option(
+        "--speculate",
+        metavar="auto|off|lookup|mtp|draft",
+        help="Where drafted tokens come from; the answer is the same. Default: off, and auto with --draft.",
+    ),
+]
 System = Annotated[str | None, typer.Option(metavar="TEXT", help="System prompt.")]
 MaxTokens = Annotated[int | None, typer.Option(metavar="N", help="Longest answer in tokens. Default: what fits.")]
 Temperature = Annotated[
@@ -71,6 +83,8 @@ def figures_line(usage: Usage, figures: Figures) -> str:
         parts.append(f"first token after {figures.time_to_first_token_s:.2f} s")
     if figures.experts is not None:
         parts.append(experts_line(figures.experts))
+    if figures.drafts is not None and figures.drafts["drafted"]:
+        parts.append(drafts_line(figures.drafts))
     parts.append(f"context {figures.context_used}/{figures.context_size}")
     parts.append(f"peak memory {format_bytes(figures.peak_memory_bytes)}")
     return " · ".join(parts)
@@ -87,6 +101,12 @@ def experts_line(experts: dict[str, Any]) -> str:
     if decode["bytes_per_token"] is not None:
         said += f", {format_bytes(int(decode['bytes_per_token']))} read a token"
     return said + f", {decode['stall_share'] or 0:.0%} of the time waiting"
+
+
+def drafts_line(drafts: dict[str, Any]) -> str:
+    """Put what drafting came to into a few words."""
+    gain = "" if drafts["gain"] is None else f", {drafts['gain']:.2f} times as fast there"
+    return f"{drafts['accepted']} of {drafts['drafted']} drafts stood{gain}"
 
 
 def printable(text: str) -> str:

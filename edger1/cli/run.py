@@ -58,6 +58,8 @@ def run_command(
     precision: options.Precision = "fast",
     expert_slots: options.ExpertSlots = None,
     adapter: options.Adapter = None,
+    draft: options.Draft = None,
+    speculate: options.Speculate = None,
     plot: Annotated[
         Path | None, typer.Option("--plot", metavar="FILE.svg", help="Draw what streaming the experts took, by layer.")
     ] = None,
@@ -76,7 +78,7 @@ def run_command(
       edger1 run smollm2-135m "Name three rivers." --json
     """
     from edger1.cli.loading import open_model
-    from edger1.messages import Done, Text, Thought
+    from edger1.messages import Done, Text, Thought, ToolCall
 
     piped = read_stdin()
     asked = "\n\n".join(part for part in (prompt, piped.strip("\n") if not raw else piped) if part)
@@ -93,6 +95,7 @@ def run_command(
     terminal = sys.stdout.isatty()
     text: list[str] = []
     thinking: list[str] = []
+    calls: list[ToolCall] = []
     with open_model(
         model,
         memory=memory,
@@ -100,6 +103,7 @@ def run_command(
         precision=precision,
         expert_slots=expert_slots,
         adapter=adapter,
+        draft=draft,
         offline=offline,
     ) as loaded:
         # A model without a chat template continues a plain prompt.
@@ -116,6 +120,7 @@ def run_command(
             seed=seed,
             stop=stop,
             think=think,
+            speculate=speculate or ("auto" if draft is not None else "off"),
         ):
             if isinstance(event, Thought):
                 thinking.append(event.text)
@@ -129,6 +134,8 @@ def run_command(
                 if not json_:
                     typer.echo(options.printable(event.text) if terminal else event.text, nl=False)
                     sys.stdout.flush()
+            elif isinstance(event, ToolCall):
+                calls.append(event)
             elif isinstance(event, Done):
                 done = event
     if plot is not None:
@@ -141,7 +148,9 @@ def run_command(
             "model": loaded.name,
             "text": "".join(text),
             "thinking": "".join(thinking),
+            "tool_calls": [{"id": c.call_id, "name": c.name, "arguments": c.arguments} for c in calls],
             "finish_reason": done.finish_reason,
+            "notes": done.notes,
             "prompt_tokens": usage.prompt_tokens,
             "cached_tokens": usage.cached_tokens,
             "prefilled_tokens": usage.prefilled_tokens,
@@ -155,6 +164,7 @@ def run_command(
             "kernels": loaded.info["kernels"],
             "adapter": loaded.info["adapter"],
             "experts": cost.experts,
+            "drafts": cost.drafts,
         }
         typer.echo(json.dumps(answer, ensure_ascii=False))
         return

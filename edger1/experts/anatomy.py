@@ -104,7 +104,7 @@ def find(model: Any, folder: ModelFolder) -> tuple[LayerExperts, ...]:
     layers = []
     for index, (path, switch) in enumerate(found):
         parts = tuple(_parts(path, switch, where))
-        layers.append(LayerExperts(index, path, _experts(switch), _top_k(folder.config), parts))
+        layers.append(LayerExperts(index, path, _experts(switch), top_k(folder.config), parts))
     return tuple(layers)
 
 
@@ -166,7 +166,8 @@ def _parts(path: str, switch: Any, where: Mapping[str, tuple[Path, safetensors.E
             yield Part(projection, name, file, entry.offset, nbytes, shape, entry.dtype)
 
 
-def _top_k(config: Mapping[str, Any]) -> int:
+def top_k(config: Mapping[str, Any]) -> int:
+    """Return how many experts a token uses in a layer, as a config.json says; 1 where it does not."""
     nested = config.get("text_config")
     for table in (nested, config):
         if not isinstance(table, Mapping):

@@ -66,21 +66,22 @@ class Account:
             self._take()
             self._phase = None
 
-    def summary(self, prefilled: int, decoded: int) -> dict[str, Any]:
+    def summary(self, prefilled: int, decoded: int, *, by_layer: bool = True) -> dict[str, Any]:
         """Return it as plain JSON values:
 
         "prefill", "decode"    as `added_up` has them, for the tokens given
-        "layers"               of decoding, a table of COLUMNS a layer
+        "layers"               of decoding, a table of COLUMNS a layer; left out unless `by_layer`
         "slots", "experts"     of each layer
         """
         self._take()
+        layers = [
+            dict(zip(COLUMNS, (round(float(value), 6) for value in row), strict=True))
+            for row in (self._tables["decode"] if by_layer else ())
+        ]
         return {
             "prefill": added_up(self._tables["prefill"], prefilled),
             "decode": added_up(self._tables["decode"], decoded),
-            "layers": [
-                dict(zip(COLUMNS, (round(float(value), 6) for value in row), strict=True))
-                for row in self._tables["decode"]
-            ],
+            **({"layers": layers} if by_layer else {}),
             "slots": [bank.usable_slots for bank in self._streaming.banks],
             "experts": [bank.layer.experts for bank in self._streaming.banks],
         }

@@ -49,6 +49,10 @@ class Popularity:
         """Return a layer's counts, float64 [experts], this run's included; zeros where nothing is known."""
         return _joined(self._before[layer], self._fresh[layer])
 
+    def uses(self) -> list[list[int]]:
+        """Return how often each expert of each layer was used since the counts were last saved."""
+        return [list(layer) for layer in self._fresh]
+
     @property
     def known(self) -> bool:
         """Whether anything was ever counted."""

@@ -226,6 +226,10 @@ class Streaming:
         self.figures[layer, COMPUTE_S] += now - self._at - (stalled - self._stalled)
         self._at, self._stalled = now, stalled
 
+    def uses(self) -> list[list[int]]:
+        """Return how often each expert of each layer was used since loading; nothing where nobody counts."""
+        return [[] for _ in self.banks] if self._popularity is None else self._popularity.uses()
+
     def following(self, layer: int) -> StreamedExperts | None:
         """Return the layer after one, if its experts are to be read ahead."""
         return self.layers[layer + 1] if self.prefetch.on and layer + 1 < len(self.layers) else None

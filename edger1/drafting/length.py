@@ -1,0 +1,180 @@
+"""How many drafts to verify: plain arithmetic on measured times and on how many drafts stood so far.
+
+A step that verifies k drafts says 1 + a1 + a1 a2 + ... + a1...ak tokens on average, where aj is the share of drafts at
+place j that stand when all before them did. It takes the time of one pass over k + 1 tokens and of making the drafts.
+The k with the most tokens a second is taken, and none where plain decoding has more. While none is taken, a few drafts
+are tried now and then, in growing intervals, since text changes.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from statistics import median
+
+_KEPT = 9
+"""Measured times whose median counts."""
+_LEAST_GAIN = 1.02
+"""What drafting must promise over plain decoding."""
+_FIRST_TRIAL, _LAST_TRIAL = 24, 384
+"""Plain tokens between two trials of a source that loses."""
+_PLAIN_EVERY, _PLAIN_STEPS = 96, 3
+"""Steps with drafts before plain ones are measured anew, and how many of those."""
+_FORGET = 0.97
+"""What an earlier draft weighs for each later one at its place."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a step took: seconds, of which it stood still for reads of experts from disk, and the bytes of those."""
+
+    seconds: float
+    stall_s: float = 0.0
+    nbytes: float = 0.0
+
+
+class _Costs:
+    """The last costs of one kind of step, and their medians."""
+
+    def __init__(self) -> None:
+        self._last: deque[Cost] = deque(maxlen=_KEPT)
+        self.compute_s = self.nbytes = 0.0
+
+    def __len__(self) -> int:
+        return len(self._last)
+
+    def add(self, cost: Cost) -> None:
+        self._last.append(cost)
+        # What was measured once or twice may be an accident: the better of it is believed, so that it is tried again.
+        middle = median if len(self._last) > 2 else min
+        self.compute_s = middle([each.seconds - each.stall_s for each in self._last])
+        self.nbytes = middle([each.nbytes for each in self._last])
+
+
+class Pace:
+    """What steps cost: plain ones, and those with k drafts of one source. One for a model, across requests.
+
+    Where experts are read from disk, drafts are priced in the bytes that verifying them reads, at what a byte has cost
+    lately; where that was not measured, each draft is taken to read as much as a plain step does.
+    """
+
+    def __init__(self) -> None:
+        self._plain = _Costs()
+        self._steps: dict[str, dict[int, _Costs]] = {}
+        self._stall_s = self._nbytes = 0.0
+
+    def note_plain(self, cost: Cost) -> None:
+        """Note a step that said one token without drafts."""
+        self._plain.add(cost)
+        self._note_read(cost)
+
+    def note(self, source: str, drafts: int, cost: Cost) -> None:
+        """Note a step that made and verified so many drafts."""
+        self._steps.setdefault(source, {}).setdefault(drafts, _Costs()).add(cost)
+        self._note_read(cost)
+
+    @property
+    def plain(self) -> float | None:
+        """Seconds of a plain step, None before any was measured."""
+        return self._plain.compute_s + self._priced(self._plain.nbytes) if len(self._plain) > 2 else None
+
+    def seconds(self, source: str, drafts: int, each: float) -> float:
+        """Return what a step with `drafts` drafts takes: as measured, else from its neighbours.
+
+        Beyond what was measured every draft takes `each` times what a plain step computes.
+        """
+        measured = self._steps.get(source, {})
+        if drafts in measured:
+            return measured[drafts].compute_s + self._priced(measured[drafts].nbytes)
+        below = max((k for k in measured if k < drafts), default=0)
+        above = min((k for k in measured if k > drafts), default=0)
+        low = measured[below] if below else self._plain
+        if not above:
+            further = drafts - below
+            nbytes = low.nbytes + further * self._plain.nbytes
+            return low.compute_s + further * each * self._plain.compute_s + self._priced(nbytes)
+        high, share = measured[above], (drafts - below) / (above - below)
+        nbytes = low.nbytes + (high.nbytes - low.nbytes) * share
+        return low.compute_s + (high.compute_s - low.compute_s) * share + self._priced(nbytes)
+
+    def _priced(self, nbytes: float) -> float:
+        return nbytes * self._stall_s / self._nbytes if self._nbytes else 0.0
+
+    def _note_read(self, cost: Cost) -> None:
+        self._stall_s = self._stall_s * _FORGET + cost.stall_s
+        self._nbytes = self._nbytes * _FORGET + cost.nbytes
+
+
+class Acceptance:
+    """Shares of drafts that stand, at the first place and at the later ones, where all before them did."""
+
+    def __init__(self, expected: float, weight: float = 4.0) -> None:
+        self._stood = [expected * weight, expected * weight]
+        self._tried = [weight, weight]
+
+    def note(self, drafts: int, accepted: int) -> None:
+        """Note a step of which `accepted` of `drafts` drafts stood."""
+        for place in range(min(drafts, accepted + 1)):
+            kind = min(place, 1)
+            self._stood[kind] = self._stood[kind] * _FORGET + (place < accepted)
+            self._tried[kind] = self._tried[kind] * _FORGET + 1
+
+    def tokens(self, drafts: int) -> float:
+        """Return how many tokens a step with so many drafts says on average."""
+        first, later = (stood / tried for stood, tried in zip(self._stood, self._tried, strict=True))
+        said, reached = 1.0, first
+        for _ in range(drafts):
+            said += reached
+            reached *= later
+        return said
+
+
+@dataclass
+class Length:
+    """The choice for one source in one request.
+
+    `each` is what a draft may cost before that was measured, as a share of what a plain step computes; `trial` is how
+    many are drafted to see whether a source that loses would win.
+    """
+
+    source: str
+    pace: Pace
+    most: int
+    each: float
+    trial: int = 2
+    _interval: int = _FIRST_TRIAL
+    _waited: int = 0
+    _drafted: int = 0
+
+    def choose(self, acceptance: Acceptance, room: int) -> tuple[int, float]:
+        """Return how many drafts to verify, `room` at most, and the tokens a second that they promise over plain ones.
+
+        Nothing is drafted before a plain step was measured. `taken` is to be called where the drafts are made.
+        """
+        plain = self.pace.plain
+        most = min(self.most, room)
+        if plain is None or most < 1:
+            return 0, 1.0
+        best, gain = 0, 1.0
+        for drafts in range(1, most + 1):
+            promised = acceptance.tokens(drafts) * plain / self.pace.seconds(self.source, drafts, self.each)
+            if promised > max(gain, _LEAST_GAIN):
+                best, gain = drafts, promised
+        if best:
+            self._interval = _FIRST_TRIAL
+            # What plain decoding takes is measured anew from time to time, or a machine that has less to do would go
+            # unnoticed.
+            if self._drafted < _PLAIN_EVERY:
+                return best, gain
+            self._drafted += 1
+            self._drafted %= _PLAIN_EVERY + _PLAIN_STEPS
+            return 0, 1.0
+        self._waited += 1
+        return (min(self.trial, most), 1.0) if self._waited >= self._interval else (0, 1.0)
+
+    def taken(self) -> None:
+        """Note that drafts are made as chosen."""
+        self._drafted += 1
+        if self._waited >= self._interval:
+            self._interval = min(2 * self._interval, _LAST_TRIAL)
+        self._waited = 0
