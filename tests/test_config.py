@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from edger1.config import Config, load_config
 from edger1.errors import UsageError
 from edger1.memory import machine_bytes
+from edger1.tools import ServerSettings, ToolSettings
 from edger1.units import format_bytes, parse_size
 
 
@@ -67,21 +68,69 @@ def test_every_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert load_config() == Config()
     (tmp_path / "config.toml").write_text(
         'memory = "6GB"\ncontext = 8192\nthreads = 2\ntheme = "nord"\noffline = true\nmodel = "qwen3-8b"\n'
+        'accessible = true\nthoughts = false\nadapters = ["~/runs"]\n'
     )
-    assert load_config() == Config(6_000_000_000, 8192, 2, "nord", True, "qwen3-8b")
+    expected = Config(
+        6_000_000_000, 8192, 2, "nord", True, accessible=True, model="qwen3-8b", thoughts=False, adapters=("~/runs",)
+    )
+    assert load_config() == expected
+
+
+def test_tools(tmp_path: Path) -> None:
+    path = tmp_path / "config.toml"
+    path.write_text(
+        '[tools]\nfunctions = ["a.py", "/b.py"]\ntimeout_s = 5\n'
+        '[mcp.files]\ncommand = "npx"\nargs = ["-y", "x y"]\nenv = { A = "b" }\ncwd = "sub"\nstart_timeout_s = 1.5\n'
+        '[mcp.web]\nurl = "http://127.0.0.1:8000/mcp"\nheaders = { Authorization = "secret" }\n'
+    )
+    tools = load_config(path).tools
+    files = ServerSettings("files", "npx", ("-y", "x y"), {"A": "b"}, tmp_path / "sub", start_timeout_s=1.5)
+    web = ServerSettings("web", url="http://127.0.0.1:8000/mcp", headers={"Authorization": "secret"})
+    assert tools == ToolSettings((files, web), (tmp_path / "a.py", Path("/b.py")), 5.0)
+    assert files.runs == "npx -y 'x y'"
+    assert "secret" not in repr(tools)
+
+
+def test_a_secret_is_not_repeated(tmp_path: Path) -> None:
+    path = tmp_path / "config.toml"
+    path.write_text('[mcp.web]\nurl = "http://x"\nheaders = { A = "hunter2", B = 1 }\n')
+    with pytest.raises(UsageError) as raised:
+        load_config(path)
+    assert "hunter2" not in str(raised.value)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ('memori = "6GB"', r"unknown key 'memori'. Did you mean memory\?"),
-        ("zzz = 1", r"unknown key 'zzz'. Known keys: memory, context, threads, theme, offline, model"),
+        (
+            "zzz = 1",
+            r"unknown key 'zzz'. Known keys: memory, context, threads, theme, offline, accessible, model",
+        ),
         ('memory = "much"', r"memory: 'much' is not a size"),
         ("memory = true", r"memory is True, but a size such as"),
         ('context = "8k"', r"context is '8k', but a whole number of at least 1 was expected"),
         ("threads = 0", r"threads is 0, but a whole number of at least 1"),
         ("offline = 1", r"offline is 1, but true or false was expected"),
+        ('accessible = "yes"', r"accessible is 'yes', but true or false was expected"),
+        ('[tools]\nfunktions = ["a.py"]', r"unknown key 'tools.funktions'. Did you mean tools.functions\?"),
+        ('[tools]\nfunctions = "a.py"', r"tools.functions is 'a.py', but a list of texts"),
+        ("[tools]\ntimeout_s = 0", r"tools.timeout_s is 0, but a number of seconds"),
+        ("tools = 3", r"tools is 3, but a table, \[tools\], was expected"),
+        ("mcp = 3", r"mcp is 3, but a table a server"),
+        ("[mcp]\ncommand = 'x'", r"mcp.command is 'x', but a table, \[mcp.command\], was expected"),
+        ("[mcp.a]", r"mcp.a has neither a command nor a url"),
+        ("[mcp.a]\ncommand = 'x'\nurl = 'http://y'", r"mcp.a has both a command and a url"),
+        ("[mcp.a]\nurl = 'y'", r"mcp.a.url is 'y', but an address such as"),
+        ("[mcp.a]\nurl = 'http://y'\nargs = []", r"mcp.a.args goes with command"),
+        ("[mcp.a]\ncommand = 'x'\nheaders = {}", r"mcp.a.headers goes with url"),
+        ("[mcp.a]\ncommand = 'x'\nargs = [1]", r"mcp.a.args is \[1\], but a list of texts"),
+        ("[mcp.a]\ncommand = 'x'\nenv = { A = 1 }", r"mcp.a.env is no table of texts"),
+        ("[mcp.a]\ncommand = 'x'\narg = []", r"unknown key 'mcp.a.arg'. Did you mean mcp.a.args\?"),
+        ("[mcp.a]\ncommand = 'x'\ncall_timeout_s = true", r"call_timeout_s is True, but a number of seconds"),
+        ("[mcp.'a b']\ncommand = 'x'", r"a server named 'a b'; up to 32 letters"),
         ("theme = 3", r"theme is 3, but a name in quotes was expected"),
+        ('adapters = "runs"', r"adapters is 'runs', but a list of folders"),
         ("model = ''", r"model is '', but a name in quotes was expected"),
         ("offline = true\nmemory = = 1", r"not valid TOML.*line 2"),
     ],
