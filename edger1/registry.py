@@ -73,7 +73,9 @@ class Entry:
 
     `repo` and `revision` name the original weights; `sources` says where to fetch from, in order. `architecture` is
     config.json's model_type. `parameters` and `active_parameters` are those the model card states, `bytes` the size of
-    the first source's files, `context_length` in tokens. `recipe` is the quantization to convert the original with.
+    the first source's files, `context_length` in tokens. `kv_per_token` counts the numbers that all layers' caches hold
+    for a token: what a context takes of memory can be told from it before anything is fetched. `recipe` is the
+    quantization to convert the original with.
     `aliases` are further names for the same entry.
     """
 
@@ -87,6 +89,7 @@ class Entry:
     active_parameters: int | None = None
     licence: str | None = None
     context_length: int | None = None
+    kv_per_token: int | None = None
     recipe: str | None = None
     bytes: int | None = None
     aliases: tuple[str, ...] = ()
@@ -130,6 +133,7 @@ _ENTRY: dict[str, _Rule] = {
     "active_parameters": _COUNT,
     "licence": _TEXT,
     "context_length": _COUNT,
+    "kv_per_token": _COUNT,
     "recipe": _TEXT,
     "bytes": _COUNT,
     "aliases": _Rule(
