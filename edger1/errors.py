@@ -61,3 +61,7 @@ class StreamError(EdgeR1Error):
 
 class RewardError(EdgeR1Error):
     """A reward raised, gave no number, or took too long; the message names the reward, the row and what happened."""
+
+
+class StoreError(EdgeR1Error):
+    """The chat's conversations could not be read or written; what is on the screen stays."""
