@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -15,6 +16,12 @@ from tiny import write_tiny_model
 # These machines are shared; how long one example takes says nothing.
 settings.register_profile("edger1", deadline=None)
 settings.load_profile("edger1")
+
+
+def pytest_collection_finish() -> None:
+    """Keep what is there before the first test, modules and tests, out of garbage collections: they took 0.4 s each."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

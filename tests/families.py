@@ -115,15 +115,21 @@ def _randomize(path: str, weight: mx.array) -> mx.array:
     return weight + spread * mx.random.normal(weight.shape)
 
 
+def skeleton(model_type: str) -> nn.Module:
+    """Return a tiny model of the family whose weights were never computed: all there is to see are its layers."""
+    module = _module(model_type)
+    model: nn.Module = module.Model(module.ModelArgs.from_dict(tiny_config(model_type)))
+    return model
+
+
 def build(model_type: str, seed: int = 0, quantize: bool = False) -> nn.Module:
     """Return a tiny model of the family with random f32 weights, evaluated.
 
     With `quantize`, every layer that can be is quantized to 4 bits in groups of 32, except where the family's own rule
     (its quant_predicate) says otherwise.
     """
-    module = _module(model_type)
     mx.random.seed(seed)
-    model: nn.Module = module.Model(module.ModelArgs.from_dict(tiny_config(model_type)))
+    model = skeleton(model_type)
     model.update(tree_map_with_path(_randomize, model.parameters()))
     model.eval()
     if quantize:
@@ -150,9 +156,10 @@ def _quantizable(model: nn.Module) -> Callable[[str, nn.Module], bool | dict[str
     return choose
 
 
+@cache
 def has_experts(model_type: str) -> bool:
     """Whether the family has layers of stacked experts (SwitchGLU or SwitchMLP)."""
-    return any(isinstance(layer, SwitchGLU | SwitchMLP) for layer in build(model_type).modules())
+    return any(isinstance(layer, SwitchGLU | SwitchMLP) for layer in skeleton(model_type).modules())
 
 
 def logits(model: nn.Module, prompt: Sequence[int] = PROMPT, decoded: Sequence[int] = DECODED) -> list[mx.array]:

@@ -11,34 +11,12 @@ import time
 from pathlib import Path
 
 import pytest
+from command_line import edger1, edger1_process, refused
 from tiny import write_tiny_model
 
 
-def edger1(*arguments: str, stdin: str | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "edger1", *arguments],
-        input=stdin,
-        stdin=subprocess.DEVNULL if stdin is None else None,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, **environment},
-        check=False,
-    )
-
-
-def refused(done: subprocess.CompletedProcess[str], code: int, *words: str) -> None:
-    """One sentence on standard error, the exit code, and nothing that looks like a traceback."""
-    assert done.returncode == code, done.stderr
-    for word in words:
-        assert word in done.stderr
-    assert "Traceback" not in done.stderr
-    assert done.stderr.startswith(("edger1: ", "Usage", "Error"))
-    assert done.stdout == ""
-
-
 def test_version_and_help() -> None:
-    assert edger1("--version").stdout.startswith("edger1 0.")
+    assert edger1_process("--version").stdout.startswith("edger1 0.")
     for command in ("chat", "run", "pull", "models", "plan", "doctor"):
         done = edger1(command, "--help")
         assert done.returncode == 0
@@ -51,7 +29,7 @@ def test_shell_completion_is_offered() -> None:
 
 
 def test_run_streams_the_answer_and_nothing_else(tiny_folder: Path) -> None:
-    done = edger1("run", str(tiny_folder), "Hello", "--max-tokens", "5", "--temperature", "0")
+    done = edger1_process("run", str(tiny_folder), "Hello", "--max-tokens", "5", "--temperature", "0")
     assert done.returncode == 0
     assert done.stderr == ""
     assert len(done.stdout) == 6
@@ -104,7 +82,7 @@ def test_chat_without_a_terminal_asks_one_question(tiny_folder: Path) -> None:
 def test_bad_input_gets_one_clear_sentence(tiny_folder: Path, tmp_path: Path) -> None:
     run = ("run", str(tiny_folder), "Hello")
     refused(edger1("run", "smolm2-135m", "Hello"), 2, "smolm2-135m", "smollm2-135m")
-    refused(edger1("run", str(tiny_folder)), 2, "no prompt")
+    refused(edger1_process("run", str(tiny_folder)), 2, "no prompt")
     refused(edger1(*run, "--temperature", "-1"), 2, "temperature", "0")
     refused(edger1(*run, "--temperature", "warm"), 2, "--temperature")
     refused(edger1(*run, "--stop", ""), 2, "stop")
@@ -234,13 +212,16 @@ def test_a_pipe_that_nobody_reads_ends_the_answer_quietly(tiny_folder: Path) -> 
     assert done.stderr == ""
 
 
-def test_a_config_file_sets_defaults_and_is_checked(tiny_folder: Path, tmp_path: Path) -> None:
+def test_a_config_file_sets_defaults_and_is_checked(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     home = tmp_path / "home"
     home.mkdir()
+    monkeypatch.setenv("EDGER1_HOME", str(home))
     (home / "config.toml").write_text("context = 30\n", encoding="utf-8")
-    refused(edger1("run", str(tiny_folder), "Hello" * 10, EDGER1_HOME=str(home)), 2, "30 tokens")
+    refused(edger1("run", str(tiny_folder), "Hello" * 10), 2, "30 tokens")
     (home / "config.toml").write_text('contxt = 30\ncontext = "many"\n', encoding="utf-8")
-    refused(edger1("run", str(tiny_folder), "Hello", EDGER1_HOME=str(home)), 2, "config.toml", "contxt")
+    refused(edger1("run", str(tiny_folder), "Hello"), 2, "config.toml", "contxt")
 
 
 def test_doctor_says_what_is_here_and_what_is_missing() -> None:
@@ -268,7 +249,7 @@ def test_loading_tells_how_the_layers_run(tiny_folder: Path) -> None:
 
 
 def test_doctor_names_missing_kernels() -> None:
-    done = edger1("doctor", "--json", EDGER1_KERNELS="0")
+    done = edger1_process("doctor", "--json", EDGER1_KERNELS="0")
     assert json.loads(done.stdout)["kernels"] == {
         "available": False,
         "reason": "switched off by EDGER1_KERNELS=0",
@@ -277,7 +258,7 @@ def test_doctor_names_missing_kernels() -> None:
 
 
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
-    done = edger1("--debug", "run", str(tmp_path), "Hello")
+    done = edger1_process("--debug", "run", str(tmp_path), "Hello")
     assert done.returncode == 1
     assert "Traceback" in done.stderr
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_cli import edger1 as command
-from test_cli import refused
+from command_line import edger1 as command
+from command_line import refused
 from tiny import write_mixture
 
 import edger1

@@ -138,10 +138,17 @@ def test_the_answer_is_what_follows_the_thoughts(reply: str, answer: str) -> Non
     assert answer_of(reply) == answer
 
 
+def make(folder: Path) -> dict[str, Any]:
+    """Make a small corpus, whose tokenizer is trained on four times as many documents as it has."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(corpus, "TOKENIZER_DOCUMENTS", 8000)
+        return corpus.make(folder, tokens=150_000, seed=5)
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("nano")
-    return folder, corpus.make(folder, tokens=150_000, seed=5)
+    return folder, make(folder)
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
@@ -165,7 +172,7 @@ def test_nothing_held_out_is_trained_on(made: tuple[Path, dict[str, Any]]) -> No
 
 def test_the_same_seed_gives_the_same_corpus(made: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     folder, _ = made
-    corpus.make(tmp_path, tokens=150_000, seed=5)
+    make(tmp_path)
     for name in ("train-000.jsonl", "held-out.jsonl", "tokenizer.json"):
         assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
 
