@@ -101,9 +101,13 @@ def resolve(name: str | Path) -> Path:
     offers the nearest ones.
     """
     text = str(name).strip()
+    here = list(manifests())
+    for manifest, path in here:
+        # Without the registry, which takes a while to read.
+        if manifest.name.lower() == text.lower():
+            return path
     entry = registry.find(text)
     wanted = {text.lower(), folder_name(text).lower()} | ({entry.alias} if entry else set())
-    here = list(manifests())
     for manifest, path in here:
         if manifest.name.lower() in wanted or (manifest.alias and manifest.alias in wanted):
             return path

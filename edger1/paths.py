@@ -41,6 +41,16 @@ def user_config() -> Path:
     return home() / "config.toml"
 
 
+def user_themes() -> Path:
+    """Return the folder of the user's own themes of the chat, one TOML file each."""
+    return home() / "themes"
+
+
+def user_keys() -> Path:
+    """Return the user's keys.toml, which gives the chat's commands other keys."""
+    return home() / "keys.toml"
+
+
 def user_registry() -> Path:
     """Return the user's models.toml, which adds to and overrides the one in the package."""
     return home() / "models.toml"

@@ -4,25 +4,32 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 from fake_backend import FakeBackend
 from textual.pilot import Pilot
 
 from edger1.tui.app import ChatApp
+from edger1.tui.settings import Settings
 
 Scenario = Callable[[Pilot[None], ChatApp], Awaitable[None]]
 
 
 def drive(
-    backend: FakeBackend, scenario: Scenario, size: tuple[int, int] = (80, 24), system: str | None = None
+    backend: FakeBackend,
+    scenario: Scenario,
+    size: tuple[int, int] = (80, 24),
+    system: str | None = None,
+    model: str | None = "smollm2-135m",
+    **given: Any,
 ) -> None:
-    app = ChatApp(backend, "smollm2-135m", system=system)
+    app = ChatApp(backend, model, settings=Settings(system), **given)
 
     async def run() -> None:
         async with app.run_test(size=size) as pilot:
             await scenario(pilot, app)
 
-    asyncio.run(asyncio.wait_for(run(), timeout=20))
+    asyncio.run(asyncio.wait_for(run(), timeout=90))
 
 
 def screen(app: ChatApp) -> str:
@@ -37,7 +44,9 @@ async def settle(pilot: Pilot[None], app: ChatApp) -> None:
 
 async def until(pilot: Pilot[None], condition: Callable[[], bool]) -> None:
     """Wait for something that happens while an answer is held."""
-    for _ in range(200):
+    loop = asyncio.get_running_loop()
+    end = loop.time() + 20
+    while loop.time() < end:
         await pilot.pause(0.01)
         if condition():
             return

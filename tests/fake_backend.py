@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Sequence
+from pathlib import Path
+from typing import Any
 
 from edger1.messages import AdapterUsed, Done, Event, Failed, Figures, Loaded, Message, Progress, Text, Thought, Usage
+from edger1.tui.settings import Settings
 
 HOLD = "hold"
 """A step of a script: wait for `release`, or for a cancel."""
@@ -24,6 +27,8 @@ FIGURES = Done(
         time_to_first_token_s=0.214,
         peak_memory_bytes=412_000_000,
         context_used=448,
+        accounted_memory_bytes=380_000_000,
+        ceiling_bytes=4_000_000_000,
         context_size=8192,
     ),
 )
@@ -47,6 +52,12 @@ class FakeBackend:
         self.loads = [list(load) for load in loads]
         self.pace_s = pace_s
         self.asked: list[list[Message]] = []
+        self.settings: list[Settings] = []
+        """What each question was asked under; `tools` and `continued` likewise."""
+        self.tools: list[list[dict[str, Any]]] = []
+        self.continued: list[bool] = []
+        self.chosen: list[tuple[str, Path, str | None]] = []
+        self.loaded = False
         self.adapters: list[str | None] = []
         self.load_count = 0
         self.cancel_count = 0
@@ -58,15 +69,34 @@ class FakeBackend:
         """Let a script that holds go on, up to the next hold."""
         self._go.set()
 
+    def choose(self, model: str, folder: Path, adapter: str | None = None) -> None:
+        self.chosen.append((model, folder, adapter))
+
     async def load(self) -> AsyncIterator[Event]:
         script = self.loads[min(self.load_count, len(self.loads) - 1)]
         self.load_count += 1
+        self.loaded = False
         async for event in self._play(script):
+            self.loaded = self.loaded or isinstance(event, Loaded)
             yield event
 
-    async def ask(self, messages: list[Message]) -> AsyncIterator[Event]:
+    async def count_tokens(self, text: str) -> int | None:
+        """A token for each four characters."""
+        return -(-len(text) // 4) if self.loaded else None
+
+    async def ask(
+        self,
+        messages: list[Message],
+        *,
+        settings: Settings,
+        tools: Sequence[dict[str, Any]] = (),
+        continue_last: bool = False,
+    ) -> AsyncIterator[Event]:
         script = self.answers[min(len(self.asked), len(self.answers) - 1)]
         self.asked.append(messages)
+        self.settings.append(settings)
+        self.tools.append(list(tools))
+        self.continued.append(continue_last)
         self._cancelled = False
         async for event in self._play(script):
             yield event

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,11 @@ UNSTREAMABLE: dict[str, str] = {
 """Families with routed experts that are not streamed -> the reason."""
 
 
+@cache
 def moe_families() -> list[str]:
     """Return every family of mlx-lm whose tiny model has switch layers."""
     names = [name for name in families.families() if name not in families.UNBUILDABLE]
-    return [name for name in names if anatomy.switches(families.build(name))]
+    return [name for name in names if anatomy.switches(families.skeleton(name))]
 
 
 def write(folder: Path, family: str, *, quantize: bool = True, dtype: Any = None, **quantization: Any) -> Path:

@@ -6,12 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 
 
-def test_the_command_reference_is_what_help_says() -> None:
+@pytest.mark.parametrize("script", ["reference.py", "chat_tables.py"])
+def test_tables_are_what_the_program_says(script: str) -> None:
     done = subprocess.run(
-        [sys.executable, str(ROOT / "docs" / "reference.py"), "--check"], capture_output=True, text=True, check=False
+        [sys.executable, str(ROOT / "docs" / script), "--check"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
 

@@ -36,8 +36,10 @@ def test_quant_imports_nothing_of_the_engine() -> None:
     assert foreign == set()
 
 
-def test_the_chat_knows_only_messages_and_errors() -> None:
-    allowed = ("edger1.tui", "edger1.errors", "edger1.messages", "edger1.units")
+def test_the_chat_knows_nothing_of_the_engine() -> None:
+    # Messages and errors, tools, what of settings is right, and where and how small files are kept.
+    plain = ("messages", "errors", "units", "paths", "sampling", "fetch.place", "tools")
+    allowed = ("edger1.tui", *(f"edger1.{name}" for name in plain))
     foreign = {name for _, name in imports("tui") if name.startswith("edger1.") and not name.startswith(allowed)}
     assert foreign == set()
 
@@ -72,7 +74,10 @@ def test_importing_the_package_is_cheap() -> None:
 
 
 def test_the_package_loads_nothing_heavy_until_asked() -> None:
-    program = "import sys, edger1; print([m for m in ('mlx', 'mlx_lm', 'transformers', 'textual') if m in sys.modules])"
+    program = (
+        "import sys, edger1.config, edger1.tools.toolbox, edger1.tools.loop;"
+        "print([m for m in ('mcp', 'mlx', 'mlx_lm', 'pydantic', 'transformers', 'textual') if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
     assert done.stdout.strip() == "[]"
 

@@ -54,7 +54,7 @@ def test_a_model_that_does_not_load_is_explained_and_tried_again() -> None:
         backend.release()
         await settle(pilot, app)
         assert "model.safetensors ends too early" in screen(app)
-        assert "Send a message to start the engine again." in screen(app)
+        assert "Send a message to start the engine again" in screen(app)
         assert app.query_one(Prompt).text == "a"
         await pilot.press("enter")
         await settle(pilot, app)

@@ -1,19 +1,19 @@
-"""The chat's parts that need no screen: cleaning, Markdown, figures, the conversation, the session."""
+"""The chat's parts that need no screen: cleaning, Markdown, pacing, events to their end."""
 
 from __future__ import annotations
 
 import asyncio
 
 import pytest
-from fake_backend import FIGURES, GONE, HOLD, FakeBackend
+from fake_backend import FIGURES, GONE, FakeBackend
 
 from edger1.errors import ContextError
-from edger1.messages import Done, Event, Failed, Loaded, Progress, Text, Thought
+from edger1.messages import Event, Failed, Loaded, Progress, Text, Thought
 from edger1.tui.clean import clean
-from edger1.tui.conversation import Conversation
-from edger1.tui.figures import duration, figures, memory
+from edger1.tui.figures import duration, memory
 from edger1.tui.markdown import PARTS_MAX, parser
 from edger1.tui.session import Session, State
+from edger1.tui.tree import Node
 
 
 def test_cleaning_removes_what_a_terminal_acts_on() -> None:
@@ -55,9 +55,9 @@ def test_a_table_too_large_to_lay_out_is_shown_as_written() -> None:
     small = "|a|b|\n|-|-|\n|1|2|\n"
     large = "|a|b|\n|-|-|\n" + "|1|2|\n" * rows
     assert any(token.type == "table_open" for token in parser().parse(small))
-    (fence, *rest) = parser().parse(large + "\nafter")
-    assert fence.type == "fence"
-    assert fence.content.count("|1|2|") == rows
+    (plain, *rest) = parser().parse(large + "\nafter")
+    assert plain.type == "plain"
+    assert plain.content.count("|1|2|") == rows
     assert [token.content for token in rest if token.type == "inline"] == ["after"]
 
 
@@ -65,34 +65,9 @@ def test_nesting_is_bounded() -> None:
     assert max(token.level for token in parser().parse("> " * 3000 + "deep")) < 50
 
 
-def test_figures_in_words_leave_out_what_was_not_measured() -> None:
-    assert figures(FIGURES) == [
-        "48.3 tok/s",
-        "context 448 / 8,192",
-        "first token 0.21 s",
-        "prompt 12 new, 340 cached",
-        "412 MB",
-    ]
-    assert figures(Done("", "stop")) == []
-    assert memory(5_340_000_000) == "5.3 GB"
+def test_memory_and_time_are_written_as_people_read_them() -> None:
+    assert [memory(size) for size in (64_800, 412_000_000, 5_340_000_000)] == ["65 kB", "412 MB", "5.3 GB"]
     assert [duration(seconds) for seconds in (0.04, 9.94, 37.2, 125)] == ["0.0 s", "9.9 s", "37 s", "2 min 5 s"]
-
-
-def test_a_conversation_holds_whole_turns_only() -> None:
-    conversation = Conversation("Be brief.")
-    conversation.begin("one")
-    assert conversation.messages()[-1] == {"role": "user", "content": "one"}
-    conversation.hear("1")
-    conversation.hear("!")
-    assert conversation.end()
-    conversation.begin("two")
-    conversation.hear("\n")
-    assert not conversation.end()
-    assert conversation.messages() == [
-        {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": "one"},
-        {"role": "assistant", "content": "1!"},
-    ]
 
 
 async def _all(events: object) -> list[Event]:
@@ -105,8 +80,8 @@ def test_the_session_sends_the_answer_without_thoughts() -> None:
 
     async def talk() -> None:
         await _all(session.load())
-        await _all(session.ask("a?"))
-        await _all(session.ask("b?"))
+        await _all(session.ask(Node("user", "a?")))
+        await _all(session.ask(Node("user", "b?")))
 
     asyncio.run(talk())
     assert backend.asked[1] == [
@@ -128,29 +103,12 @@ def test_the_session_sends_the_answer_without_thoughts() -> None:
 )
 def test_every_way_to_fail_ends_in_one_failed_event(step: Event | Exception, state: State, said: str) -> None:
     session = Session(FakeBackend([Text("", "half"), step]))
-    events = asyncio.run(_all(session.ask("?")))
+    events = asyncio.run(_all(session.ask(Node("user", "?"))))
     assert sum(isinstance(event, Failed) for event in events) == 1
-    assert isinstance(events[-1], Failed)
-    assert said in events[-1].message
+    assert said in next(event.message for event in events if isinstance(event, Failed))
     assert session.state is state
-    assert session.kept
-
-
-def test_what_comes_after_a_stop_is_not_kept() -> None:
-    backend = FakeBackend([Text("", "kept"), Text("", "late"), HOLD])
-    session = Session(backend)
-
-    async def talk() -> list[Event]:
-        events = []
-        async for event in session.ask("?"):
-            events.append(event)
-            session.stop()
-        return events
-
-    assert asyncio.run(talk()) == [Text("", "kept"), Done("", "cancelled")]
-    assert backend.cancel_count == 1
-    assert session.conversation.messages()[-1]["content"] == "kept"
-    assert session.state is State.READY
+    assert session.tree.path()[-1].text == "half"
+    assert session.tree.path()[-1].finish == "failed"
 
 
 def test_a_load_that_fails_leaves_the_engine_asleep() -> None:

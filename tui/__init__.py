@@ -5,17 +5,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from edger1.tui.backend import Backend
 
 __all__ = ["Backend", "run_chat"]
 
 
-def run_chat(backend: Backend, model_name: str, *, system: str | None = None, theme: str | None = None) -> None:
-    """Open the chat in this terminal and return when the user quits; the backend is closed then.
+def run_chat(backend: Backend, model_name: str | None, **given: Any) -> None:
+    """Open the chat in this terminal and return when the user quits; the backend and the belongings are closed then.
 
-    `model_name` is what the user calls the model, `system` the system prompt, `theme` a theme's name (Textual's own and
-    "edger1-dark", "edger1-light"). Raises UsageError for an unknown theme.
+    `model_name` is what the user calls the model, None where one is to be chosen; `given` is what `ChatApp` takes.
+    Raises UsageError for an unknown theme.
     """
-    from edger1.tui.app import run
+    from edger1.tui.app import ChatApp, run
 
-    run(backend, model_name, system=system, theme=theme)
+    run(ChatApp(backend, model_name, **given), backend)

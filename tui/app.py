@@ -1,29 +1,32 @@
-"""The chat: one model, one conversation."""
+"""The chat: an engine, a conversation at a time, and all that can be done with both."""
 
 from __future__ import annotations
 
 import asyncio
 import os
-import time
-from collections.abc import Callable
-from contextlib import aclosing
+from functools import partial
+from importlib import import_module
+from typing import Any
 
+from rich.text import Text
 from textual import on
 from textual.app import App, ComposeResult
 from textual.binding import Binding
-from textual.css.query import NoMatches
 from textual.widgets import Footer
 
-from edger1.errors import UsageError
-from edger1.messages import AdapterUsed, Done, Failed, Loaded, Progress, Text, Thought
+from edger1.tui.acts import Acts
 from edger1.tui.backend import Backend
-from edger1.tui.figures import figures, memory
-from edger1.tui.session import Session, State
-from edger1.tui.themes import DARK, THEMES
-from edger1.tui.widgets.answer import Answer
-from edger1.tui.widgets.help import Help
-from edger1.tui.widgets.notice import Notice
+from edger1.tui.clean import clean
+from edger1.tui.commands_provider import PaletteCommand, provider_of
+from edger1.tui.doors import Doors
+from edger1.tui.keymap import binding
+from edger1.tui.looks import remember
+from edger1.tui.session import State
+from edger1.tui.themes import COLOURLESS_CSS
+from edger1.tui.tree import Node
+from edger1.tui.widgets.heading import Heading
 from edger1.tui.widgets.prompt import Prompt
+from edger1.tui.widgets.prompt_area import PromptArea
 from edger1.tui.widgets.question import Question
 from edger1.tui.widgets.status import Status
 from edger1.tui.widgets.transcript import Transcript
@@ -31,275 +34,217 @@ from edger1.tui.widgets.welcome import Welcome
 
 _LOOK_S = 2.0
 """How often to look whether the terminal is still there."""
-ADAPTER = "/adapter"
-REMARKS = {"cancelled": "Stopped.", "length": "Stopped at the limit of length."}
+_SETTLED_S = 0.5
+NAME_AFTER_S = 1.5
+"""How long the engine has nothing to do before it is asked for a title."""
 
 
-class ChatApp(App[None], inherit_bindings=False):
+def _import_answer() -> None:
+    import_module("edger1.tui.widgets.answer")
+
+
+def _commands(app: App[Any]) -> list[PaletteCommand]:
+    return app.palette_commands() if isinstance(app, ChatApp) else []
+
+
+class ChatApp(Doors, Acts, inherit_bindings=False):
     """The screen of the chat. What the engine does is the session's business; this shows it and takes keys."""
 
     TITLE = "EdgeR1"
     VERTICAL_BREAKPOINTS = [(0, "-short"), (20, "-tall")]  # noqa: RUF012
     BINDINGS = [  # noqa: RUF012
-        Binding("escape", "stop", "Stop", key_display="esc"),
-        Binding("ctrl+n", "new", "New", priority=True),
-        Binding("f1", "help", "Help"),
-        Binding("ctrl+q", "quit", "Quit", priority=True),
-        Binding("ctrl+t", "toggle_thinking", "Thoughts", priority=True),
-        # Screens and text boxes take Ctrl+C first where something is selected.
-        Binding("ctrl+c", "quit", "Quit", show=False),
+        binding("stop", "stop", "Stop", key_display="esc"),
+        binding("new", "new", "New", priority=True),
+        binding("conversations", "conversations", "Chats", priority=True),
+        binding("models", "models", "Models", priority=True),
+        binding("help", "help", "Help"),
+        binding("quit", "quit", "Quit", priority=True),
+        binding("thoughts", "toggle_thinking", "Thoughts", priority=True, show=False),
+        binding("settings", "settings", "Settings", priority=True, show=False),
+        binding("tools", "tools", "Tools", priority=True, show=False),
+        binding("engine", "engine", "Engine", priority=True, show=False),
+        binding("theme", "theme", "Theme", priority=True, show=False),
+        binding("messages", "messages", "Messages", show=False),
+        binding("regenerate", "retry", "Another answer", priority=True, show=False),
+        binding("continue", "continue", "Go on", priority=True, show=False),
+        binding("edit", "edit", "Edit", priority=True, show=False),
+        binding("previous_branch", "branch(-1)", "The version before", priority=True, show=False),
+        binding("next_branch", "branch(1)", "The version after", priority=True, show=False),
+        binding("copy_answer", "copy", "Copy the answer", priority=True, show=False),
+        # Screens and text boxes take it first where something is selected.
+        binding("copy_or_quit", "quit", "Quit", show=False),
     ]
-    CSS = """
+    COMMANDS = App.COMMANDS | {provider_of(_commands)}
+    CSS = (
+        """
     Screen { background: $background; padding: 0 1; }
     Footer { background: $background; padding: 0 1; }
     Footer FooterKey { background: $background; color: $text-muted; }
     Footer FooterKey .footer-key--key { background: $background; color: $text-primary; }
     """
-
-    def __init__(
-        self,
-        backend: Backend,
-        model_name: str,
-        *,
-        system: str | None = None,
-        theme: str | None = None,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        super().__init__()
-        for own in THEMES:
-            self.register_theme(own)
-        if theme is not None and theme not in self.available_themes:
-            names = ", ".join(sorted(self.available_themes))
-            raise UsageError(f'There is no theme "{theme}"; choose one of {names}.')
-        self.theme = theme or DARK.name
-        self.session = Session(backend, system)
-        self._model_name = model_name
-        self._clock = clock
-        self._waiting: Question | None = None
-        self._answer: Answer | None = None
+        + COLOURLESS_CSS
+    )
 
     def compose(self) -> ComposeResult:
         """The conversation above, the text box and two lines below."""
-        with Transcript():
-            yield Welcome(self._model_name)
-        yield Prompt()
+        yield Heading()
+        with Transcript(clock=self._clock, opened=self.belongings.thoughts_open, called=self.called):
+            yield Welcome(self.session.model or "")
+        yield PromptArea()
         yield Status()
         yield Footer(show_command_palette=False, compact=True)
 
-    def on_mount(self) -> None:
+    async def on_mount(self) -> None:
         """Begin to load at once; the text box can be used meanwhile."""
-        self.query_one(Prompt).focus()
-        self._load_soon()
+        prompt = self.query_one(Prompt)
+        prompt.commands = self.prompt_commands()
+        prompt.count = self.session.backend.count_tokens
+        prompt.focus()
+        for notice in self.notices:
+            self.notify(notice, severity="warning", timeout=20, markup=False)
+        self.apply_keys()
+        self.head()
+        self.call_after_refresh(self._painted)
+
+    def _painted(self) -> None:
+        self._on_painted()
+        self.run_worker(self._begin(), name="begin")
+        # Only an answer needs it, and importing it would keep the first screen or the first key waiting.
+        self.set_timer(_SETTLED_S, partial(self.run_worker, _import_answer, thread=True))
+
+    async def _begin(self) -> None:
+        """Bring back what was left, then load or let a model be chosen."""
+        if self.recorder is not None:
+            store, prompt = self.recorder.store, self.query_one(Prompt)
+            prompt.past = await asyncio.to_thread(store.history)
+            if self.resume is not None:
+                await self.open_conversation(self.resume)
+            else:
+                text, attachments = await asyncio.to_thread(store.draft, None)
+                if not prompt.draft[0] and not prompt.draft[1]:
+                    prompt.restore(text, attachments)
+        if self.session.state is State.EMPTY:
+            await self.first_run()
+        else:
+            self.load_soon()
+
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        """Leave the keys to a screen that is open over the conversation: priority bindings would overrule its own."""
+        return len(self.screen_stack) < 2 or action not in HERE
 
     # What the user does
 
     @on(Prompt.Submitted)
     async def take_message(self, event: Prompt.Submitted) -> None:
         """Send a message, or keep it until the engine is free."""
-        prompt = self.query_one(Prompt)
-        if self._waiting is not None:
+        if self.waiting is not None:
             self.notify("Your last message is still waiting. Esc takes it back.", markup=False)
             return
-        if self.session.state is State.ANSWERING:
+        if self.session.state in (State.ANSWERING, State.STOPPING) and self.stage.answer is not None:
             self.notify("The answer is still coming. Esc stops it.", markup=False)
             return
-        words = event.text.split(maxsplit=1)
-        if words[0] == ADAPTER:
-            await self._take_adapter(words[1] if len(words) > 1 else "")
-            return
-        prompt.clear()
-        await self._leave_welcome()
-        self._waiting = Question(event.text, waiting=True)
-        await self._transcript.say(self._waiting)
+        self.query_one(Prompt).taken()
+        self.keep_draft()
+        await self.leave_welcome()
+        node = Node("user", event.text, attachments=tuple(event.attachments))
+        self.waiting = Question(node, waiting=True)
+        await self.stage.transcript.say(self.waiting)
         if self.session.state is State.READY:
-            self._ask_soon()
+            self.ask_soon()
         elif self.session.state is State.ASLEEP:
-            self._load_soon()
+            self.load_soon()
+        elif self.session.state is State.EMPTY:
+            self.action_models()
 
-    async def _take_adapter(self, folder: str) -> None:
-        """Do what `/adapter DIR` and `/adapter off` ask for."""
-        if not folder:
-            self.notify(f"Give a folder, as in {ADAPTER} runs/mine/adapter, or {ADAPTER} off.", markup=False)
-        elif self.session.state is not State.READY:
-            self.notify("The model is not loaded yet.", markup=False)
-        else:
-            self.query_one(Prompt).clear()
-            self.run_worker(self._use_adapter(None if folder == "off" else folder), name="adapter")
+    @on(Prompt.CommandGiven)
+    async def take_command(self, event: Prompt.CommandGiven) -> None:
+        """Do what a line that begins with a slash asks for."""
+        await self.obey(event.name, event.argument)
+
+    @on(Prompt.Drafted)
+    def take_draft(self) -> None:
+        """Keep what is typed and not sent."""
+        self.keep_draft()
+
+    @on(Transcript.Act)
+    async def take_act(self, event: Transcript.Act) -> None:
+        """Do to a message what the user asks for."""
+        await self.act(event)
+
+    @on(Transcript.Left)
+    def back_to_prompt(self) -> None:
+        """The keyboard goes back to the text box."""
+        self.query_one(Prompt).focus()
+
+    async def action_quit(self) -> None:
+        """Leave, with what is typed and not sent kept."""
+        self.keep_draft()
+        await super().action_quit()
 
     async def action_stop(self) -> None:
         """Stop the answer, or take back a message that waits."""
-        if self._waiting is not None:
-            await self._take_back(self._waiting)
-        elif self.session.stop() and self._answer is not None:
-            self._say("Stopping")
-            await self._answer.finish(REMARKS["cancelled"])
-
-    async def action_new(self) -> None:
-        """Leave this conversation and begin another."""
-        self.session.stop()
-        self.session.restart()
-        self._waiting = self._answer = None
-        await self._transcript.remove_children()
-        await self._transcript.mount(Welcome(self._model_name))
-        self.query_one(Status).figures = ()
-        self._say("")
-        self._greet()
-        self.query_one(Prompt).focus()
+        if self.waiting is not None:
+            await self.take_back(self.waiting)
+        elif self.session.stop():
+            await self.stage.stop()
 
     def action_toggle_thinking(self) -> None:
         """Fold or unfold the latest reasoning."""
+        from edger1.tui.widgets.answer import Answer
+
         any(answer.toggle_thinking() for answer in reversed(self.query(Answer)))
+
+    def action_messages(self) -> None:
+        """Give the keyboard to the messages."""
+        self.stage.transcript.take_keyboard()
 
     def action_scroll_conversation(self, direction: int) -> None:
         """Scroll a page up (-1) or down (1)."""
         if direction < 0:
-            self._transcript.scroll_page_up(animate=False)
+            self.stage.transcript.scroll_page_up(animate=False)
         else:
-            self._transcript.scroll_page_down(animate=False)
+            self.stage.transcript.scroll_page_down(animate=False)
 
-    def action_help(self) -> None:
-        """Show the keys."""
-        self.push_screen(Help())
-
-    # What the engine does
-
-    def _load_soon(self) -> None:
-        self.run_worker(self._load(), name="load")
-
-    def _ask_soon(self) -> None:
-        question, self._waiting = self._waiting, None
-        if question is not None:
-            self.run_worker(self._ask(question), name="ask")
-
-    async def _load(self) -> None:
-        self._say(f"Loading {self._model_name}")
-        self._greet()
-        async with aclosing(self.session.load()) as events:
-            async for event in events:
-                if not self.is_running:
-                    return
-                match event:
-                    case Progress(total=total, done=done) if total > 0:
-                        self._say(f"Loading {self._model_name} · {done * 100 // total}% of {memory(total)}")
-                        self._greet(done / total)
-                    case Loaded():
-                        self._say("")
-                        self._greet()
-                    case Failed(message=message):
-                        await self._fail(f"The model could not be loaded. {message}")
-        if self.session.state is State.READY:
-            self._ask_soon()
-
-    async def _use_adapter(self, folder: str | None) -> None:
-        self._say("Changing the adapter")
-        async with aclosing(self.session.use_adapter(folder)) as events:
-            async for event in events:
-                if not self.is_running:
-                    return
-                await self._leave_welcome()
-                match event:
-                    case AdapterUsed():
-                        said = "The model is as it was, without an adapter." if folder is None else f"Adapter {folder}."
-                        await self._transcript.say(Notice.remark(said))
-                    case Failed(message=message):
-                        await self._fail(message)
-        self._say("")
-        if self.session.state is State.READY:
-            self._ask_soon()
-
-    async def _ask(self, question: Question) -> None:
-        question.sent()
-        answer = self._answer = Answer(self._clock)
-        await self._transcript.say(answer)
-        self._say("Reading")
-        async with aclosing(self.session.ask(question.text)) as events:
-            async for event in events:
-                if not self.is_running:
-                    return
-                if answer is not self._answer:
-                    # A new conversation has begun; what still comes belongs to none.
-                    continue
-                match event:
-                    case Progress(total=total, done=done) if total > 0:
-                        self._say(f"Reading · {done:,} of {total:,} tokens")
-                    case Thought(text=text):
-                        self._say("Thinking")
-                        await answer.think(text)
-                    case Text(text=text):
-                        self._say("Writing")
-                        await answer.feed(text)
-                    case Done() as done:
-                        await answer.finish(REMARKS.get(done.finish_reason, ""))
-                        self.query_one(Status).figures = tuple(figures(done))
-                    case Failed(message=message):
-                        await answer.finish()
-                        await self._fail(message)
-                # An engine that is faster than the screen must leave the keyboard its turn.
-                await asyncio.sleep(0)
-        if answer is self._answer:
-            self._answer = None
-            self._say("")
-            if not self.session.kept:
-                self.query_one(Prompt).give_back(question.text)
-        if self.session.state is State.READY:
-            self._ask_soon()
-        elif self._waiting is not None:
-            self._load_soon()
-
-    # What the screen shows
-
-    @property
-    def _transcript(self) -> Transcript:
-        return self.query_one(Transcript)
-
-    def _say(self, state: str) -> None:
-        self.query_one(Status).state = state
-
-    def _greet(self, loaded: float | None = None) -> None:
-        """Bring the empty conversation's words up to date, where it is still empty."""
-        try:
-            welcome = self.query_one(Welcome)
-        except NoMatches:
+    def _fatal_error(self) -> None:
+        # Textual would print pages of local variables, and in them what was said.
+        if os.environ.get("EDGER1_DEBUG"):
+            super()._fatal_error()
             return
-        loading = self.session.state in (State.LOADING, State.ASLEEP)
-        welcome.loaded = (loaded or 0.0) if loading else None
-        welcome.hint = "Loading. You can type and send already." if loading else "Ready. Ask anything."
-
-    async def _leave_welcome(self) -> None:
-        await self.query(Welcome).remove()
-
-    async def _take_back(self, question: Question) -> None:
-        self._waiting = None
-        await question.remove()
-        self.query_one(Prompt).give_back(question.text)
-
-    async def _fail(self, message: str) -> None:
-        """Show an error, and give a message that waited for the engine back."""
-        await self._leave_welcome()
-        self._say("")
-        if self.session.state is State.ASLEEP:
-            advice = "Your conversation is kept. Send a message to start the engine again."
-        else:
-            advice = "Your conversation is kept. Change your message and send it again."
-        if self._waiting is not None and self.session.state is State.ASLEEP:
-            await self._take_back(self._waiting)
-        await self._transcript.say(Notice.error(message, advice))
+        error = self._exception
+        kept = "" if self.recorder is None else ' Your conversations are saved; "edger1 chat --continue" goes on.'
+        said = f"edger1: The chat failed inside ({type(error).__name__}: {error}). This is a bug.{kept}"
+        self._exit_renderables.append(Text(clean(said)))
+        self._close_messages_no_wait()
 
 
-def run(backend: Backend, model_name: str, *, system: str | None = None, theme: str | None = None) -> None:
+HERE = frozenset(each.action.partition("(")[0] for each in ChatApp.BINDINGS if isinstance(each, Binding)) - {"quit"}
+"""Actions that belong to the conversation, and to no screen over it."""
+
+
+def run(app: ChatApp, backend: Backend) -> None:
     """Open the chat and return when the user quits; see `edger1.tui.run_chat`."""
-    app = ChatApp(backend, model_name, system=system, theme=theme)
 
     async def session() -> None:
         watch = asyncio.create_task(_end_with_terminal(app))
+        begun = app.theme
         try:
             await app.run_async()
         finally:
             watch.cancel()
-            # After the screen is given back, so that quitting looks immediate.
+            if app.theme != begun:
+                remember(app.theme)
+            # After the screen is given back, so that quitting looks immediate; what was said first.
+            if app.recorder is not None:
+                await app.recorder.close()
+            if app.fetches is not None:
+                await app.fetches.close()
+            if app.belongings.toolbox is not None:
+                await app.belongings.toolbox.close()
             await backend.close()
 
     asyncio.run(session())
+    if app.return_code:
+        raise SystemExit(app.return_code)
 
 
 async def _end_with_terminal(app: ChatApp) -> None:
@@ -308,4 +253,5 @@ async def _end_with_terminal(app: ChatApp) -> None:
         return
     while os.isatty(0):
         await asyncio.sleep(_LOOK_S)
+    app.keep_draft()
     app.exit()

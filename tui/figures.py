@@ -1,15 +1,25 @@
-"""The figures of an answer in words."""
+"""The figures of an answer in words, and what of them fits into a line."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
-from edger1.messages import Done
+from edger1.messages import Figures, Usage
+
+SEPARATOR = " · "
+CONTEXT_NEARLY_FULL = 0.9
+UNKNOWN = "–"
+
+Mood = Literal["", "warning", "error"]
 
 
 def memory(size_bytes: int) -> str:
-    """A number of bytes as people read it: 412 MB, 5.3 GB (decimal units)."""
-    return f"{size_bytes / 1e9:.1f} GB" if size_bytes >= 1e9 else f"{size_bytes / 1e6:.0f} MB"
+    """A number of bytes as people read it: 65 kB, 412 MB, 5.3 GB (decimal units)."""
+    if size_bytes >= 1e9:
+        return f"{size_bytes / 1e9:.1f} GB"
+    return f"{size_bytes / 1e6:.0f} MB" if size_bytes >= 1e6 else f"{size_bytes / 1e3:.0f} kB"
 
 
 def duration(seconds: float) -> str:
@@ -20,33 +30,122 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
-def experts(streamed: dict[str, Any]) -> list[str]:
+@dataclass(frozen=True)
+class Field:
+    """One figure, written out and short. What changes in a running answer is padded, so that it keeps its width."""
+
+    long: str
+    short: str
+    mood: Mood = ""
+    """Trouble that the words tell too."""
+
+
+def fields(cost: Figures, usage: Usage | None = None, *, live: bool = False) -> list[Field]:
+    """The figures of an answer, the most wanted first.
+
+    What was not measured is left out, but while the answer runs (`live`) its place is kept.
+    """
+    found = [
+        _rate(cost.decode_tokens_per_s, live),
+        _context(cost),
+        *_experts(cost, live),
+        _first_token(cost.time_to_first_token_s, live),
+        _memory(cost),
+        _prompt(usage),
+    ]
+    return [field for field in found if field is not None]
+
+
+def fit(found: Sequence[Field], room: int) -> list[tuple[str, Mood]]:
+    """Return the fields that fit into `room` columns with separators between: as many as can be, then written out.
+
+    Only widths decide, so a figure stays where it is while its value changes.
+    """
+    fitting = list(found)
+    while fitting and len(SEPARATOR.join(field.short for field in fitting)) > room:
+        fitting.pop()
+    spare = room - len(SEPARATOR.join(field.short for field in fitting))
+    shown: list[tuple[str, Mood]] = []
+    for field in fitting:
+        grows = len(field.long) - len(field.short)
+        if grows <= spare:
+            spare -= grows
+            shown.append((field.long, field.mood))
+        else:
+            shown.append((field.short, field.mood))
+    return shown
+
+
+def _rate(rate: float | None, live: bool) -> Field | None:
+    if rate is None:
+        return Field(f"{UNKNOWN:>5} tok/s", f"{UNKNOWN:>5} tok/s") if live else None
+    said = f"{rate:5.1f} tok/s"
+    return Field(said, said)
+
+
+def _context(cost: Figures) -> Field | None:
+    size, used = cost.context_size, cost.context_used
+    if not size:
+        return None
+    most = f"{size:,}"
+    now = f"{used:,}".rjust(len(most))
+    trouble: Mood = ""
+    remark = ""
+    if used >= size:
+        remark, trouble = " full", "error"
+    elif used >= size * CONTEXT_NEARLY_FULL:
+        remark, trouble = " nearly full", "warning"
+    return Field(f"context {now} / {most}{remark}", f"ctx {now}/{most}{remark}", trouble)
+
+
+def _experts(cost: Figures, live: bool) -> list[Field]:
     """What streaming the experts took while the answer was decoded; nothing where all had their slots."""
-    decode = streamed["decode"]
-    if decode["hit_rate"] is None:
+    if cost.experts is None:
         return []
-    words = [f"experts {decode['hit_rate']:.0%} in memory"]
-    if (decode["bytes_per_token"] or 0) >= 5e5:
-        words.append(f"{memory(int(decode['bytes_per_token']))} read a token")
-    if decode["stall_share"] is not None and decode["stall_share"] >= 0.005:
-        words.append(f"waiting {decode['stall_share']:.0%}")
-    return words
+    decode = cost.experts["decode"]
+    hits, nbytes, stall = decode["hit_rate"], decode["bytes_per_token"], decode["stall_share"]
+    if hits is None and not live:
+        return []
+    read = (UNKNOWN if nbytes is None else memory(int(nbytes))).rjust(6)
+    return [
+        _share("experts ", hits, " in memory", "hits "),
+        _share("waiting ", stall, "", "wait "),
+        Field(f"{read} read a token", f"{read}/tok"),
+    ]
 
 
-def figures(done: Done) -> list[str]:
-    """What one answer cost, the most wanted figure first; what was not measured is left out."""
-    cost, usage = done.figures, done.usage
-    words = []
-    if cost.decode_tokens_per_s is not None:
-        words.append(f"{cost.decode_tokens_per_s:.1f} tok/s")
-    if cost.experts is not None:
-        words += experts(cost.experts)
-    if cost.context_size:
-        words.append(f"context {cost.context_used:,} / {cost.context_size:,}")
-    if cost.time_to_first_token_s is not None:
-        words.append(f"first token {cost.time_to_first_token_s:.2f} s")
-    if usage.prompt_tokens:
-        words.append(f"prompt {usage.prefilled_tokens:,} new, {usage.cached_tokens:,} cached")
-    if cost.peak_memory_bytes:
-        words.append(memory(cost.peak_memory_bytes))
-    return words
+def _share(before: str, share: float | None, after: str, short: str) -> Field:
+    said = (UNKNOWN if share is None else f"{share:.0%}").rjust(4)
+    return Field(f"{before}{said}{after}", f"{short}{said}")
+
+
+def _first_token(seconds: float | None, live: bool) -> Field | None:
+    if seconds is None and not live:
+        return None
+    said = f"{UNKNOWN:>4}" if seconds is None else f"{seconds:.2f}" if seconds < 100 else f"{seconds:.0f}"
+    return Field(f"first token {said} s", f"first {said} s")
+
+
+def _memory(cost: Figures) -> Field | None:
+    held = cost.accounted_memory_bytes or cost.peak_memory_bytes
+    ceiling = cost.ceiling_bytes
+    if not held:
+        return None
+    if not ceiling:
+        return Field(memory(held), memory(held))
+    unit, factor = ("GB", 1e9) if ceiling >= 1e9 else ("MB", 1e6)
+    digits = 1 if unit == "GB" else 0
+    most = f"{ceiling / factor:.{digits}f}"
+    now = f"{held / factor:.{digits}f}".rjust(len(most))
+    over = held > ceiling
+    remark = " over the ceiling" if over else ""
+    return Field(f"memory {now} of {most} {unit}{remark}", f"{now}/{most} {unit}{remark}", "error" if over else "")
+
+
+def _prompt(usage: Usage | None) -> Field | None:
+    if usage is None or not usage.prompt_tokens:
+        return None
+    return Field(
+        f"prompt {usage.prefilled_tokens:,} new, {usage.cached_tokens:,} cached",
+        f"{usage.prefilled_tokens:,} new, {usage.cached_tokens:,} cached",
+    )

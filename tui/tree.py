@@ -7,9 +7,10 @@ screen, the disk or the engine.
 
 from __future__ import annotations
 
+import re
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -90,6 +91,10 @@ class Tree:
     def __len__(self) -> int:
         return len(self._nodes)
 
+    def __iter__(self) -> Iterator[Node]:
+        """All messages of all branches in the order they came: a parent before what follows it."""
+        return iter(list(self._nodes.values()))
+
     def add(self, node: Node) -> Node:
         """Add a message below its parent and show it. Raises KeyError where the parent is not there."""
         self._insert(node)
@@ -163,5 +168,11 @@ def as_message(node: Node) -> Message:
 
 def said(node: Node) -> str:
     """Return a message's text with its attachments in front."""
-    parts = [f"{each.name}:\n\n```\n{each.text.rstrip()}\n```\n\n" for each in node.attachments]
-    return "".join(parts) + node.text
+    return "".join(_quoted(each) for each in node.attachments) + node.text
+
+
+def _quoted(attachment: Attachment) -> str:
+    """Return an attachment in a fence that nothing in it can end."""
+    runs = [len(run) for run in re.findall("`{3,}", attachment.text)]
+    fence = "`" * (max(runs, default=2) + 1)
+    return f"{attachment.name}:\n\n{fence}\n{attachment.text.rstrip()}\n{fence}\n\n"

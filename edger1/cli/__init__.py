@@ -5,81 +5,35 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-import typer
-
-import edger1
-from edger1.cli.chat import chat_command
-from edger1.cli.convert import convert_command
-from edger1.cli.data import data_command
-from edger1.cli.demo import demo_command
-from edger1.cli.distill import distill_command
-from edger1.cli.doctor import doctor_command
-from edger1.cli.evaluate import evaluate_command
-from edger1.cli.export import export_command
-from edger1.cli.finetune import finetune_command
-from edger1.cli.fuse import fuse_command
-from edger1.cli.models import models_app
-from edger1.cli.pairs import pairs_command
-from edger1.cli.plan import plan_command
-from edger1.cli.pull import INTERRUPTED, pull_command
-from edger1.cli.run import run_command
-from edger1.cli.verify import verify_command
 from edger1.errors import EdgeR1Error
 
-app = typer.Typer(
-    name="edger1",
-    help="Run, reason with and train open-weight reasoning models on the computer you own.",
-    epilog="Start with: edger1 chat",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+if TYPE_CHECKING:
+    import typer
+
+    from edger1.cli.commands import app
+
+__all__ = ["INTERRUPTED", "app", "main"]
+
+INTERRUPTED = 130
+"""Exit code of a command that Ctrl-C has ended."""
 
 
-def _print_version(value: bool) -> None:
-    if value:
-        typer.echo(f"edger1 {edger1.__version__}")
-        raise typer.Exit
+def __getattr__(name: str) -> Any:
+    if name == "app":
+        from edger1.cli.commands import app
 
-
-@app.callback()
-def options(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
-    ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
-) -> None:
-    """Run, reason with and train open-weight reasoning models on the computer you own."""
-    if debug:
-        os.environ["EDGER1_DEBUG"] = "1"
-
-
-app.command("chat")(chat_command)
-app.command("run")(run_command)
-app.command("demo")(demo_command)
-app.command("pull")(pull_command)
-app.command("convert")(convert_command)
-app.add_typer(models_app, name="models")
-app.command("plan")(plan_command)
-app.command("data")(data_command)
-app.command("finetune")(finetune_command)
-app.command("distill")(distill_command)
-app.command("pairs")(pairs_command)
-app.command("fuse")(fuse_command)
-app.command("export")(export_command)
-app.command("verify")(verify_command)
-app.command("eval")(evaluate_command)
-app.command("doctor")(doctor_command)
+        return app
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def main() -> None:
     """Run the command line: an error becomes one message on standard error and an exit code, never a traceback."""
     _open_standard_streams()
     try:
-        app()
+        if not _at_once():
+            _wanted()()
     except EdgeR1Error as error:
         _end(error, str(error), error.exit_code)
     except KeyboardInterrupt:
@@ -94,6 +48,29 @@ def main() -> None:
     except Exception as error:
         bug = f"failed inside ({type(error).__name__}: {error}). This is a bug; run it again as 'edger1 --debug ...'"
         _end(error, f"{bug} and report what it prints.", 1)
+
+
+def _at_once() -> bool:
+    """Open the chat where nothing but that is asked for: reading a command line takes a tenth of its start."""
+    if sys.argv[1:] != ["chat"]:
+        return False
+    from edger1.cli.chat_window import open_usual
+
+    return open_usual()
+
+
+def _wanted() -> typer.Typer:
+    """Return the command line; where the chat is asked for, it alone: the others' options take a while to make."""
+    if sys.argv[1:2] != ["chat"]:
+        from edger1.cli.commands import app
+
+        return app
+    from edger1.cli.chat import chat_command
+    from edger1.cli.program import QuickCommand, program
+
+    chat = program()
+    chat.command("chat", cls=QuickCommand)(chat_command)
+    return chat
 
 
 def _end(error: Exception, message: str, code: int) -> NoReturn:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -15,7 +16,7 @@ SAMPLE_TOKENS = 256
 
 def chat_command(
     model: Annotated[
-        str | None, typer.Argument(metavar="MODEL", help="Alias, hub repository or folder. Default: smollm2-135m.")
+        str | None, typer.Argument(metavar="MODEL", help="Alias, hub repository or folder. Default: the last one.")
     ] = None,
     system: options.System = None,
     memory: options.Memory = None,
@@ -23,11 +24,19 @@ def chat_command(
     precision: options.Precision = "fast",
     expert_slots: options.ExpertSlots = None,
     adapter: options.Adapter = None,
+    plain: Annotated[
+        bool, typer.Option("--plain", help="Talk in lines: for a screen reader, or a terminal without a full screen.")
+    ] = False,
+    resume: Annotated[bool, typer.Option("--continue", "-c", help="Go on with the latest conversation.")] = False,
+    conversation: Annotated[
+        str | None, typer.Option("--open", metavar="ID", help="Open a conversation; edger1 chats lists them.")
+    ] = None,
     offline: options.Offline = False,
 ) -> None:
     """Talk to a model in the terminal.
 
-    Without a terminal it answers what is piped in, or else one sample question, and exits.
+    Without a terminal it answers what is piped in, or else one sample question, and exits. With --plain, with
+    EDGER1_ACCESSIBLE=1, and where the terminal has no full screen, it talks in lines.
 
     [bold]Examples[/bold]
 
@@ -39,32 +48,79 @@ def chat_command(
 
       echo "Why is the sky blue?" | edger1 chat smollm2-135m
     """
-    from edger1.config import load_config
+    from edger1.config import DEFAULT_MODEL, load_config
+    from edger1.tui.terminal import accessible, colourless, in_lines
 
     config = load_config()
-    name = model or config.model
-    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+    terminals = (sys.stdin.isatty(), sys.stdout.isatty())
+    lines = plain or in_lines(os.environ, *terminals, configured=config.accessible)
+    name = model or config.model or DEFAULT_MODEL
+    if not lines and not all(terminals):
         _answer_once(name, system, memory, context, precision, expert_slots, adapter, offline)
         return
 
-    from edger1.cli.backend import ChildBackend
-    from edger1.cli.loading import apply_threads, ensure_model, note_beyond_training
-    from edger1.model import adapter_folder, memory_bytes
-    from edger1.tui import run_chat
+    from edger1.cli.loading import apply_threads
 
     apply_threads(config.threads)
+    ceiling = config.memory_bytes
+    if memory is not None:
+        from edger1.model import memory_bytes
+
+        ceiling = memory_bytes(memory)
+    if not lines:
+        from edger1.cli.chat_window import Wanted, open_window
+
+        open_window(
+            Wanted(
+                model,
+                system,
+                ceiling,
+                context,
+                precision,
+                expert_slots,
+                adapter,
+                offline,
+                resume=resume,
+                conversation=conversation,
+            ),
+            config,
+        )
+        return
+
+    from edger1.cli.backend import ChildBackend
+    from edger1.cli.loading import ensure_model, note_beyond_training
+    from edger1.cli.plain_chat import Lines, PlainChat
+    from edger1.model import adapter_folder
+    from edger1.tui.settings import Settings
+
     folder = ensure_model(name, offline or config.offline)
     context = context if context is not None else config.context
     note_beyond_training(folder, context)
     backend = ChildBackend(
         folder,
-        memory=memory_bytes(memory) if memory is not None else config.memory_bytes,
+        memory=ceiling,
         context=context,
         precision=precision,
         expert_slots=expert_slots,
         adapter=adapter_folder(adapter),
     )
-    run_chat(backend, name, system=system, theme=config.theme)
+    PlainChat(
+        backend,
+        name,
+        Lines(sys.stdin, sys.stdout, colour=not colourless(os.environ)),
+        settings=Settings(system=system),
+        adapter=adapter,
+        store=_store(),
+        # Read aloud, reasoning takes minutes; /thoughts on has it written out.
+        thoughts=not accessible(os.environ, config.accessible),
+    ).run()
+
+
+def _store() -> Any:
+    """Open the conversations on disk."""
+    from edger1.tui.store import Store
+
+    return Store.open()
 
 
 def _answer_once(

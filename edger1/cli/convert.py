@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from edger1.cli import INTERRUPTED
 from edger1.cli.options import Offline
-from edger1.cli.pull import INTERRUPTED, reporting
+from edger1.cli.pull import reporting
 from edger1.errors import UsageError
 
 if TYPE_CHECKING:

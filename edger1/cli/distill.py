@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from edger1.cli import options
-from edger1.cli.pull import INTERRUPTED
+from edger1.cli import INTERRUPTED, options
 from edger1.errors import UsageError
 
 if TYPE_CHECKING:

@@ -81,7 +81,7 @@ def examine() -> Checkup:
 
     import edger1
     from edger1 import kernels, paths, runs
-    from edger1.config import load_config
+    from edger1.config import DEFAULT_MODEL, load_config
     from edger1.errors import EdgeR1Error
     from edger1.installed import resolve
 
@@ -108,13 +108,16 @@ def examine() -> Checkup:
     free = shutil.disk_usage(existing).free
 
     config = load_config()
+    default_model = config.model or DEFAULT_MODEL
     ran = None
     try:
-        ran = runs.of(resolve(config.model))
+        ran = runs.of(resolve(default_model))
         installed = True
     except EdgeR1Error:
         installed = False
-        problems.append(f"The default model {config.model} is not installed; fetch it with: edger1 pull {config.model}")
+        problems.append(
+            f"The default model {default_model} is not installed; fetch it with: edger1 pull {default_model}"
+        )
 
     memory = psutil.virtual_memory()
     return Checkup(
@@ -131,7 +134,7 @@ def examine() -> Checkup:
         data_folder=str(home),
         disk_free_bytes=free,
         config_file=str(paths.user_config()) if paths.user_config().exists() else None,
-        default_model=config.model,
+        default_model=default_model,
         default_model_installed=installed,
         default_model_kernels=ran,
         problems=problems,

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from edger1.cli import INTERRUPTED
 from edger1.cli.evaluate import write_output
-from edger1.cli.pull import INTERRUPTED
 from edger1.errors import UsageError
 
 if TYPE_CHECKING:

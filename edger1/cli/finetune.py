@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from edger1.cli.pull import INTERRUPTED
+from edger1.cli import INTERRUPTED
 from edger1.errors import UsageError
 
 if TYPE_CHECKING:

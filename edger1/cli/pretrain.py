@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from edger1.cli.pull import INTERRUPTED
+from edger1.cli import INTERRUPTED
 from edger1.cli.training import Show, interrupts
 from edger1.errors import UsageError
 

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from edger1.cli import INTERRUPTED
+
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
     from edger1.fetch import Step, Watch
-
-INTERRUPTED = 130
 
 
 def pull_command(

@@ -1,53 +1,128 @@
-"""One answer: its reasoning, its text, and how it ended."""
+"""One answer: its reasoning, its text, what it called, and how it ended."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import fields
+from typing import Any
 
-from textual.containers import Vertical
-from textual.widgets.markdown import Markdown, MarkdownStream
+from textual.app import ComposeResult
+from textual.geometry import Region
+from textual.strip import Strip
+from textual.widget import Widget
 
+from edger1.messages import Done, Figures, Usage
 from edger1.tui.clean import clean
+from edger1.tui.figures import SEPARATOR
+from edger1.tui.figures import fields as figures_of
+from edger1.tui.markdown import code_blocks
 from edger1.tui.pacing import Pacer
+from edger1.tui.tree import Node
 from edger1.tui.widgets.answer_text import AnswerText
 from edger1.tui.widgets.notice import Notice
 from edger1.tui.widgets.thinking import Thinking
+from edger1.tui.widgets.turn import Turn
 
-BLOCKS_MAX = 500
-"""Blocks of an answer that is drawn once more in full when it ends; a longer one would hold the screen up."""
+REMARKS = {
+    "cancelled": "Stopped.",
+    "length": "Stopped at the limit of length.",
+    "failed": "Broken off by an error.",
+    "edited": "Edited by you.",
+    None: "Broken off.",
+}
+"""What is said below an answer that did not end by itself, by `Node.finish`."""
 
 
-class Answer(Vertical):
-    """Shows an answer while it comes. `feed` and `think` are cheap; what they are given is drawn a little later."""
+class Answer(Turn):
+    """Shows an answer: one that is there, or one that comes.
+
+    An answer whose node has a `finish` is shown whole. Another one is fed: `feed` and `think` are cheap, what they are
+    given is drawn a little later. The node is read and never written. `called` are widgets for the node's calls.
+    """
 
     DEFAULT_CSS = """
     Answer {
-        height: auto;
         padding: 0 2;
+        &:focus { background: $surface 60%; }
+        & > Notice { margin-bottom: 0; }
     }
     """
 
-    def __init__(self, clock: Callable[[], float]) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        node: Node,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        coming: bool | None = None,
+        opened: bool = True,
+        called: Iterable[Widget] = (),
+    ) -> None:
+        super().__init__(node)
         self._clock = clock
+        self._opened = opened
+        self._called = list(called)
         self._pacer = Pacer(self._show)
-        self._stream: MarkdownStream | None = None
+        self._writing: AnswerText | None = None
         self._thinking: Thinking | None = None
-        self._finished = False
-        self.text = ""
+        self._finished = not (node.finish is None if coming is None else coming)
+        self.text = clean(node.text).lstrip()
+
+    @property
+    def coming(self) -> bool:
+        """Whether more of it may come."""
+        return not self._finished
+
+    @property
+    def thought(self) -> str:
+        """The reasoning so far."""
+        return "" if self._thinking is None else self._thinking.text
+
+    @property
+    def thought_s(self) -> float | None:
+        """Seconds that the reasoning took; None where there is none, or it goes on."""
+        return None if self._thinking is None else self._thinking.took_s
+
+    def compose(self) -> ComposeResult:
+        """What is there already, in the order it came."""
+        if self.node.thought:
+            over = self._finished or bool(self.text)
+            self._thinking = Thinking(
+                self._clock,
+                opened=self._opened,
+                text=self.node.thought if over else None,
+                took_s=self.node.thought_s,
+            )
+            if not over:
+                self._thinking.feed(self.node.thought)
+            yield self._thinking
+        if self.text:
+            yield AnswerText(self.text)
+        yield from self._called
+        remark = REMARKS.get(self.node.finish, "") if self._finished else ""
+        if remark:
+            yield Notice.remark(remark)
+        yield self.foot
+
+    def render_lines(self, crop: Region) -> list[Strip]:
+        """Draw what is behind the parts: all rows are the same one."""
+        strip = Strip.blank(crop.width, self.visual_style.rich_style)
+        for each in self.get_line_filters():
+            strip = strip.apply_filter(each, self.background_colors[1])
+        return [strip] * crop.height
 
     async def think(self, text: str) -> None:
         """Take a piece of the reasoning."""
-        if self._finished:
+        if self._finished or not self.is_attached:
             return
         if self._thinking is None:
-            self._thinking = Thinking(self._clock)
-            await self.mount(self._thinking)
+            self._thinking = Thinking(self._clock, opened=self._opened)
+            await self.mount(self._thinking, before=0)
         self._thinking.feed(text)
 
     async def feed(self, text: str) -> None:
         """Take a piece of the answer's text."""
-        if self._finished:
+        if self._finished or not self.is_attached:
             return
         if self._thinking is not None:
             await self._thinking.finish()
@@ -57,21 +132,40 @@ class Answer(Vertical):
             self.text += text
             self._pacer.feed(text)
 
-    async def finish(self, remark: str = "") -> None:
-        """The answer is over, whole or not; `remark` says so below it. May be repeated; the first call counts."""
+    async def add(self, widget: Widget) -> None:
+        """Show a tool's call or result below what was said."""
+        await self._pacer.drain()
+        await self.mount(widget, before=self.foot)
+
+    async def finish(self, remark: str | None = None) -> None:
+        """The answer is over, whole or not; `remark` says so below it, by default as the node's `finish` does.
+
+        May be repeated; the first call counts.
+        """
         if self._finished:
             return
         self._finished = True
+        if not self.is_attached:
+            return
         if self._thinking is not None:
             await self._thinking.finish()
         await self._pacer.drain()
-        if self._stream is not None:
-            await self._stream.stop()
-            # Streaming adds block to block; what a later line changes in an earlier block shows only in a full render.
-            if len(self._stream.markdown_widget.children) <= BLOCKS_MAX:
-                await self._stream.markdown_widget.update(self.text)
+        if self._writing is not None:
+            await self._writing.finish()
+            self._writing = None
+        if remark is None:
+            remark = REMARKS.get(self.node.finish, "") if self.node.finish else ""
         if remark:
-            await self.mount(Notice.remark(remark))
+            await self.mount(Notice.remark(remark), before=self.foot)
+        self.look()
+
+    async def resume(self) -> None:
+        """More of a finished answer is going to come: what is fed after this goes on where it ended."""
+        self._finished = False
+        if self._thinking is not None and not self.text:
+            self._thinking.resume()
+        await self.query_children(Notice).remove()
+        self.look()
 
     def toggle_thinking(self) -> bool:
         """Fold or unfold the reasoning; False where there is none."""
@@ -80,9 +174,60 @@ class Answer(Vertical):
         self._thinking.toggle()
         return True
 
+    async def toggle_figures(self) -> None:
+        """Show what the answer cost, or hide it again."""
+        shown = self.query_children(".-figures")
+        if shown:
+            await shown.remove()
+        elif self.node.figures:
+            done = recalled(self.node.figures)
+            words = SEPARATOR.join(" ".join(each.long.split()) for each in figures_of(done.figures, done.usage))
+            notice = Notice.remark(words or "Nothing was measured.")
+            notice.add_class("-figures")
+            await self.mount(notice, before=self.foot)
+
+    def possible(self) -> list[str]:
+        """Return what can be done with it."""
+        if not self._finished:
+            return ["copy"]
+        cut = self.node.finish in ("cancelled", "length", "failed", None)
+        able = {
+            "continue": cut and bool(self.node.text or self.node.thought),
+            "copy_code": "```" in self.text or "~~~" in self.text or bool(code_blocks(self.text)),
+            "figures": bool(self.node.figures),
+        }
+        actions = ("edit", "regenerate", "continue", "copy", "copy_code", "branch", "figures")
+        return [action for action in actions if able.get(action, True)]
+
+    def written(self) -> str:
+        """Return the Markdown of the answer."""
+        return self.text
+
+    def action_fold(self) -> None:
+        """Fold or unfold the reasoning."""
+        self.toggle_thinking()
+
     async def _show(self, text: str) -> None:
-        if self._stream is None:
-            markdown = AnswerText()
-            await self.mount(markdown)
-            self._stream = Markdown.get_stream(markdown)
-        await self._stream.write(text)
+        if self._writing is None:
+            found = list(self.query_children(AnswerText))
+            if found:
+                self._writing = found[-1]
+            else:
+                self._writing = AnswerText()
+                await self.mount(self._writing, before=0 if self._thinking is None else 1)
+        self._writing.append(text)
+
+
+def recalled(found: dict[str, Any]) -> Done:
+    """Read the figures that a node keeps; what another version has added is left out."""
+
+    def known(kind: type, given: Any) -> dict[str, Any]:
+        names = {each.name for each in fields(kind)}
+        return {name: value for name, value in (given or {}).items() if name in names}
+
+    return Done(
+        "",
+        str(found.get("finish_reason", "")),
+        Usage(**known(Usage, found.get("usage"))),
+        Figures(**known(Figures, found.get("figures"))),
+    )

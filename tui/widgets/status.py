@@ -1,10 +1,16 @@
-"""One line: what the engine does, and what the last answer cost."""
+"""One line: what the engine does, and what the answer costs, while it runs and after it."""
 
 from __future__ import annotations
 
 from textual.content import Content
 from textual.reactive import reactive
 from textual.widget import Widget
+
+from edger1.messages import Figures, Usage
+from edger1.tui.figures import SEPARATOR, Field, fields, fit
+
+STATE_ROOM = 9
+"""Columns that the state always has, so that figures do not move when "Thinking" becomes "Writing"."""
 
 
 class Status(Widget):
@@ -19,14 +25,22 @@ class Status(Widget):
     """
 
     state: reactive[str] = reactive("")
-    figures: reactive[tuple[str, ...]] = reactive(())
+    _fields: reactive[tuple[Field, ...]] = reactive(())
+
+    def show(self, figures: Figures | None, usage: Usage | None = None, *, live: bool = False) -> None:
+        """Show an answer's figures, `live` while it runs; None shows none."""
+        self._fields = () if figures is None else tuple(fields(figures, usage, live=live))
 
     def render(self) -> Content:
         """Lay the line out for the width there is."""
         room = self.content_size.width
-        figures = list(self.figures)
-        while figures and len(self.state) + 3 + len(" · ".join(figures)) > room:
-            figures.pop()
-        right = " · ".join(figures)
-        gap = " " * (room - len(self.state) - len(right))
-        return Content.assemble((self.state, "$text-primary"), gap, right)
+        state = self.state if len(self.state) <= room else self.state[: max(room - 1, 0)] + "…"
+        parts: list[Content | str | tuple[str, str]] = []
+        width = 0
+        for said, mood in fit(self._fields, room - max(len(state) + 1, STATE_ROOM)):
+            if parts:
+                parts.append(SEPARATOR)
+                width += len(SEPARATOR)
+            parts.append((said, f"bold $text-{mood}") if mood else said)
+            width += len(said)
+        return Content.assemble((state, "$text-primary"), " " * (room - len(state) - width), *parts)

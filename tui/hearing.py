@@ -1,0 +1,61 @@
+"""Takes down one answer as it comes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+from edger1.messages import Done, Event, Failed, Text, Thought, ToolCall
+from edger1.tui.talk import Talk
+from edger1.tui.tree import Call, Node
+
+
+class Hearing:
+    """Writes what an engine says into a message of a conversation, new or to be gone on with."""
+
+    def __init__(self, talk: Talk, node: Node, clock: Callable[[], float]) -> None:
+        self.node = node
+        self._talk = talk
+        self._clock = clock
+        self._began = clock()
+        self._thought_s = node.thought_s or 0.0
+        self._thinking = not node.text
+        self._calls: list[Call] = []
+        self._ended = False
+
+    def hear(self, event: Event) -> bool:
+        """Take an event down. False after the end, which counts once."""
+        if self._ended:
+            return False
+        match event:
+            case Thought(text=text):
+                self._talk.grow(self.node, thought=text)
+            case Text(text=text):
+                if self._thinking:
+                    self._time()
+                self._thinking = False
+                self._talk.grow(self.node, text=text)
+            case ToolCall(name=name, arguments=arguments, call_id=call_id):
+                self._calls.append(Call(call_id, name, arguments))
+            case Done() as done:
+                self.end(done)
+            case Failed():
+                self.end()
+        return True
+
+    def end(self, done: Done | None = None) -> None:
+        """The answer is over, whole or not. May be repeated; the first call counts."""
+        if self._ended:
+            return
+        self._ended = True
+        if self._thinking:
+            self._time()
+        self.node.calls = tuple(self._calls)
+        self.node.finish = "failed" if done is None else done.finish_reason
+        if done is not None:
+            self.node.figures = {key: value for key, value in dataclasses.asdict(done).items() if key != "id"}
+        self._talk.finish(self.node)
+
+    def _time(self) -> None:
+        if self.node.thought:
+            self.node.thought_s = self._thought_s + self._clock() - self._began

@@ -1,0 +1,1 @@
+"""The chat's screens beside the conversation: one file a screen."""

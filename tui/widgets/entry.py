@@ -1,0 +1,50 @@
+"""What a conversation on the screen consists of: messages, and remarks of the chat between them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from textual.widget import Widget
+
+from edger1.tui.tree import Node
+
+_FIXED_ROWS = 2
+"""A message's line below, and a line of space or a title."""
+
+
+@dataclass(eq=False)
+class Entry:
+    """One message or remark; `widget` is there while it is mounted."""
+
+    node: Node | None
+    widget: Widget | None = None
+    rows: int | None = None
+    """How high it was when it was last laid out."""
+
+    @property
+    def kept(self) -> bool:
+        """Whether its widget must stay: it cannot be made again, is being written, or has the keyboard."""
+        if self.widget is None:
+            return False
+        from edger1.tui.widgets.answer import Answer
+
+        coming = isinstance(self.widget, Answer) and self.widget.coming
+        return self.node is None or coming or self.widget.has_focus_within or self.widget.has_class("-editing")
+
+    def height(self, width: int) -> int:
+        """Rows that it takes: measured where it was laid out once, else guessed."""
+        if self.rows is not None:
+            return self.rows
+        if self.node is None:
+            return _FIXED_ROWS
+        text = self.node.text
+        return _FIXED_ROWS + text.count("\n") + len(text) // max(width, 1) + 2 * bool(self.node.thought)
+
+
+def span(entries: Sequence[Entry], at: int, step: int, rows: int, width: int) -> int:
+    """Return how far from `at`, upwards or downwards, entries of about `rows` rows reach: an index past the last."""
+    while rows > 0 and 0 <= at < len(entries):
+        rows -= entries[at].height(width)
+        at += step
+    return at
