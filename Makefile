@@ -34,6 +34,7 @@ parity: $(VENV)/.installed-parity ## Compare with other people's code (needs tor
 bench: $(VENV)/.installed-dev ## Run the benchmarks, EdgeR1 beside its peers (over an hour; builds llama.cpp once)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m benchmarks.peers
 	$(BIN)/python -m benchmarks.startup
+	$(BIN)/python -m benchmarks.chat
 	$(BIN)/python -m benchmarks.speed
 	$(BIN)/python -m benchmarks.blocks
 	$(BIN)/python -m benchmarks.kernels

@@ -17,6 +17,7 @@ BEGIN, END = "<!-- python -m benchmarks.readme: begin -->", "<!-- python -m benc
 
 BENCHMARKS = (
     ("startup", "From nothing to an answer, SmolLM2-135M at 4 bits"),
+    ("chat", "The chat: SmolLM2-135M, or a script of 50 tokens a second"),
     ("speed", "A whole model: SmolLM2-135M at 4 bits, and a llama of 1B"),
     ("blocks", "Blocks of large models, random weights at 4 bits"),
     ("kernels", "Single kernels"),

@@ -47,7 +47,7 @@ class EngineBatch:
         text = f"{next(self._turn)}" + " and" * (prompt - 2)
         moments: list[float] = []
         total = 0
-        async for event in self._model.astream(text, raw=True, max_tokens=generate, temperature=0):
+        async for event in self._model.astream(text, raw=True, max_tokens=generate, temperature=0, speculate="off"):
             if isinstance(event, Text | Thought):
                 moments.append(time.perf_counter())
             elif isinstance(event, Done):

@@ -37,7 +37,7 @@ class EngineRates:
         """Prefill `prompt` tokens and decode `generate` more after the first; returns tokens a second of each."""
         text = next(self._openings) + " and" * (prompt - 1)
         done = self._model.generate(
-            text, raw=True, max_tokens=generate + 1, temperature=temperature, top_p=top_p, seed=0
+            text, raw=True, max_tokens=generate + 1, temperature=temperature, top_p=top_p, seed=0, speculate="off"
         )
         usage, figures = done.usage, done.figures
         if usage.prompt_tokens != prompt or usage.cached_tokens != 0:

@@ -60,7 +60,7 @@ class EdgeR1Streaming:
         """
         self._used.clear()
         disk_bytes = _disk_bytes()
-        done = self._model.generate(prompt, raw=True, max_tokens=generate + 1, temperature=0, seed=0)
+        done = self._model.generate(prompt, raw=True, max_tokens=generate + 1, temperature=0, seed=0, speculate="off")
         if done.usage.cached_tokens:
             raise RuntimeError(f"{done.usage.cached_tokens} tokens of the prompt came from a cache")
         figures = done.figures

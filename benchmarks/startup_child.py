@@ -22,7 +22,7 @@ def edger1(folder: str, precision: str, max_tokens: int, prompt: str) -> Mapping
 
     with edger1.load(folder, precision=precision) as model:
         ready = time.monotonic()
-        done = model.generate(prompt, max_tokens=max_tokens, temperature=0)
+        done = model.generate(prompt, max_tokens=max_tokens, temperature=0, speculate="off")
         figures = done.figures
         return {
             "ready": ready,
