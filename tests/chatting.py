@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Any
 
 from fake_backend import FakeBackend
 from textual.pilot import Pilot
+from textual.worker import WorkerCancelled
 
 from edger1.tui.app import ChatApp
 from edger1.tui.settings import Settings
@@ -38,7 +40,11 @@ def screen(app: ChatApp) -> str:
 
 async def settle(pilot: Pilot[None], app: ChatApp) -> None:
     """Wait until the engine's work is done and drawn."""
-    await app.workers.wait_for_complete()
+    for _ in range(100):
+        # What is colouring code, or looking for files, may be called off; the others go on.
+        with suppress(WorkerCancelled):
+            await app.workers.wait_for_complete()
+            break
     await pilot.pause()
 
 

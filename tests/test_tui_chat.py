@@ -420,6 +420,6 @@ def test_it_ends_when_the_terminal_has_gone(monkeypatch: pytest.MonkeyPatch) -> 
     ended: list[bool] = []
     monkeypatch.setattr(app_module, "_LOOK_S", 0.0)
     monkeypatch.setattr(app_module.os, "isatty", lambda _: next(there))
-    app: Any = SimpleNamespace(exit=lambda: ended.append(True))
+    app: Any = SimpleNamespace(exit=lambda: ended.append(True), keep_draft=lambda: None)
     asyncio.run(app_module._end_with_terminal(app))
     assert ended == [True]

@@ -107,8 +107,11 @@ class ChatBase(App[None], inherit_bindings=False):
     # What the engine does
 
     def load_soon(self) -> None:
-        """Load the chosen model."""
-        self.run_worker(self._load(), name="load", group="engine")
+        """Load the chosen model, unless that is under way."""
+        if self.session.state is State.ASLEEP:
+            # At once, and not when the work begins: a message may be sent between the two.
+            self.session.state = State.LOADING
+            self.run_worker(self._load(), name="load", group="engine")
 
     def ask_soon(self) -> None:
         """Ask what waits."""

@@ -213,6 +213,9 @@ class AnswerText(Widget):
     def render_lines(self, crop: Region) -> list[Strip]:
         """Draw some rows. There is no border or padding here, and rows that were drawn before are kept with their
         filters: Textual would make all of them anew whenever the answer has grown."""
+        if not self.is_attached:
+            # Taken off the screen between the layout and the drawing of it.
+            return [Strip.blank(crop.width)] * crop.height
         strips = [self.render_line(y).crop(crop.x, crop.right) for y in crop.line_range]
         background = self.background_colors[1]
         for each in self.get_line_filters():
