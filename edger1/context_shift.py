@@ -18,8 +18,8 @@ from collections.abc import Callable, Sequence
 from edger1.errors import UsageError
 from edger1.messages import Message
 
-Encode = Callable[[list[Message]], list[int]]
-"""Renders messages as a prompt, and returns its tokens."""
+Encode = Callable[[list[Message]], tuple[str, list[int]]]
+"""Renders messages as a prompt, and returns it and its tokens."""
 
 
 class ContextShift:
@@ -31,6 +31,8 @@ class ContextShift:
         self._messages = list(messages or ())
         self._encode = encode
         self._head: int | None = None
+        self.text = ""
+        """What the prompt reads without the turns that went; "" where tokens went."""
         self.times = 0
         self.turns = 0
         self.tokens = 0
@@ -78,18 +80,18 @@ class ContextShift:
         try:
             while few < many:
                 middle = (few + many) // 2
-                if len(before) - len(self._encode(self._from(first, starts[middle]))) >= wanted:
+                if len(before) - len(self._encode(self._from(first, starts[middle]))[1]) >= wanted:
                     many = middle
                 else:
                     few = middle + 1
             messages = self._from(first, starts[many])
-            kept = self._encode(messages)
+            text, kept = self._encode(messages)
         except UsageError:
             # Some templates want what is dropped; tokens can still go.
             return before, 0
         if len(kept) >= len(before):
             return before, 0
-        self._messages = messages
+        self._messages, self.text = messages, text
         self.turns += many
         return kept, len(before) - len(kept)
 
@@ -97,6 +99,7 @@ class ContextShift:
         return self._messages[:first] + self._messages[start:]
 
     def _without_middle(self, known: list[int], prompt: int, least: int) -> list[int]:
+        self.text = ""
         if self._head is None:
             self._head = min(prompt, self._step)
         head, rest = known[: self._head], known[self._head :]

@@ -462,16 +462,18 @@ class Generation:
         self._model.kv.release(self)
         if self._fed and self._caches is not None:
             caches = self._drafts.leave(self._caches, len(self._fed))
-            text = "" if self._raw or (self._shift is not None and self._shift.times) else self._fed_text()
-            drawn = self._known()[len(self._fed) :] if len(self._fed) >= len(self._prompt) else []
+            if self._shift is not None and self._shift.times:
+                self._prompt_text = self._shift.text
+            text = "" if self._raw or not self._prompt_text else self._fed_text()
+            drawn = self._known()[len(self._fed) :] if len(self._fed) >= len(self._before) else []
             said = str(self._model.tokenizer.decode(drawn, skip_special_tokens=False)) if text and drawn else ""
             self._model.kv.put(Entry(self._fed, text, caches, drawn, said))
         self._caches = None
 
     def _fed_text(self) -> str:
         decode = self._model.tokenizer.decode
-        if len(self._fed) >= len(self._prompt):
-            return self._prompt_text + str(decode(self._fed[len(self._prompt) :], skip_special_tokens=False))
+        if len(self._fed) >= len(self._before):
+            return self._prompt_text + str(decode(self._fed[len(self._before) :], skip_special_tokens=False))
         text = str(decode(self._fed, skip_special_tokens=False))
         # Not every tokenizer gives back what it was given; the ids alone serve then.
         return text if self._prompt_text.startswith(text) else ""
@@ -509,8 +511,9 @@ class Generation:
 
 
 def _shift(model: LiveModel, request: Generate) -> ContextShift:
-    def encoded(messages: list[Message]) -> list[int]:
-        return encode(model, render(model, replace(request, messages=messages)))
+    def encoded(messages: list[Message]) -> tuple[str, list[int]]:
+        rendered = render(model, replace(request, messages=messages))
+        return rendered.text, encode(model, rendered)
 
     return ContextShift(model.context, request.messages, encoded)
 

@@ -165,25 +165,26 @@ class PrefixCache:
         beyond = None if kept and kept[-1].end == matched else _serving(place.node)
         given: list[Part] = []
         while not fits():
-            if beyond is not None:
-                # What is shared goes apart from what is not, which then goes in its turn.
-                place = Place(self._tree.settle(place), matched)
-                if self._cut_at(place.node):
-                    kept.append(place.node)
-                    beyond = None
-                    continue
-            elif kept and not kept[-1].children:
-                given.insert(0, _part(kept[-1], own=True))
+            if beyond is not None and not beyond.children and beyond.end <= 2 * matched:
+                # Rather than another conversation, the smaller part of this one goes.
+                given.append(_part(beyond, matched, own=True))
+                self._drop(beyond)
+                beyond = None
+            elif beyond is not None and self._cut_at(node := self._tree.settle(place)):
+                # What is shared is apart from what is not now, and that goes in its turn.
+                kept.append(node)
+                beyond = None
+            elif beyond is None and kept and not kept[-1].children:
+                given.insert(0, _part(kept[-1], kept[-1].end, own=True))
                 self._drop(kept.pop())
-                continue
-            if not self.evict(kept if beyond is None else [*kept, beyond]):
+            elif not self.evict(kept if beyond is None else [*kept, beyond]):
                 break
         self._touch(kept)
-        parts = [_part(node, own=False) for node in kept] + given
-        if beyond is not None and beyond.held is not None:
-            parts.append(Part(beyond.held.caches, matched - beyond.held.begin, own=False))
+        parts = [_part(node, node.end, own=False) for node in kept] + given
+        if beyond is not None:
+            parts.append(_part(beyond, matched, own=False))
         # A cache that is handed over as it is has spare room of its own.
-        caches = given[0].caches if given and len(parts) == 1 else cache_parts.join(parts, room)
+        caches = _alone(given[0]) if given and len(parts) == 1 else cache_parts.join(parts, room)
         return caches if extra is None else [*caches, extra], matched
 
     def _take_whole(self, place: Place[Held, Mark], fits: Callable[[], bool]) -> tuple[list[Any] | None, int]:
@@ -286,6 +287,15 @@ def _serving(node: _Node) -> _Node:
     return next(each for each in node.below() if each.held is not None)
 
 
-def _part(node: _Node, *, own: bool) -> Part:
+def _part(node: _Node, end: int, *, own: bool) -> Part:
+    """Return what is held at a node, up to token `end`."""
     assert node.held is not None
-    return Part(node.held.caches, node.end - node.held.begin, own)
+    return Part(node.held.caches, end - node.held.begin, own)
+
+
+def _alone(part: Part) -> list[Any]:
+    """Return a part's own caches, without the tokens behind it."""
+    from mlx_lm.models.cache import trim_prompt_cache
+
+    trim_prompt_cache(part.caches, part.caches[0].offset - part.count)
+    return part.caches

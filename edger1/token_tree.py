@@ -98,10 +98,12 @@ class TokenTree(Generic[H, M]):
     def settle(self, place: Place[H, M]) -> Node[H, M]:
         """Return the node at a place, made there if there was none; it holds nothing then."""
         node = place.node
-        if place.matched == node.end:
-            return node
+        while node.parent is not None and node.parent.end >= place.matched:
+            # It was made there since the walk.
+            node = node.parent
         parent = node.parent
-        assert parent is not None
+        if place.matched == node.end or parent is None:
+            return node
         at = place.matched - parent.end
         upper: Node[H, M] = Node(node.ids[:at], place.matched, parent, used=node.used)
         parent.children[upper.ids[0]] = upper

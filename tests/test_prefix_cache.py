@@ -169,7 +169,7 @@ def test_a_copy_and_what_it_was_made_from_do_not_see_each_other() -> None:
     assert (shared, tokens_in(again)) == (1000, SYSTEM)
 
 
-@pytest.mark.parametrize("tokens", [300, 6000])
+@pytest.mark.parametrize("tokens", [120, 300, 6000])
 def test_random_prompts_get_the_longest_beginning_and_no_wrong_token(
     monkeypatch: pytest.MonkeyPatch, tokens: int
 ) -> None:
