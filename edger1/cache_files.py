@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from edger1 import cache_parts
 from edger1.cache import Entry
+from edger1.cache_states import arrays_of, flattened, restored, tried, unflattened
 from edger1.errors import ContextError, FormatError, MemoryCeilingError, PromptCacheError
 from edger1.quant.formats import safetensors
 from edger1.units import format_bytes
@@ -102,7 +103,7 @@ def save(path: Path, model: LiveModel, entry: Entry) -> int:
     for number, cache in enumerate(entry.caches):
         # Without the room for what may come.
         held = cache_parts.piece(cache, 0, cache.offset, lazily=True) if divisible else cache
-        layers.append([type(cache).__name__, _flattened(held.state, arrays, f"{number}")])
+        layers.append([type(cache).__name__, flattened(held.state, arrays, f"{number}")])
     about = {"key": key_of(model), "name": model.name, "text": entry.text, "layers": layers}
     metadata = {"format": "mlx", "edger1": _KIND, "version": str(VERSION), "about": json.dumps(about)}
     try:
@@ -196,30 +197,19 @@ def read(path: Path, info: Info, model: LiveModel) -> Entry:
     try:
         arrays = cast("dict[str, Any]", mx.load(str(path), format="safetensors"))
         ids = [int(i) for i in arrays.pop("ids").tolist()]
-        fresh = model.new_caches()
-        if len(fresh) != len(info.layers):
+        if not ids or not all(0 <= i < model.vocabulary for i in ids):
             raise _damaged(path)
         caches = []
-        for cache, (kind, flat) in zip(fresh, info.layers, strict=True):
-            state = _unflattened(flat, arrays)
-            if kind != type(cache).__name__ or not _alike(cache.state, state):
+        for own, (kind, flat) in zip(tried(model), info.layers, strict=True):
+            state = unflattened(flat, arrays)
+            cache = restored(own, state, len(ids)) if kind == type(own).__name__ else None
+            if cache is None:
                 raise _damaged(path)
-            caches.append(type(cache).from_state(state))
             mx.eval(arrays_of(state))
-        if any(getattr(cache, "offset", len(ids)) != len(ids) for cache in caches):
-            raise _damaged(path)
+            caches.append(cache)
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
         raise _damaged(path) from None
     return Entry(ids, info.text, caches)
-
-
-def arrays_of(state: Any) -> list[Any]:
-    """Return the arrays in a cache's state."""
-    import mlx.core as mx
-
-    if isinstance(state, mx.array):
-        return [state]
-    return [array for each in state for array in arrays_of(each)] if isinstance(state, list | tuple) else []
 
 
 def _damaged(path: Path) -> PromptCacheError:
@@ -250,6 +240,8 @@ def _write(file: Any, arrays: dict[str, Any], metadata: Mapping[str, str]) -> in
     names |= {mx.int16: "I16", mx.uint16: "U16"}
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     at = 0
+    if unknown := next((a.dtype for a in arrays.values() if a.dtype not in names), None):
+        raise PromptCacheError(f"A cache holds numbers of the type {unknown}, which cannot be stored.")
     described = [(name, names[a.dtype], list(a.shape), a.nbytes) for name, a in arrays.items()]
     for name, dtype, shape, nbytes in [*described, (_SUM, "U8", [_SUM_BYTES], _SUM_BYTES)]:
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + nbytes]}
@@ -296,38 +288,6 @@ def _verify(path: Path) -> None:
         raise PromptCacheError(f"{path} cannot be read: {(error.strerror or str(error)).lower()}.") from None
     if told != digest.digest():
         raise _damaged(path)
-
-
-def _flattened(value: Any, arrays: dict[str, Any], name: str) -> Any:
-    """Return a state as JSON, its arrays put into `arrays` and named in their place."""
-    import mlx.core as mx
-
-    if isinstance(value, mx.array):
-        arrays[name] = value
-        return {"array": name}
-    if isinstance(value, list | tuple):
-        return [_flattened(each, arrays, f"{name}.{i}") for i, each in enumerate(value)]
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    raise PromptCacheError(
-        f"A cache holds {type(value).__name__}, which cannot be stored; expected arrays and numbers."
-    )
-
-
-def _unflattened(value: Any, arrays: dict[str, Any]) -> Any:
-    if isinstance(value, dict):
-        return arrays[value["array"]]
-    return [_unflattened(each, arrays) for each in value] if isinstance(value, list) else value
-
-
-def _alike(fresh: Any, state: Any) -> bool:
-    """Whether a state has the form and the words of a new cache's: of `CacheList` those are names of classes."""
-    if isinstance(fresh, list | tuple):
-        # What is filled has arrays, or several of them, where a new cache has nothing.
-        return isinstance(state, list) and len(fresh) == len(state) and all(map(_alike, fresh, state))
-    if isinstance(fresh, str):
-        return bool(fresh == state)
-    return not isinstance(state, str)
 
 
 def _weights(config: Path, files: Sequence[Path]) -> str:

@@ -21,6 +21,7 @@ from tiny import write_tiny_model
 import edger1
 from edger1 import cache_files
 from edger1.cache import Entry
+from edger1.cache_states import arrays_of
 from edger1.errors import ContextError, MemoryCeilingError, PromptCacheError
 
 DOCUMENT = [{"role": "system", "content": "A long document. " * 30}]
@@ -151,14 +152,11 @@ def test_every_kind_of_cache_comes_back_bit_for_bit(kind: str, tmp_path: Path, m
 
     class Model:
         name = "m"
-
-        def new_caches(self) -> list[Any]:
-            if kind == "several":
-                return [CacheList(KVCache(), RotatingKVCache(16))]
-            empty = {"fixed": lambda: ArraysCache(2), "window": lambda: RotatingKVCache(16)}
-            return [empty.get(kind, type(cache))()]
+        vocabulary = 100
 
     monkeypatch.setattr(cache_files, "key_of", lambda model: {"weights": "w"})
+    # What the model makes itself holds the same kind with other numbers.
+    monkeypatch.setattr(cache_files, "tried", lambda model: [STATES[kind]()])
     path = tmp_path / "c"
     model: Any = Model()
     cache_files.save(path, model, Entry(list(range(40)), "text", [cache]))
@@ -170,7 +168,7 @@ def test_every_kind_of_cache_comes_back_bit_for_bit(kind: str, tmp_path: Path, m
         got, expected = got.keys_and_values(), expected.keys_and_values()
     else:
         got, expected = got.state, expected.state
-    arrays = list(zip(cache_files.arrays_of(got), cache_files.arrays_of(expected), strict=True))
+    arrays = list(zip(arrays_of(got), arrays_of(expected), strict=True))
     assert arrays
     for a, b in arrays:
         assert (a.dtype, a.shape) == (b.dtype, b.shape)
@@ -303,6 +301,37 @@ def test_layers_of_another_kind_are_refused(folder: Path, saved: Path, tmp_path:
         header["__metadata__"]["about"] = json.dumps(about)
 
     assert "is damaged" in refused(folder, rewritten(saved, tmp_path / "fewer", fewer))
+
+
+def test_shapes_and_places_that_kernels_would_go_astray_by_are_refused(
+    folder: Path, saved: Path, tmp_path: Path
+) -> None:
+    def resized(header: dict[str, Any]) -> None:
+        for name in ("0.0", "0.1"):
+            batch, heads, tokens, width = header[name]["shape"]
+            header[name]["shape"] = [batch, heads * 2, tokens, width // 2]
+
+    def moved(header: dict[str, Any]) -> None:
+        about = json.loads(header["__metadata__"]["about"])
+        about["layers"][0][1][2] += 1000
+        header["__metadata__"]["about"] = json.dumps(about)
+
+    def named(header: dict[str, Any]) -> None:
+        about = json.loads(header["__metadata__"]["about"])
+        about["layers"][0][1][0] = "keys"
+        header["__metadata__"]["about"] = json.dumps(about)
+
+    def retyped(header: dict[str, Any]) -> None:
+        header["0.0"]["dtype"] = "U32"
+
+    for change in (resized, moved, named, retyped):
+        assert "is damaged" in refused(folder, rewritten(saved, tmp_path / change.__name__, change))
+    whole = bytearray(saved.read_bytes())
+    start = 8 + int.from_bytes(whole[:8], "little")
+    whole[start : start + 4] = (10**6).to_bytes(4, "little")
+    body = bytes(whole[:-32])
+    (tmp_path / "tokens").write_bytes(body + hashlib.sha256(body).digest())
+    assert "is damaged" in refused(folder, tmp_path / "tokens")
 
 
 def test_more_tokens_than_the_context_has_are_refused(folder: Path, saved: Path) -> None:
