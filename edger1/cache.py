@@ -12,29 +12,14 @@ other tokens than it wrote. Where the text continues an entry, its ids are kept 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
+from edger1.prefix_cache import Entry, PrefixCache
+from edger1.token_tree import common_prefix
 
-@dataclass
-class Entry:
-    """One kept cache: exactly `ids` have passed through the model; they decode to `text`.
-
-    `drawn` are the ids that the model had drawn to go on from there, `drawn_text` what they decode to.
-    """
-
-    ids: list[int]
-    text: str
-    caches: list[Any]
-    drawn: list[int] = field(default_factory=list)
-    drawn_text: str = ""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that the arrays of all layers hold."""
-        return sum(cache.nbytes for cache in self.caches)
+__all__ = ["Entry", "Holder", "KVStore", "common_prefix"]
 
 
 class Holder(Protocol):
@@ -54,41 +39,34 @@ class _Hold:
     waits_for_elders: bool = False
 
 
-def common_prefix(a: list[int], b: list[int]) -> int:
-    """Length of the longest common prefix of two token sequences."""
-    for i, (x, y) in enumerate(zip(a, b, strict=False)):
-        if x != y:
-            return i
-    return min(len(a), len(b))
-
-
 class KVStore:
     """Keeps caches of earlier requests and counts those of running ones, both within `budget_bytes`.
 
     `nbytes_of(n)` says how many bytes the buffers for n tokens take at most.
     """
 
-    def __init__(self, budget_bytes: int, nbytes_of: Callable[[int], int], max_entries: int = 4) -> None:
-        self._entries: list[Entry] = []
+    def __init__(self, budget_bytes: int, nbytes_of: Callable[[int], int]) -> None:
+        self._kept = PrefixCache()
         self._holds: list[_Hold] = []
         self._budget_bytes = budget_bytes
         self._nbytes_of = nbytes_of
-        self._max_entries = max_entries
         self.on_claim: Callable[[int], None] = lambda nbytes: None
         """Told of all bytes held and set aside whenever these became more, before anything is allocated."""
 
     @property
+    def budget_bytes(self) -> int:
+        """Bytes that all of it may take."""
+        return self._budget_bytes
+
+    @property
     def nbytes(self) -> int:
-        """Bytes held by the entries and set aside for running requests."""
-        return sum(entry.nbytes for entry in self._entries) + sum(hold.nbytes for hold in self._holds)
+        """Bytes held by caches of earlier requests and set aside for running ones."""
+        return self._kept.nbytes + sum(hold.nbytes for hold in self._holds)
 
     def encode(self, text: str, encode: Callable[[str], list[int]]) -> list[int]:
         """Encode a prompt, keeping the token ids of the longest entry that it continues."""
-        best = max(
-            (e for e in self._entries if e.text and text.startswith(e.text)),
-            key=lambda e: len(e.ids),
-            default=None,
-        )
+        marks = self._kept.marks()
+        best = max((m for m in marks if text.startswith(m.text)), key=lambda m: len(m.ids), default=None)
         if best is None:
             return encode(text)
         ids, rest = best.ids, text[len(best.text) :]
@@ -98,7 +76,7 @@ class KVStore:
 
     def texts(self) -> list[str]:
         """Return what each entry stands for, as far as that is known, the longest first."""
-        return sorted((e.text + e.drawn_text for e in self._entries if e.text), key=len, reverse=True)
+        return sorted((m.text + m.drawn_text for m in self._kept.marks()), key=len, reverse=True)
 
     def hold(self, holder: Holder, tokens: int) -> bool:
         """Set aside room for a cache of `tokens` tokens; False means to wait and ask again.
@@ -131,24 +109,22 @@ class KVStore:
             count, padded = 0, 0
         for i, holder in enumerate(shortest):
             holds[id(holder)].nbytes = padded if i < count else alone[id(holder)]
-        while self.nbytes > self._budget_bytes and self._entries:
-            self._entries.pop(0)
+        self._evict()
         self.on_claim(self.nbytes)
         return shortest[:count]
 
     def take(self, holder: Holder, ids: list[int]) -> tuple[list[Any] | None, int] | None:
-        """Set aside room for `ids`, and hand over the cache that shares most of them, trimmed to what is shared.
+        """Set aside room for `ids`, and hand over a cache of what earlier requests share of them.
 
         Returns None where the holder must wait, else the caches and how many tokens are in them: (None, 0) where
-        nothing useful is shared. At least one token of `ids` is always left to feed. The entry leaves the store and its
-        owner puts it back; where it would lose more than it gives (two conversations that share a system prompt) and
-        there is room, a copy is handed over instead.
+        nothing useful is shared. At least one token of `ids` is always left to feed. As long as there is room, what is
+        handed over is a copy; else the kept cache itself, which its new owner puts back.
         """
         if not self._reserve(holder, len(ids)):
             return None
         # What is handed over may be a copy.
         self.on_claim(self.nbytes)
-        caches, shared = self._best(ids)
+        caches, shared = self._kept.take(ids, lambda: self.nbytes <= self._budget_bytes)
         self._make_room(holder)
         return caches, shared
 
@@ -163,15 +139,18 @@ class KVStore:
         self._holds = [hold for hold in self._holds if hold.holder is not holder]
 
     def put(self, entry: Entry) -> None:
-        """Keep a cache; the least recently used ones go while the store is over its budget."""
-        self._entries.append(entry)
-        while self._entries and (len(self._entries) > self._max_entries or self.nbytes > self._budget_bytes):
-            self._entries.pop(0)
+        """Keep a cache, which is the store's from now on; what was used least recently goes while that is too much."""
+        self._kept.put(entry)
+        self._evict()
         self.on_claim(self.nbytes)
 
     def clear(self) -> None:
-        """Drop every entry."""
-        self._entries.clear()
+        """Drop every cache of earlier requests."""
+        self._kept.clear()
+
+    def _evict(self) -> None:
+        while self.nbytes > self._budget_bytes and self._kept.evict():
+            pass
 
     def _reserve(self, holder: Holder, tokens: int) -> bool:
         nbytes = self._nbytes_of(tokens)
@@ -192,8 +171,7 @@ class KVStore:
         self.on_claim(self.nbytes)
 
     def _dismiss(self, holder: Holder) -> None:
-        while self.nbytes > self._budget_bytes and self._entries:
-            self._entries.pop(0)
+        self._evict()
         for hold in reversed(self._holds):
             if self.nbytes <= self._budget_bytes or hold.holder is holder:
                 return
@@ -201,37 +179,3 @@ class KVStore:
                 hold.holder.give_way()
                 hold.nbytes = 0
                 hold.waits_for_elders = True
-
-    def _best(self, ids: list[int]) -> tuple[list[Any] | None, int]:
-        from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
-
-        best, shared = None, 0
-        for entry in self._entries:
-            n = min(common_prefix(entry.ids, ids), len(ids) - 1)
-            if n > shared and (n == len(entry.ids) or can_trim_prompt_cache(entry.caches)):
-                best, shared = entry, n
-        if best is None:
-            return None, 0
-        surplus = len(best.ids) - shared
-        caches = best.caches
-        if surplus > shared and self.nbytes <= self._budget_bytes:
-            caches = copy.deepcopy(caches)
-        else:
-            self._entries.remove(best)
-        if surplus:
-            trim_prompt_cache(caches, surplus)
-        if surplus > shared:
-            _shrink(caches)
-        return caches, shared
-
-
-def _shrink(caches: list[Any]) -> None:
-    """Free what trimming leaves behind: it keeps the whole buffers, for the sake of their beginnings."""
-    import mlx.core as mx
-    from mlx_lm.models.cache import KVCache
-
-    for cache in caches:
-        if type(cache) is KVCache:
-            cache.keys, cache.values = (mx.contiguous(a[..., : cache.offset, :]) for a in (cache.keys, cache.values))
-            # A layer at a time: the sum of all beginnings beside all buffers could break the budget.
-            mx.eval(cache.keys, cache.values)

@@ -23,6 +23,8 @@ from typing import Protocol
 from edger1 import errors, worker
 from edger1.messages import (
     AdapterUsed,
+    CacheRestored,
+    CacheSaved,
     Cancel,
     Counted,
     Done,
@@ -36,7 +38,7 @@ from edger1.messages import (
     encode,
 )
 
-TERMINAL = (Done, Failed, Loaded, AdapterUsed, Unloaded, Scores, Counted)
+TERMINAL = (Done, Failed, Loaded, AdapterUsed, Unloaded, Scores, Counted, CacheSaved, CacheRestored)
 OnEvent = Callable[[Event], None]
 _SHUTDOWN_S = 10.0
 

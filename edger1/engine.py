@@ -35,6 +35,8 @@ from edger1.messages import (
     Loaded,
     Progress,
     Request,
+    RestoreCache,
+    SaveCache,
     Score,
     Unload,
     Unloaded,
@@ -236,7 +238,7 @@ class Scheduler:
         ids = self._model(request.model).tokenizer.encode(request.text, add_special_tokens=False)
         self.emit(Counted(request.id, len(ids)))
 
-    def _start(self, request: Load | Generate | Score | UseAdapter) -> Job:
+    def _start(self, request: Load | Generate | Score | SaveCache | RestoreCache | UseAdapter) -> Job:
         if isinstance(request, Load):
             _check_load(request)
             return LoadJob(self, request)
@@ -247,6 +249,8 @@ class Scheduler:
             from edger1.score import Scoring
 
             return Scoring(model, request, self.emit)
+        if isinstance(request, SaveCache | RestoreCache):
+            return _cache_job(model, request, self.emit)
         from edger1.generate import Generation, RandomTurn
 
         _check_generate(request)
@@ -398,6 +402,15 @@ def _finish(job: Generation) -> bool:
     return True
 
 
+def _cache_job(model: LiveModel, request: SaveCache | RestoreCache, emit: Callable[[Event], None]) -> Job:
+    from edger1.cache_jobs import CacheRestoring, CacheSaving
+
+    if isinstance(request, RestoreCache):
+        return CacheRestoring(model, request, emit)
+    _check_prompt(request)
+    return CacheSaving(model, request, emit)
+
+
 def _check_load(request: Load) -> None:
     if request.precision not in PRECISIONS:
         raise UsageError(f"precision is {request.precision!r}; expected one of {', '.join(PRECISIONS)}.")
@@ -407,18 +420,24 @@ def _check_load(request: Load) -> None:
         parse_slots(request.expert_slots)
 
 
-def _check_generate(request: Generate) -> None:
+def _check_prompt(request: Generate | SaveCache) -> None:
     if (request.messages is None) == (request.prompt is None):
         raise UsageError("Give either messages or a prompt, and not both.")
     if request.prompt is not None and not isinstance(request.prompt, str):
         raise UsageError(f"prompt is {request.prompt!r:.200}; expected a string.")
     tool_calls.check_tools(request.tools)
-    if request.continue_last and request.messages is None:
-        raise UsageError("continue_last goes on from the last of some messages, and there is a prompt instead.")
     if request.tools and request.messages is None:
         raise UsageError("Tools are told through the chat template, which a raw prompt leaves out. Give messages.")
     if request.think not in THINK:
         raise UsageError(f"think is {request.think!r}; expected one of {', '.join(THINK)}.")
+
+
+def _check_generate(request: Generate) -> None:
+    _check_prompt(request)
+    if request.continue_last and request.messages is None:
+        raise UsageError("continue_last goes on from the last of some messages, and there is a prompt instead.")
+    if not isinstance(request.context_shift, bool):
+        raise UsageError(f"context_shift is {request.context_shift!r:.200}; expected True or False.")
     if request.speculate not in SPECULATE:
         raise UsageError(f"speculate is {request.speculate!r}; expected one of {', '.join(SPECULATE)}.")
     sampling.check(request.sampling)

@@ -33,6 +33,10 @@ class FormatError(EdgeR1Error):
     """A file or folder is damaged, incomplete or lies about itself."""
 
 
+class PromptCacheError(EdgeR1Error):
+    """A file of a prompt cache is damaged, of another model or recipe, of a newer version, or cannot be written."""
+
+
 class ContextError(EdgeR1Error):
     """A prompt does not fit into the context."""
 

@@ -24,13 +24,14 @@ from typing import Any
 
 from edger1 import sampling
 from edger1.batch import Batch, batchable
-from edger1.cache import Entry
+from edger1.cache import Entry, common_prefix
+from edger1.context_shift import ContextShift
 from edger1.errors import ContextError, UsageError
 from edger1.experts.figures import Account
 from edger1.loader import LiveModel
-from edger1.messages import Done, Event, Figures, Generate, Progress, Running, Text, Thought, ToolCall, Usage
+from edger1.messages import Done, Event, Figures, Generate, Message, Progress, Running, Text, Thought, ToolCall, Usage
 from edger1.mlx_runtime import on_gpu
-from edger1.prompt import render
+from edger1.prompt import Rendered, encode, render
 from edger1.sampling import RandomState, Sampler
 from edger1.seam import Detokenizer
 from edger1.speculate import Speculation
@@ -97,16 +98,24 @@ class Generation:
         rendered = render(model, request)
         self._raw = rendered.raw
         self._prompt_text = rendered.text
-        self._prompt = self._encode(rendered.text)
+        self._prompt = self._encode(rendered)
         if not self._prompt:
             raise UsageError("The prompt is empty; there is nothing to continue.")
+        self._shift = _shift(model, request) if request.context_shift else None
+        if self._shift is not None:
+            self._prompt = self._shift.fit(self._prompt, request.max_tokens)
         room = model.context - len(self._prompt)
         if room < 1:
             raise ContextError(
                 f"The prompt has {len(self._prompt)} tokens, and the context of {model.context} tokens must hold it "
-                f"and the answer. Shorten it, or give a larger context with --context."
+                f"and the answer. Shorten it, give a larger context with --context, or let its oldest turns go with "
+                f"--context-shift."
             )
-        self._max_tokens = min(room, request.max_tokens or room)
+        # Whose context shifts may go on for ever.
+        most = room if self._shift is None else request.max_tokens or model.context
+        self._max_tokens = min(most, request.max_tokens or most)
+        # What comes before the answer, and how much of the answer is in that: what it had when the context was full.
+        self._before, self._said_before = self._prompt, 0
 
         chosen = sampling.resolve(request.sampling, model.sampling)
         self._sampler = Sampler(chosen, model.vocabulary)
@@ -128,24 +137,13 @@ class Generation:
         # Where the caches, and the token drawn ahead, are while this request is decoded with others.
         self.batch: Batch[Any] | None = None
 
-    def _encode(self, text: str) -> list[int]:
-        def encode(part: str) -> list[int]:
-            return self._model.tokenizer.encode(part, add_special_tokens=self._raw)
-
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            half = f"U+{ord(text[error.start]):04X}"
-            raise UsageError(f"The prompt is no text: it holds half a character ({half}). Give it as UTF-8.") from None
-        # Raw text gets its special tokens at its beginning, so it is encoded as a whole.
-        if self._raw:
-            return encode(text)
-        ids = self._model.kv.encode(text, encode)
+    def _encode(self, rendered: Rendered) -> list[int]:
+        ids = encode(self._model, rendered)
         if self._request.continue_last:
             end = str(self._model.tokenizer.decode(ids[-_LOOK_BACK:], skip_special_tokens=False)).lstrip()
-            if not text.endswith(end):
+            if not rendered.text.endswith(end):
                 # Encoded apart, what comes after a cached text may begin with a blank that is not in it.
-                return encode(text)
+                return list(self._model.tokenizer.encode(rendered.text, add_special_tokens=False))
         return ids
 
     def step(self, *, ahead: bool = True) -> bool:
@@ -161,6 +159,8 @@ class Generation:
 
     def _step(self, *, ahead: bool) -> bool:
         self._come_back()
+        if self._shift is not None and self._length >= self._model.context:
+            self._go_on(self._shift)
         if self._caches is None and not self._begin():
             return False
         # A token that was drawn ahead has had everything before it fed.
@@ -197,14 +197,26 @@ class Generation:
     @property
     def _waiting(self) -> int:
         """How many tokens of the prompt and of what was said are not in the caches."""
-        return len(self._prompt) + len(self._output.tokens) - len(self._fed)
+        return self._length - len(self._fed)
+
+    @property
+    def _length(self) -> int:
+        return len(self._before) + len(self._output.tokens) - self._said_before
+
+    @property
+    def _left(self) -> int:
+        """How many tokens it may say before it ends or the context is full."""
+        return min(self._max_tokens - len(self._output.tokens), self._model.context - self._length)
 
     def _known(self) -> list[int]:
-        return self._prompt + self._output.tokens
+        return self._before + self._output.tokens[self._said_before :]
 
     @property
     def joins(self) -> bool:
         """Whether its next step is a token that can be decoded together with those of other requests."""
+        if self._shift is not None and self._left < 2:
+            # What is dropped is dropped alone, and before that a batch would be a token ahead.
+            return False
         if self.batch is not None:
             return True
         if not self._fed or self._caches is None or not batchable(self._model, self._caches):
@@ -214,7 +226,7 @@ class Generation:
     @property
     def ends_next(self) -> bool:
         """Whether its next token is the last that it may say."""
-        return len(self._output.tokens) + 1 >= self._max_tokens
+        return self._left <= 1
 
     def lend(self, batch: Batch[Any]) -> tuple[list[Any], Any]:
         """Hand `batch` the caches, and the token drawn ahead, shape (1,), or None; `receive` gives them back."""
@@ -250,15 +262,31 @@ class Generation:
         self._add(token)
         return self._output.finish is not None
 
-    def _begin(self) -> bool:
-        from mlx_lm.models.cache import make_prompt_cache
+    def _go_on(self, shift: ContextShift) -> None:
+        """Drop what is in the middle of a full context, and feed again what comes after it."""
+        import mlx.core as mx
+        from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
 
+        self._before, inside = shift.go_on(self._before, self._output.tokens[self._said_before :])
+        if inside:
+            self._said_before = len(self._output.tokens)
+        if self._next is not None:
+            mx.eval(self._next)
+        same = common_prefix(self._fed, self._known())
+        if self._caches is not None and can_trim_prompt_cache(self._caches):
+            trim_prompt_cache(self._caches, len(self._fed) - same)
+        else:
+            self._caches, same = None, 0
+        self._fed = self._fed[:same]
+        self._drafts.drop()
+
+    def _begin(self) -> bool:
         known = self._known()
         taken = self._model.kv.take(self, known)
         if taken is None:
             return False
         caches, shared = taken
-        self._caches = self._drafts.begin(caches) or make_prompt_cache(self._model.model)
+        self._caches = self._drafts.begin(caches) or self._model.new_caches()
         self._fed = known[:shared]
         if not self._clock.prefill:
             self._clock.prefill = time.perf_counter()
@@ -317,7 +345,7 @@ class Generation:
             self._fed.append(last)
             self._next = self._forward(mx.array([[last]]), len(self._fed) - 1)
         current, self._next = self._next, None
-        ahead = ahead and self._run_ahead and len(self._output.tokens) + 1 < self._max_tokens
+        ahead = ahead and self._run_ahead and self._left > 1
         if ahead:
             self._next = self._forward(current[None], len(self._fed))
             mx.async_eval(self._next)
@@ -333,7 +361,7 @@ class Generation:
         """Return how many drafts the next step verifies, or the one after it where a token was drawn ahead."""
         assert self._caches is not None
         unread = self._next is not None
-        room = self._max_tokens - len(self._output.tokens) - 1 - unread
+        room = self._left - 1 - unread
         return self._drafts.choose(self._known(), self._caches, room, unread=unread)
 
     def _verify(self) -> None:
@@ -403,6 +431,7 @@ class Generation:
         """Send what is left of a complete answer, and Done; the caches are kept for prompts that go on from it."""
         output = self._output
         self._send(self._splitter.feed(self._detokenizer.end()))
+        self._note_full()
         self._send(self._splitter.finish(whole=output.finish == "stop"))
         if self._splitter.stopped and output.finish == "length":
             # The stop string's last character waited for a token that did not come.
@@ -411,20 +440,40 @@ class Generation:
         finish = "tools" if output.calls and output.finish == "stop" else output.finish or "stop"
         self._emit(Done(self._request.id, finish, usage=self._usage(), figures=self._figures(), notes=output.notes))
 
+    def _note_full(self) -> None:
+        """Say what a full context has done to the answer."""
+        output = self._output
+        if self._shift is not None and self._shift.times:
+            output.notes.append(self._shift.note())
+        if output.finish != "length" or self._splitter.stopped or len(output.tokens) == self._request.max_tokens:
+            return
+        where = " in the middle of a thought" if self._splitter.in_thought else ""
+        if self._shift is None:
+            output.notes.append(
+                f"The context of {self._model.context} tokens is full, and the answer ends{where}. Give a larger "
+                f"context with --context, or let the oldest tokens go with --context-shift."
+            )
+        else:
+            output.notes.append(
+                f"The answer is as long as the context, and ends{where}. Give --max-tokens for a longer one."
+            )
+
     def _keep_cache(self) -> None:
         self._model.kv.release(self)
         if self._fed and self._caches is not None:
             caches = self._drafts.leave(self._caches, len(self._fed))
-            text = "" if self._raw else self._fed_text()
-            drawn = self._known()[len(self._fed) :] if len(self._fed) >= len(self._prompt) else []
+            if self._shift is not None and self._shift.times:
+                self._prompt_text = self._shift.text
+            text = "" if self._raw or not self._prompt_text else self._fed_text()
+            drawn = self._known()[len(self._fed) :] if len(self._fed) >= len(self._before) else []
             said = str(self._model.tokenizer.decode(drawn, skip_special_tokens=False)) if text and drawn else ""
             self._model.kv.put(Entry(self._fed, text, caches, drawn, said))
         self._caches = None
 
     def _fed_text(self) -> str:
         decode = self._model.tokenizer.decode
-        if len(self._fed) >= len(self._prompt):
-            return self._prompt_text + str(decode(self._fed[len(self._prompt) :], skip_special_tokens=False))
+        if len(self._fed) >= len(self._before):
+            return self._prompt_text + str(decode(self._fed[len(self._before) :], skip_special_tokens=False))
         text = str(decode(self._fed, skip_special_tokens=False))
         # Not every tokenizer gives back what it was given; the ids alone serve then.
         return text if self._prompt_text.startswith(text) else ""
@@ -433,7 +482,10 @@ class Generation:
         return Usage(
             prompt_tokens=len(self._prompt),
             cached_tokens=self._cached,
-            prefilled_tokens=max(0, min(len(self._fed), len(self._prompt)) - self._cached),
+            # What speaks has read all of it, though it may have dropped some since.
+            prefilled_tokens=max(
+                0, (len(self._prompt) if self._output.tokens else min(len(self._fed), len(self._prompt))) - self._cached
+            ),
             completion_tokens=len(self._output.tokens),
         )
 
@@ -449,13 +501,21 @@ class Generation:
             peak_memory_bytes=peak_memory_bytes(),
             accounted_memory_bytes=self._model.accounted_bytes,
             ceiling_bytes=self._model.plan.ceiling_bytes,
-            context_used=len(self._prompt) + len(self._output.tokens),
+            context_used=self._length,
             context_size=self._model.context,
             experts=None
             if self._experts is None
             else self._experts.summary(usage.prefilled_tokens, max(0, decoded), by_layer=by_layer),
             drafts=self._drafts.figures(),
         )
+
+
+def _shift(model: LiveModel, request: Generate) -> ContextShift:
+    def encoded(messages: list[Message]) -> tuple[str, list[int]]:
+        rendered = render(model, replace(request, messages=messages))
+        return rendered.text, encode(model, rendered)
+
+    return ContextShift(model.context, request.messages, encoded)
 
 
 def runs_ahead(model: LiveModel) -> bool:

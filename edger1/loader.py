@@ -91,6 +91,12 @@ class LiveModel:
         own = [] if self.draft is None else self.draft.streamings
         return [each for each in (self.streaming, ahead, *own) if each is not None]
 
+    def new_caches(self) -> list[Any]:
+        """Return new KV caches for its layers."""
+        from mlx_lm.models.cache import make_prompt_cache
+
+        return list(make_prompt_cache(self.model))
+
     @property
     def context(self) -> int:
         """Size of the context in tokens: prompt and answer together."""

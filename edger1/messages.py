@@ -70,6 +70,8 @@ class Generate:
     middle of its "thought"."""
     speculate: str = "off"
     """Where drafts come from: "off", "auto" (what promises most), "lookup", "mtp" or "draft"."""
+    context_shift: bool = False
+    """Where the context is full, drop the oldest turns' tokens, or others in its middle, and go on."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,29 @@ class Score:
     id: str
     model: str
     token_ids: list[int]
+
+
+@dataclass(frozen=True)
+class SaveCache:
+    """Read `messages` or `prompt`, as Generate does, and write the KV cache of it to the file `path`, for prompts that
+    begin with it. Answered by Progress and CacheSaved."""
+
+    id: str
+    model: str
+    path: str
+    messages: list[Message] | None = None
+    prompt: str | None = None
+    think: str = "auto"
+    tools: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class RestoreCache:
+    """Read the KV cache in the file `path`, which SaveCache wrote for the same model. Answered by CacheRestored."""
+
+    id: str
+    model: str
+    path: str
 
 
 @dataclass(frozen=True)
@@ -118,7 +143,7 @@ class Unload:
     model: str
 
 
-Request = Load | Generate | CountTokens | Score | UseAdapter | Cancel | Unload
+Request = Load | Generate | CountTokens | Score | SaveCache | RestoreCache | UseAdapter | Cancel | Unload
 
 
 @dataclass(frozen=True)
@@ -249,6 +274,29 @@ class Scores:
 
 
 @dataclass(frozen=True)
+class CacheSaved:
+    """The KV cache of `tokens` tokens is in the file `path`, of `nbytes` bytes. `cached_tokens` of them were known."""
+
+    id: str
+    model: str
+    path: str
+    tokens: int
+    nbytes: int
+    cached_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class CacheRestored:
+    """The KV cache of the file `path` is in memory: `tokens` tokens, in `nbytes` bytes of the KV budget."""
+
+    id: str
+    model: str
+    path: str
+    tokens: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
 class Done:
     """The end of an answer: finish_reason is "stop", "length", "cancelled", or "tools" where it waits for the results
     of its tool calls. `notes` are sentences for the user on what in the answer is not as it seems."""
@@ -270,15 +318,17 @@ class Failed:
 
 
 Event = (
-    Loaded | AdapterUsed | Unloaded | Progress | Text | Thought | ToolCall | Running | Counted | Scores | Done | Failed
-)
+    Loaded | AdapterUsed | Unloaded | Progress | Text | Thought | ToolCall | Running | Counted | Scores | CacheSaved
+    | CacheRestored | Done | Failed
+)  # fmt: skip
 
 _NESTED = {"sampling": Sampling, "usage": Usage, "figures": Figures}
 _KINDS: dict[str, type] = {
     kind.__name__: kind
     for kind in (
-        Load, Generate, CountTokens, Score, UseAdapter, Cancel, Unload,
-        Loaded, AdapterUsed, Unloaded, Progress, Text, Thought, ToolCall, Running, Counted, Scores, Done, Failed,
+        Load, Generate, CountTokens, Score, SaveCache, RestoreCache, UseAdapter, Cancel, Unload,
+        Loaded, AdapterUsed, Unloaded, Progress, Text, Thought, ToolCall, Running, Counted, Scores, CacheSaved,
+        CacheRestored, Done, Failed,
     )
 }  # fmt: skip
 

@@ -15,7 +15,7 @@ import contextlib
 import json
 import threading
 import warnings
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,8 @@ from edger1.folder import beyond_training
 from edger1.memory import Plan, default_ceiling, machine_bytes
 from edger1.messages import (
     AdapterUsed,
+    CacheRestored,
+    CacheSaved,
     Cancel,
     Done,
     Event,
@@ -39,7 +41,9 @@ from edger1.messages import (
     Loaded,
     Message,
     Progress,
+    RestoreCache,
     Sampling,
+    SaveCache,
     Score,
     Scores,
     Text,
@@ -63,7 +67,8 @@ class GenerateOptions(TypedDict, total=False):
     call, each {"type": "function", "function": {"name", "description", "parameters"}} with its parameters as a JSON
     schema. `continue_last` goes on from the end of the last message, an assistant's, and returns only what is new;
     where that has no text but a "thought", from the middle of the thought. `speculate` says where drafts come from:
-    "auto", "off", "lookup", "mtp" or "draft".
+    "auto", "off", "lookup", "mtp" or "draft". `context_shift` drops the oldest turns, or tokens from the middle, where
+    the context is full, and goes on.
     """
 
     max_tokens: int | None
@@ -81,6 +86,7 @@ class GenerateOptions(TypedDict, total=False):
     raw: bool
     continue_last: bool
     speculate: str
+    context_shift: bool
 
 
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
@@ -257,6 +263,63 @@ class Model:
                 return event.logprobs
         raise EngineError("The engine ended the scoring without saying why.")
 
+    def save_prompt_cache(
+        self,
+        path: str | Path,
+        prompt: Prompt,
+        *,
+        raw: bool = False,
+        think: str = "auto",
+        tools: Sequence[dict[str, Any]] = (),
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> CacheSaved:
+        """Read `prompt` and write what the model made of it to the file `path`, whole or not at all.
+
+        The prompt is what `generate` takes; prompts that begin with the same messages (or, where it is raw, with the
+        same text) prefill only the rest, in this model and in any that has restored the file. `tools` and `think` must
+        be those of these prompts. on_progress(done, total) in tokens.
+
+        Raises UsageError and ContextError as `generate` does, PromptCacheError where the file cannot be written.
+        """
+        self._check_open()
+        plain = raw or (isinstance(prompt, str) and not self.info["has_chat_template"])
+        if not isinstance(prompt, str | list) or (plain and not isinstance(prompt, str)):
+            raise UsageError(f"The prompt is {prompt!r:.200}; expected a string, or a list of messages without raw.")
+        request = SaveCache(
+            next_id(),
+            self._id,
+            str(Path(path).expanduser().absolute()),
+            messages=None if plain else [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt,
+            prompt=prompt if plain and isinstance(prompt, str) else None,
+            think=think,
+            tools=tool_calls.check_tools(tools),
+        )
+        for event in client.events(self._connection, request):
+            if isinstance(event, Failed):
+                raise error_of(event)
+            if isinstance(event, Progress) and on_progress is not None:
+                on_progress(event.done, event.total)
+            if isinstance(event, CacheSaved):
+                return event
+        raise EngineError("The engine ended the saving without saying why.")
+
+    def load_prompt_cache(self, path: str | Path) -> CacheRestored:
+        """Read a file that `save_prompt_cache` wrote; prompts that begin as it does then prefill only the rest.
+
+        Its bytes count against the plan's `kv_bytes`, and it goes as all caches do when others need them. Raises
+        PromptCacheError for a file that is damaged, of a newer version, or of another model, adapter or recipe
+        (precision, bits of the cache, device), ContextError and MemoryCeilingError where it does not fit.
+        """
+        self._check_open()
+        for event in client.events(
+            self._connection, RestoreCache(next_id(), self._id, str(Path(path).expanduser().absolute()))
+        ):
+            if isinstance(event, Failed):
+                raise error_of(event)
+            if isinstance(event, CacheRestored):
+                return event
+        raise EngineError("The engine ended the restoring without saying why.")
+
     def use_adapter(self, adapter: str | Path | None) -> None:
         """Put the adapter in a folder over the model, in place of the one that it has; None takes that off.
 
@@ -323,6 +386,7 @@ class Model:
             tools=tools,
             continue_last=continue_last,
             speculate=options.get("speculate", "off"),
+            context_shift=options.get("context_shift", False),
         )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from edger1 import tool_calls
 from edger1.errors import UsageError
 from edger1.loader import LiveModel
-from edger1.messages import Generate, Message
+from edger1.messages import Generate, Message, SaveCache
 from edger1.thinking import Markers, begins_in_thought
 
 ROLES = ("system", "user", "assistant", "tool", "developer")
@@ -43,14 +43,46 @@ def render(model: LiveModel, request: Generate) -> Rendered:
         return Rendered(request.prompt, raw=True, in_thought=begins_in_thought(request.prompt, model.markers))
     messages = check_messages(request.messages)
     if not model.has_chat_template:
-        raise UsageError(
-            f"{model.name} has no chat template, so it cannot take messages. Give it raw text instead: "
-            f'edger1 run {model.name} --raw "..."'
-        )
+        raise _without_template(model)
     if request.continue_last:
         return _continued(model, request, messages)
     text = _through_template(model, messages, request.tools, request.think)
     return Rendered(text, in_thought=begins_in_thought(text, model.markers))
+
+
+def render_beginning(model: LiveModel, request: SaveCache) -> Rendered:
+    """Return what prompts begin with whose first messages are those of a request; raises as `render` does."""
+    if request.prompt is not None:
+        return Rendered(request.prompt, raw=True)
+    messages = check_messages(request.messages)
+    if not model.has_chat_template:
+        raise _without_template(model)
+    return Rendered(_through_template(model, messages, request.tools, request.think, answer=False))
+
+
+def encode(model: LiveModel, rendered: Rendered) -> list[int]:
+    """Return the token ids of a rendered prompt, where it goes on from a cached text those that are cached.
+
+    Raises UsageError where it is no text.
+    """
+
+    def encoded(part: str) -> list[int]:
+        return list(model.tokenizer.encode(part, add_special_tokens=rendered.raw))
+
+    try:
+        rendered.text.encode()
+    except UnicodeEncodeError as error:
+        half = f"U+{ord(rendered.text[error.start]):04X}"
+        raise UsageError(f"The prompt is no text: it holds half a character ({half}). Give it as UTF-8.") from None
+    # Raw text gets its special tokens at its beginning, so it is encoded as a whole.
+    return encoded(rendered.text) if rendered.raw else model.kv.encode(rendered.text, encoded)
+
+
+def _without_template(model: LiveModel) -> UsageError:
+    return UsageError(
+        f"{model.name} has no chat template, so it cannot take messages. Give it raw text instead: "
+        f'edger1 run {model.name} --raw "..."'
+    )
 
 
 def check_messages(messages: Any) -> list[Message]:
@@ -77,7 +109,9 @@ def check_messages(messages: Any) -> list[Message]:
     return checked
 
 
-def _through_template(model: LiveModel, messages: Sequence[Message], tools: Sequence[Any], think: str) -> str:
+def _through_template(
+    model: LiveModel, messages: Sequence[Message], tools: Sequence[Any], think: str, *, answer: bool = True
+) -> str:
     thinking: dict[str, Any] = {} if think == "auto" else {"enable_thinking": think == "on"}
     messages = [{key: value for key, value in m.items() if key != "thought"} for m in messages]
     if model.calls.described:
@@ -87,7 +121,7 @@ def _through_template(model: LiveModel, messages: Sequence[Message], tools: Sequ
 
     def rendered(said: Sequence[Message]) -> str:
         return str(
-            model.tokenizer.apply_chat_template(list(said), tokenize=False, add_generation_prompt=True, **thinking)
+            model.tokenizer.apply_chat_template(list(said), tokenize=False, add_generation_prompt=answer, **thinking)
         )
 
     try:

@@ -115,7 +115,8 @@ class Speculation:
         return caches if kept is None else [*caches, kept]
 
     def drop(self) -> None:
-        """Give the memory of drafting models' caches back."""
+        """Give the memory of drafting models' caches back; another text may follow."""
+        self._lookup = None if self._lookup is None else Lookup()
         for drafter in (self._mtp, self._other):
             if drafter is not None:
                 drafter.begin()

@@ -82,6 +82,11 @@ class Splitter:
         # A call, or the header of a message, as far as it has come.
         self._held = ""
 
+    @property
+    def in_thought(self) -> bool:
+        """Whether what was fed ends in the middle of a thought."""
+        return bool(self._state[0] == "thought")
+
     def feed(self, text: str) -> list[tuple[str, str]]:
         """Take a piece of text; return what is now known, in order. Sets `stopped` at a stop string."""
         if self.stopped or not text:

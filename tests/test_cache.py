@@ -69,8 +69,21 @@ def test_the_longest_shared_prefix_is_taken_and_trimmed() -> None:
     caches, shared = take(store, [1, 2, 3, 4, 5, 6])
     assert caches is not None
     assert (shared, caches[0].n) == (4, 4)
-    # It was handed over: a second request finds the other one.
-    assert take(store, [1, 2, 3, 4, 5, 6])[1] == 2
+    # It was a copy: a second request finds as much.
+    assert take(store, [1, 2, 3, 4, 5, 6])[1] == 4
+
+
+def test_where_there_is_no_room_for_a_copy_the_cache_itself_is_handed_over() -> None:
+    store = store_of(110)
+    store.put(entry([1, 2, 9]))
+    store.put(entry([1, 2, 3, 4, 8]))
+    request = Request()
+    taken = store.take(request, [1, 2, 3, 4, 5])
+    assert taken is not None
+    assert taken[1] == 4
+    # The other conversation is still there, and the one that goes on is not there twice.
+    assert store.nbytes == 30 + 50
+    assert take(store, [1, 2, 9, 7])[1] == 3
 
 
 def test_one_token_is_always_left_to_feed() -> None:
@@ -171,8 +184,9 @@ def test_the_beginning_of_a_long_cache_does_not_keep_the_whole_of_it() -> None:
     caches, shared = take(store, [0, 1, 2, 3, 4, 5000])
     assert caches is not None
     assert shared == 5
-    assert caches[0].nbytes == 2 * 5 * 4
-    assert caches[0].keys.flatten().tolist() == [0, 1, 2, 3, 4]
+    # Room for what was asked, in the steps that caches grow by.
+    assert caches[0].nbytes == 2 * 256 * 4
+    assert caches[0].keys.flatten()[: caches[0].offset].tolist() == [0, 1, 2, 3, 4]
     # What the copy was taken from is whole.
     assert take(store, list(range(1001)))[0][0].values.flatten()[:1000].tolist() == (-keys).flatten().tolist()
 

@@ -54,6 +54,11 @@ def _alphabet() -> list[str]:
     return sorted(pre_tokenizers.ByteLevel.alphabet())
 
 
+def spoken_ids() -> list[int]:
+    """Return the tokens of printable ASCII."""
+    return [i for i, c in enumerate(_alphabet()) if " " < c <= "~"]
+
+
 def write_tokenizer(folder: Path, template: str | None = CHAT_TEMPLATE) -> None:
     """A byte-level tokenizer: one token a byte, and the special tokens of ChatML and of thinking."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -82,9 +87,8 @@ def write_tiny_model(folder: Path, *, seed: int = 0, template: str | None = CHAT
     model = llama.Model(llama.ModelArgs.from_dict(config))
     model.update(tree_map(lambda w: w * 8 if w.ndim > 1 else w, model.parameters()))
     # It says nothing but printable ASCII, so that its words are text: every other token's logit is 0.
-    spoken = [i for i, c in enumerate(_alphabet()) if " " < c <= "~"]
     mask = mx.zeros((model.lm_head.weight.shape[0], 1))
-    mask[mx.array(spoken)] = 1
+    mask[mx.array(spoken_ids())] = 1
     model.lm_head.weight = model.lm_head.weight * mask
     nn.quantize(model, group_size=32, bits=4)
     weights = dict(tree_flatten(model.parameters()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -46,6 +47,18 @@ Speculate = Annotated[
         metavar="auto|off|lookup|mtp|draft",
         help="Where drafted tokens come from; the answer is the same. Default: off, and auto with --draft.",
     ),
+]
+PromptCache = Annotated[
+    Path | None,
+    typer.Option(
+        "--prompt-cache",
+        metavar="FILE",
+        help="Restore what the model made of an earlier prompt; where there is no such file, save it there.",
+    ),
+]
+ContextShift = Annotated[
+    bool,
+    typer.Option("--context-shift", help="Drop the oldest turns or tokens where the context is full, and go on."),
 ]
 System = Annotated[str | None, typer.Option(metavar="TEXT", help="System prompt.")]
 MaxTokens = Annotated[int | None, typer.Option(metavar="N", help="Longest answer in tokens. Default: what fits.")]

@@ -7,12 +7,15 @@ import os
 import stat
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from edger1.cli import options
 from edger1.errors import UsageError
+
+if TYPE_CHECKING:
+    from edger1.model import Model, Prompt
 
 
 def read_stdin() -> str:
@@ -30,6 +33,14 @@ def read_stdin() -> str:
         return sys.stdin.buffer.read().decode("utf-8")
     except UnicodeDecodeError as error:
         raise UsageError(f"Standard input is not UTF-8 text ({error.reason} at byte {error.start}).") from None
+
+
+def _restore_or_save(model: Model, path: Path, prompt: Prompt, *, raw: bool, think: str) -> None:
+    """Restore the prompt cache in `path`, or read the prompt and save its cache there where that is no file yet."""
+    if path.exists():
+        model.load_prompt_cache(path)
+    else:
+        model.save_prompt_cache(path, prompt, raw=raw, think=think)
 
 
 def run_command(
@@ -60,6 +71,8 @@ def run_command(
     adapter: options.Adapter = None,
     draft: options.Draft = None,
     speculate: options.Speculate = None,
+    prompt_cache: options.PromptCache = None,
+    context_shift: options.ContextShift = False,
     plot: Annotated[
         Path | None, typer.Option("--plot", metavar="FILE.svg", help="Draw what streaming the experts took, by layer.")
     ] = None,
@@ -108,6 +121,8 @@ def run_command(
     ) as loaded:
         # A model without a chat template continues a plain prompt.
         plain = raw or (system is None and not loaded.info["has_chat_template"])
+        if prompt_cache is not None:
+            _restore_or_save(loaded, prompt_cache, asked if plain else messages, raw=plain, think=think)
         for event in loaded.stream(
             asked if plain else messages,
             raw=plain,
@@ -121,6 +136,7 @@ def run_command(
             stop=stop,
             think=think,
             speculate=speculate or ("auto" if draft is not None else "off"),
+            context_shift=context_shift,
         ):
             if isinstance(event, Thought):
                 thinking.append(event.text)
@@ -169,5 +185,7 @@ def run_command(
         typer.echo(json.dumps(answer, ensure_ascii=False))
         return
     typer.echo()
+    for note in done.notes:
+        typer.echo(f"edger1: {note}", err=True)
     if figures:
         typer.echo(options.figures_line(done.usage, done.figures), err=True)
