@@ -47,7 +47,7 @@ MLA: dict[str, Any] = {
 }
 
 
-def _layer(config: Mapping[str, Any], precision: str | None) -> Any:
+def layer(config: Mapping[str, Any], precision: str | None) -> Any:
     """Build a model of one layer with random quantized weights and f32 activations; returns the layer."""
     import mlx.core as mx
     import mlx.nn as nn
@@ -94,7 +94,7 @@ class Moe:
     def __init__(self, precision: str | None) -> None:
         import mlx.core as mx
 
-        self._mlp = _layer(MOE, precision).mlp
+        self._mlp = layer(MOE, precision).mlp
         self._inputs = [mx.random.normal((1, 1, 2048)) for _ in range(64)]
         mx.eval(self._inputs)
         self._turn = 0
@@ -118,7 +118,7 @@ class Mla:
     """Some tokens through the layer's attention over a cache of random latents: milliseconds, and their inverse."""
 
     def __init__(self, precision: str | None) -> None:
-        self._attention = _layer(MLA, precision).self_attn
+        self._attention = layer(MLA, precision).self_attn
         self._caches: dict[int, Any] = {}
 
     def _cache(self, cached: int) -> Any:

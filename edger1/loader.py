@@ -292,10 +292,17 @@ def _with_what_is_cached(plan: Plan, kv: KVLayout, model: Any, replaced: Install
 def build(folder: ModelFolder, name: str) -> tuple[Any, dict[str, Any]]:
     """Build mlx-lm's model of the folder and return it with its config; no weight is read yet."""
     prepare()
-    from mlx_lm.utils import load_model
+    from mlx_lm.utils import _get_classes, load_model
+
+    from edger1.architectures import deepseek_v3
 
     try:
-        model, config = load_model(folder.path, lazy=True, model_config=additions(folder.config))
+        model, config = load_model(
+            folder.path,
+            lazy=True,
+            model_config=additions(folder.config),
+            get_model_classes=lambda config: deepseek_v3.classes(*_get_classes(config)),
+        )
     except Exception as error:
         # A config.json may hold anything, and mlx-lm falls over it in any way.
         raise _misfit(folder, name, error) from error

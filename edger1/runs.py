@@ -53,8 +53,9 @@ def _is_group(group: Any) -> bool:
 
 def lines(report: dict[str, Any]) -> list[tuple[str, str]]:
     """Return what to show of a report: pairs of what is told of and how it runs."""
+    also = [("", line) for line in report["also"]]
     if not report["active"]:
-        return [("all layers", f"MLX's own operations: {report['reason']}")]
+        return [("all layers", f"MLX's own operations: {report['reason']}"), *also]
     ways = {
         "layer": "one operation",
         "attention half": "one operation up to the MLP",
@@ -69,7 +70,7 @@ def lines(report: dict[str, Any]) -> list[tuple[str, str]]:
         why = f": {group['reason']}" if group["reason"] else ""
         shown.append((what, f"{group['kind']}, {ways.get(group['runs'], group['runs'])}{why}"))
     shown = shown or [("all layers", "kernel by kernel: no decoder layers were found")]
-    return shown + [("", line) for line in report["also"]]
+    return shown + also
 
 
 def _is_folder(path: str) -> bool:

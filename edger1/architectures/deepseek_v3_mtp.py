@@ -16,19 +16,16 @@ here both are shared, so the copies are dropped on reading and not written.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models import deepseek_v3
+from mlx_lm.models.deepseek_v3 import DeepseekV3DecoderLayer
 
+from edger1.architectures import deepseek_v3
+from edger1.architectures.deepseek_v3 import ModelArgs, layer_of
 
-@dataclass
-class ModelArgs(deepseek_v3.ModelArgs):
-    """mlx-lm's arguments with the number of MTP layers."""
-
-    num_nextn_predict_layers: int = 0
+__all__ = ["MTPLayer", "Model", "ModelArgs", "hub_weights"]
 
 
 class SharedHead(nn.Module):
@@ -39,7 +36,7 @@ class SharedHead(nn.Module):
         self.norm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
 
 
-class MTPLayer(deepseek_v3.DeepseekV3DecoderLayer):
+class MTPLayer(DeepseekV3DecoderLayer):
     """One MTP layer: an ordinary decoder layer between a projection and a norm."""
 
     def __init__(self, args: ModelArgs, layer_idx: int) -> None:
@@ -61,7 +58,7 @@ class MTPLayer(deepseek_v3.DeepseekV3DecoderLayer):
 
 
 class Model(deepseek_v3.Model):
-    """mlx-lm's model, whose `__call__` is unchanged, with the MTP layers in `mtp`."""
+    """The model, whose `__call__` is mlx-lm's, with the MTP layers in `mtp`."""
 
     def __init__(self, args: ModelArgs) -> None:
         super().__init__(args)
@@ -79,33 +76,13 @@ class Model(deepseek_v3.Model):
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         """Bring a checkpoint's names and shapes into the module's, the MTP layers' among them."""
         first, count = self.args.num_hidden_layers, self.args.num_nextn_predict_layers
-        own: dict[str, mx.array] = {}
-        kept: dict[str, mx.array] = {}
-        for name, value in weights.items():
-            layer = _layer_of(name)
-            if layer is None or layer < first:
-                kept[name] = value
-            elif layer < first + count:
-                own[name.replace(f"model.layers.{layer}.", f"model.layers.{layer - first}.", 1)] = value
-        shaped = deepseek_v3.Model.sanitize(self, kept)
-        if own:
-            layers = _Shape(replace(self.args, num_hidden_layers=count))
-            for name, value in deepseek_v3.Model.sanitize(layers, own).items():
-                if ".embed_tokens." not in name and ".shared_head.head." not in name:
-                    shaped[name.replace("model.layers.", "mtp.", 1)] = value
+        shaped = super().sanitize(weights)
+        own = {name: value for name, value in weights.items() if layer_of(name) is not None}
+        for name, value in deepseek_v3.sanitized(self.args, own, first, count).items():
+            if ".embed_tokens." not in name and ".shared_head.head." not in name:
+                _, _, layer, rest = name.split(".", 3)
+                shaped[f"mtp.{int(layer) - first}.{rest}"] = value
         return shaped
-
-
-class _Shape:
-    """What mlx-lm's `sanitize` reads of a model."""
-
-    def __init__(self, args: ModelArgs) -> None:
-        self.args = args
-
-
-def _layer_of(name: str) -> int | None:
-    parts = name.split(".", 3)
-    return int(parts[2]) if parts[:2] == ["model", "layers"] and len(parts) > 3 and parts[2].isdigit() else None
 
 
 def hub_weights(model: Model) -> dict[str, mx.array]:

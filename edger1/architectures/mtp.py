@@ -18,7 +18,10 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.models import deepseek_v3
 from mlx_lm.models.base import create_attention_mask
+
+from edger1.architectures.deepseek_v3 import raised
 
 Weights = dict[str, mx.array]
 
@@ -202,6 +205,8 @@ def _sanitized(family: Family, module: Any, args: Any, prefix: str, weights: Wei
     if not family.norms_from_zero:
         # Experts are stacked, attention's matrices split, FP8 read, as in the model's own layers.
         block = module.Model.sanitize(_Shape(replace(args, num_hidden_layers=1)), block)
+        if module is deepseek_v3 and args.n_group > 1:
+            block = raised(block)
     else:
         block = _stacked(block)
     return found | {name.replace("model.layers.0.", "block.", 1): value for name, value in block.items()}

@@ -96,9 +96,10 @@ def install(
     for 32) and concerns quantized layers only.
     Weights and scales may stay in f16 or bf16: with `float32_activations` the embedding gives f32, and all that follows
     is computed in it.
-    Where the kernels are not built, switched off, or MLX's default device is a GPU, the model is left alone and
-    `reason` says so. `fuse` runs whole decoder layers as one operation where they have the common shape (`blocks.py`).
-    Layers added later (a LoRA adapter fused, say) are reached by uninstalling and installing again.
+    Where the kernels are not built, switched off, or MLX's default device is a GPU, `reason` says so, and all that is
+    changed is that attention over latents is computed on them (`latent.py`).
+    `fuse` runs whole decoder layers as one operation where they have the common shape (`blocks.py`), and attention over
+    latents. Layers added later (a LoRA adapter fused, say) are reached by uninstalling and installing again.
 
     Raises ValueError for another precision.
     """
@@ -106,11 +107,13 @@ def install(
         raise ValueError(f'precision is "{precision}"; expected "exact" or "fast"')
     installed = Installed(precision)
     extension, state = _load()
-    if extension is None:
-        installed.reason = f"EdgeR1's kernels are {state.reason}"
-        return installed
-    if mx.default_device().type != mx.cpu:
-        installed.reason = "MLX computes on a GPU, with its own kernels"
+    if extension is None or mx.default_device().type != mx.cpu:
+        on_cpu = mx.default_device().type == mx.cpu
+        installed.reason = (
+            f"EdgeR1's kernels are {state.reason}" if on_cpu else "MLX computes on a GPU, with its own kernels"
+        )
+        if fuse:
+            installed.latents = latent.install(model, precision, None)
         return installed
     installed.functions = functions.acquire(extension)
     try:

@@ -5,7 +5,9 @@ whole cache. `install` looks for attention of that kind in a loaded mlx-lm model
 16 rows with a plain KV cache are one operation with their projections, and any other number of rows, or kind of cache,
 is attention as one operation between the layer's own projections (`src/latent.h`). The cache keeps its class and
 contents: latents as keys, rotated keys as values. Attention that makes keys and values before it caches them
-(DeepSeek-V2) is given a cache of latents too (`latent_expanding.py`).
+(DeepSeek-V2) is given a cache of latents too (`latent_expanding.py`). Where the kernels are not in place, or the
+operation does not apply (an adapter), more rows than one of attention that caches latents are computed on them in MLX's
+own operations (`latent_plain.py`), and one row as mlx-lm does.
 
 Names only suggest what a part is. Whether a layer computes what the operation computes is found by running both on
 random input, once for each kind of layer in a model; one that differs is left alone. The operation stands for the
@@ -15,9 +17,9 @@ weights that the layer had: one that was since given other weights, or a gradien
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -28,6 +30,7 @@ from mlx_lm.models.base import create_attention_mask
 from mlx_lm.models.cache import CacheList, KVCache
 
 from edger1.kernels import latent_expanding as expanding
+from edger1.kernels import latent_plain as plain
 from edger1.kernels.latent_parts import (
     Latent,
     UnfitError,
@@ -37,6 +40,7 @@ from edger1.kernels.latent_parts import (
     output_of,
     projected,
     scale_of,
+    shape_of,
 )
 
 _PARTS = ("embed_q", "unembed_out", "kv_a_proj_with_mqa", "kv_a_layernorm")
@@ -53,6 +57,8 @@ class Latents:
     """Class of attention -> how many of the model's run on the operation."""
     whole: int = 0
     """How many of those are one operation with their projections for few rows."""
+    plain: int = 0
+    """How many of those run in MLX's own operations."""
     narrowed: int = 0
     """How many would cache keys and values of every head, and cache latents instead."""
     others: dict[str, int] = field(default_factory=dict)
@@ -69,7 +75,8 @@ class Latents:
         total = self.count + sum(self.others.values())
         if not total:
             return ""
-        line = f"latent attention: {self.count} of {total} layers, {self.whole} as one operation"
+        how = "in MLX's own operations" if self.plain else f"{self.whole} as one operation"
+        line = f"latent attention: {self.count} of {total} layers, {how}"
         if self.narrowed:
             line += f", {self.narrowed} with latents in the cache instead of keys and values"
         return line + "".join(f"; {n}: {reason}" for reason, n in self.others.items())
@@ -78,24 +85,26 @@ class Latents:
         """Give the layers their classes back."""
         for layer, original in self._classes:
             _take_off(layer, original)
-        self._classes, self.layers, self.others, self.whole, self.narrowed = [], {}, {}, 0, 0
+        self._classes, self.layers, self.others = [], {}, {}
+        self.whole = self.plain = self.narrowed = 0
 
     def runs(self, layer: nn.Module) -> bool:
         """Whether an attention layer is one of them."""
         return any(layer is each for each, _ in self._classes)
 
 
-def install(model: nn.Module, precision: str, extension: ModuleType) -> Latents:
+def install(model: nn.Module, precision: str, extension: ModuleType | None) -> Latents:
     """Let each attention layer of `model` that caches latents, or could, run on the operation; others are left alone.
 
-    The weights must be in place: a layer whose arrays are exchanged later runs as it was.
+    Without an extension those that cache latents compute on them in MLX's own operations. The weights must be in place:
+    a layer whose arrays are exchanged later runs without the operation.
     """
     latents = Latents()
     layers: Counter[str] = Counter()
     others: Counter[str] = Counter()
     known: dict[Any, str] = {}
     """Kinds of layers that were tried -> what differs, empty for nothing."""
-    for layer in [m for m in model.modules() if all(part in m for part in _PARTS) or expanding.is_expanding(m)]:
+    for layer in [m for m in model.modules() if _is_candidate(m, extension)]:
         try:
             latent = _describe(layer, precision, extension)
             kind = _kind(layer, latent)
@@ -108,6 +117,7 @@ def install(model: nn.Module, precision: str, extension: ModuleType) -> Latents:
             continue
         layers[type(layer).__name__] += 1
         latents.whole += latent.around is not None
+        latents.plain += latent.call is None
         latents.narrowed += expanding.is_expanding(layer)
         latents._classes.append((layer, type(layer)))
         _wear(layer, latent)
@@ -115,7 +125,14 @@ def install(model: nn.Module, precision: str, extension: ModuleType) -> Latents:
     return latents
 
 
-def _describe(layer: nn.Module, precision: str, extension: ModuleType) -> Latent:
+def _is_candidate(layer: nn.Module, extension: ModuleType | None) -> bool:
+    return all(part in layer for part in _PARTS) or (extension is not None and expanding.is_expanding(layer))
+
+
+def _describe(layer: nn.Module, precision: str, extension: ModuleType | None) -> Latent:
+    if extension is None:
+        scale_of(layer)
+        return Latent(None, None, shape_of(layer), None)
     shape = expanding.shape_of(layer) if expanding.is_expanding(layer) else None
     return describe(layer, precision, extension, shape)
 
@@ -166,10 +183,26 @@ def _narrowed_class(original: Any) -> type:
 def _run(layer: Any, x: mx.array, mask: Any, cache: Any) -> mx.array | None:
     """Run a layer on its operation; None, and the cache as it was, where that does not apply."""
     latent = layer._latent
-    if latent is None or not latent.call.applies(layer, x) or not _usable(x, mask, cache):
+    if latent is None or not _usable(x, mask, cache):
         return None
-    done = _whole(latent, layer, x, mask, cache)
-    return _between_projections(latent, layer, x, mask, cache) if done is None else done
+    if latent.call is not None and latent.call.applies(layer, x):
+        done = _whole(latent, layer, x, mask, cache)
+        return _between_projections(latent, latent.call.attend, layer, x, mask, cache) if done is None else done
+    if x.shape[1] == 1 or expanding.is_expanding(layer):
+        return None
+    return _between_projections(latent, _plainly(layer, latent), layer, x, mask, cache)
+
+
+def _plainly(layer: Any, latent: Latent) -> Callable[..., mx.array]:
+    """Return what attends in MLX's own operations, with the arguments of the kernels' `attend`."""
+    scale = scale_of(layer) * latent.shape.q_multiplier
+
+    def attend(
+        q_nope: mx.array, q_pe: mx.array, c: mx.array, k_pe: mx.array, mask: mx.array | None, causal: bool
+    ) -> mx.array:
+        return plain.attend(layer, latent.shape, scale, q_nope, q_pe, c, k_pe, mask, causal, latent.tile_scores)
+
+    return attend
 
 
 def _usable(x: mx.array, mask: Any, cache: Any) -> bool:
@@ -200,12 +233,14 @@ def _whole(latent: Latent, layer: Any, x: mx.array, mask: Any, cache: Any) -> mx
     return out
 
 
-def _between_projections(latent: Latent, layer: Any, x: mx.array, mask: Any, cache: Any) -> mx.array | None:
-    """Run attention as one operation between the layer's own projections; None where a gradient is to flow."""
-    shape = latent.shape
+def _between_projections(
+    latent: Latent, attend: Callable[..., mx.array], layer: Any, x: mx.array, mask: Any, cache: Any
+) -> mx.array | None:
+    """Run attention as `attend` between the layer's own projections; None where a gradient is known to flow."""
+    shape, extension = latent.shape, latent.extension
     low = low_rank(layer, x)
     q_nope, q_pe, c, k_pe = projected(layer, shape, x, low)
-    if latent.extension.is_traced(q_nope) or latent.extension.is_traced(c):
+    if extension is not None and (extension.is_traced(q_nope) or extension.is_traced(c)):
         return None
     indexer = layer.get("indexer")
     main = cache if indexer is None else None if cache is None else cache[0]
@@ -217,7 +252,7 @@ def _between_projections(latent: Latent, layer: Any, x: mx.array, mask: Any, cac
     if indexer is not None:
         mask, c, k_pe = _choose_keys(indexer, x, low, mask, cache, c, k_pe)
     causal = isinstance(mask, str)
-    out = latent.call.attend(q_nope, q_pe, c, k_pe, None if causal else mask, causal)
+    out = attend(q_nope, q_pe, c, k_pe, None if causal else mask, causal)
     if "g_proj" in layer:
         gate = mx.sigmoid(layer.g_proj(x))
         if gate.shape[-1] == shape.heads:
@@ -269,20 +304,21 @@ def _exactly(layer: nn.Module) -> Iterator[None]:
             part.__class__ = kind
 
 
-def _difference(layer: nn.Module, precision: str, extension: ModuleType) -> str:
-    """Run a layer and the operation on random rows: five into an empty cache, three, one, and then eighteen.
+def _difference(layer: nn.Module, precision: str, extension: ModuleType | None) -> str:
+    """Run a layer and the operation on random rows: five into an empty cache, three, one, eighteen, and for MLX's own
+    operations sixty-four, which meet more than a tile.
 
     Returns what differs, in words; nothing where rounding explains it. All in f32, whatever the precision.
     """
     original = type(layer)
     with _exactly(layer):
         latent = _describe(layer, "exact", extension)
-        lengths = (5, 3, 1, 18)
+        lengths = (5, 3, 1, 18) if extension is not None else (5, 3, 1, 18, 64)
         width = input_width(layer)
         inputs = [mx.random.normal((1, n, width), key=mx.random.key(n)) for n in lengths]
         try:
             expected = _answers(layer, inputs)
-            _wear(layer, latent)
+            _wear(layer, latent if extension is not None else replace(latent, tile_scores=1))
             found = _answers(layer, inputs)
         except (TypeError, ValueError, AttributeError, RuntimeError) as error:
             return f"it does not run with a plain cache ({type(error).__name__})"

@@ -10,7 +10,6 @@ that came with keys and values of the heads in it, and a quantized one, stay wha
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -24,6 +23,7 @@ from edger1.kernels.latent_parts import (
     PLAIN_QUANTIZED,
     Shape,
     UnfitError,
+    check_call,
     columns_of,
     low_rank,
     part_of,
@@ -41,9 +41,7 @@ def is_expanding(layer: nn.Module) -> bool:
 
 def shape_of(layer: nn.Module) -> Shape:
     """Return a layer's sizes, without reading a weight. Raises UnfitError where it is of another shape."""
-    names = list(inspect.signature(type(layer).__call__).parameters)
-    if names != ["self", "x", "mask", "cache"]:
-        raise UnfitError(f"it is called with ({', '.join(names[1:])})")
+    check_call(layer)
     matrix = part_of(layer, "kv_b_proj")
     plain = type(matrix) is nn.Linear
     if not plain and not (isinstance(matrix, nn.QuantizedLinear) and type(matrix).__name__ in PLAIN_QUANTIZED):

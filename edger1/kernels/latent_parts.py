@@ -39,13 +39,18 @@ class Shape:
 
 @dataclass(frozen=True)
 class Latent:
-    """The operation of one layer, and what the layer does around it. A copy of the layer has none."""
+    """The operation of one layer, and what the layer does around it. A copy of the layer has none.
+
+    Without the kernels there is no operation and no extension, but the shape.
+    """
 
     call: Any
     around: Any
     """The operation that watches the projections too, if they are known: `layer` and `applies` of it."""
     shape: Shape
-    extension: ModuleType
+    extension: ModuleType | None
+    tile_scores: int = 1 << 22
+    """Scores of all heads and rows that are held at once where MLX's own operations compute them: 16 MB."""
 
     def __deepcopy__(self, _: Any) -> None:
         return None
@@ -62,6 +67,13 @@ def scale_of(layer: nn.Module) -> float:
     return float(scale)
 
 
+def check_call(layer: nn.Module) -> None:
+    """Raise UnfitError where a layer is called with something else than rows, a mask and a cache."""
+    names = list(inspect.signature(type(layer).__call__).parameters)
+    if names != ["self", "x", "mask", "cache"]:
+        raise UnfitError(f"it is called with ({', '.join(names[1:])})")
+
+
 def output_of(layer: nn.Module) -> str:
     """Return the name of the projection at the end."""
     return "o_proj" if "o_proj" in layer else "dense"
@@ -72,10 +84,7 @@ def describe(layer: nn.Module, precision: str, extension: ModuleType, given: Sha
 
     Raises UnfitError for parts it lacks, ValueError for what does not fit.
     """
-    names = list(inspect.signature(type(layer).__call__).parameters)
-    if names != ["self", "x", "mask", "cache"]:
-        raise UnfitError(f"it is called with ({', '.join(names[1:])})")
-    shape = given or _shape_of(layer)
+    shape = given or shape_of(layer)
     scale = scale_of(layer)
     matrices = {"kv_b": "kv_b_proj"} if given else {"embed": "embed_q", "unembed": "unembed_out"}
 
@@ -105,7 +114,9 @@ def describe(layer: nn.Module, precision: str, extension: ModuleType, given: Sha
     return Latent(call, around, shape, extension)
 
 
-def _shape_of(layer: nn.Module) -> Shape:
+def shape_of(layer: nn.Module) -> Shape:
+    """Return the sizes of a layer with `embed_q` and `unembed_out`. Raises UnfitError where it is of another shape."""
+    check_call(layer)
     heads, rank, nope = _stack_shape(part_of(layer, "embed_q"))
     _, value, _ = _stack_shape(part_of(layer, "unembed_out"))
     rope = part_of(layer, "kv_a_proj_with_mqa")["weight"].shape[0] - rank
