@@ -14,7 +14,8 @@ Message = dict[str, Any]
 """A chat message: {"role": "system" | "user" | "assistant" | "tool" | "developer", "content": str}.
 
 An assistant's may have "tool_calls" as OpenAI writes them, the arguments as an object or as JSON; a tool's has the
-"tool_call_id" that it answers. "thought" is the reasoning of an assistant's message that is to be continued.
+"tool_call_id" that it answers. "thought" is the reasoning of an assistant's message that is to be continued, or that
+called tools; of earlier turns, where content may hold one in its markers too, it is left out of the prompt.
 """
 
 
@@ -70,6 +71,12 @@ class Generate:
     middle of its "thought"."""
     speculate: str = "off"
     """Where drafts come from: "off", "auto" (what promises most), "lookup", "mtp" or "draft"."""
+    think_budget: int | None = None
+    """Most tokens of thought; then the thought is closed and the answer follows. 0: no thought."""
+    think_at_least: int | None = None
+    """Tokens of thought before which the model cannot end it: "Wait" comes instead."""
+    samples: int = 1
+    """How many answers are drawn, sample i with the seed + i; what most of them say is the answer."""
     context_shift: bool = False
     """Where the context is full, drop the oldest turns' tokens, or others in its middle, and go on."""
 
@@ -148,12 +155,16 @@ Request = Load | Generate | CountTokens | Score | SaveCache | RestoreCache | Use
 
 @dataclass(frozen=True)
 class Usage:
-    """Token counts of one answer. `cached_tokens` of the prompt were in the KV cache and not prefilled again."""
+    """Token counts of one answer. `cached_tokens` of the prompt were in the KV cache and not prefilled again.
+
+    `thought_tokens` of the completion are thought, without the markers around it. Of several samples it is the sum.
+    """
 
     prompt_tokens: int = 0
     cached_tokens: int = 0
     prefilled_tokens: int = 0
     completion_tokens: int = 0
+    thought_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -254,6 +265,16 @@ class Running:
 
 
 @dataclass(frozen=True)
+class Sampled:
+    """One of the `total` samples of an answer is complete, the `done`th. `votes` are those so far, as Done has them."""
+
+    id: str
+    done: int
+    total: int
+    votes: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Counted:
     """The answer to CountTokens."""
 
@@ -299,13 +320,19 @@ class CacheRestored:
 @dataclass(frozen=True)
 class Done:
     """The end of an answer: finish_reason is "stop", "length", "cancelled", or "tools" where it waits for the results
-    of its tool calls. `notes` are sentences for the user on what in the answer is not as it seems."""
+    of its tool calls. `notes` are sentences for the user on what in the answer is not as it seems.
+
+    Where several samples were drawn, `samples` are their texts and `votes` says how many came to each answer, the most
+    first; the text that was sent is the first sample's with the first of the answers.
+    """
 
     id: str
     finish_reason: str
     usage: Usage = field(default_factory=Usage)
     figures: Figures = field(default_factory=Figures)
     notes: list[str] = field(default_factory=list)
+    votes: dict[str, int] = field(default_factory=dict)
+    samples: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -318,8 +345,8 @@ class Failed:
 
 
 Event = (
-    Loaded | AdapterUsed | Unloaded | Progress | Text | Thought | ToolCall | Running | Counted | Scores | CacheSaved
-    | CacheRestored | Done | Failed
+    Loaded | AdapterUsed | Unloaded | Progress | Text | Thought | ToolCall | Running | Sampled | Counted | Scores
+    | CacheSaved | CacheRestored | Done | Failed
 )  # fmt: skip
 
 _NESTED = {"sampling": Sampling, "usage": Usage, "figures": Figures}
@@ -327,8 +354,8 @@ _KINDS: dict[str, type] = {
     kind.__name__: kind
     for kind in (
         Load, Generate, CountTokens, Score, SaveCache, RestoreCache, UseAdapter, Cancel, Unload,
-        Loaded, AdapterUsed, Unloaded, Progress, Text, Thought, ToolCall, Running, Counted, Scores, CacheSaved,
-        CacheRestored, Done, Failed,
+        Loaded, AdapterUsed, Unloaded, Progress, Text, Thought, ToolCall, Running, Sampled, Counted, Scores,
+        CacheSaved, CacheRestored, Done, Failed,
     )
 }  # fmt: skip
 

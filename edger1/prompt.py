@@ -15,7 +15,7 @@ from edger1 import tool_calls
 from edger1.errors import UsageError
 from edger1.loader import LiveModel
 from edger1.messages import Generate, Message, SaveCache
-from edger1.thinking import Markers, begins_in_thought
+from edger1.thinking import Markers, begins_in_thought, split_thought
 
 ROLES = ("system", "user", "assistant", "tool", "developer")
 
@@ -46,7 +46,10 @@ def render(model: LiveModel, request: Generate) -> Rendered:
         raise _without_template(model)
     if request.continue_last:
         return _continued(model, request, messages)
-    text = _through_template(model, messages, request.tools, request.think)
+    text = _through_template(model, messages, request.tools, wanted(request))
+    if request.think_at_least and model.markers is not None and not _closed_or_open(text, model.markers):
+        # What it writes itself first, as other templates do for it.
+        text += model.markers.start + model.markers.blank
     return Rendered(text, in_thought=begins_in_thought(text, model.markers))
 
 
@@ -85,6 +88,17 @@ def _without_template(model: LiveModel) -> UsageError:
     )
 
 
+def wanted(request: Generate) -> str:
+    """Return what the template is told of thinking: what the request says, or what its bounds on the thought mean."""
+    if request.think != "auto":
+        return request.think
+    return "off" if request.think_budget == 0 else "on" if request.think_at_least else "auto"
+
+
+def _closed_or_open(text: str, markers: Markers) -> bool:
+    return text.rstrip().endswith((markers.start, markers.end))
+
+
 def check_messages(messages: Any) -> list[Message]:
     """Return `messages` with the arguments of tool calls as objects and a text in each.
 
@@ -109,11 +123,45 @@ def check_messages(messages: Any) -> list[Message]:
     return checked
 
 
+_THOUGHT_KEYS = ("thought", "reasoning_content", "reasoning", "thinking")
+
+
+def _without_thoughts(messages: Sequence[Message], markers: Markers | None) -> list[Message]:
+    """Return messages without the thoughts of earlier turns, as R1's template drops them, for every family.
+
+    Those behind the last question, where tools were called, are left to the template, under the names that templates
+    have for them; those that know none drop them too.
+    """
+    last = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=-1)
+    kept = []
+    for i, message in enumerate(messages):
+        if message["role"] == "assistant":
+            thought, content = split_thought(message["content"], markers)
+            thought = next((message[key] for key in _THOUGHT_KEYS if message.get(key)), thought)
+            message = {key: value for key, value in message.items() if key not in _THOUGHT_KEYS} | {"content": content}
+            if i > last and thought and message.get("tool_calls"):
+                if markers is not None and markers.channels and content:
+                    # Its template takes a thought or a content beside calls, and has them in the same channel.
+                    message["content"], thought = "", f"{thought.rstrip()}\n\n{content}"
+                message |= {"reasoning_content": thought, "thinking": thought}
+        kept.append(message)
+    return kept
+
+
+def _switch(model: LiveModel, think: str) -> dict[str, Any]:
+    """Return what turns the template's thinking on or off: DeepSeek-V3.1's has another name for it than the rest."""
+    if think == "auto":
+        return {}
+    template = str(model.tokenizer.chat_template)
+    other = "thinking" in template and "enable_thinking" not in template
+    return {"enable_thinking": think == "on"} | ({"thinking": think == "on"} if other else {})
+
+
 def _through_template(
     model: LiveModel, messages: Sequence[Message], tools: Sequence[Any], think: str, *, answer: bool = True
 ) -> str:
-    thinking: dict[str, Any] = {} if think == "auto" else {"enable_thinking": think == "on"}
-    messages = [{key: value for key, value in m.items() if key != "thought"} for m in messages]
+    thinking = _switch(model, think)
+    messages = _without_thoughts(messages, model.markers)
     if model.calls.described:
         messages = tool_calls.described(messages, tools)
     elif tools:
@@ -155,7 +203,8 @@ def _continued(model: LiveModel, request: Generate, messages: Sequence[Message])
             f"The last message was cut in its thought, and {model.name} does not think between markers that EdgeR1 "
             f"knows. Ask again instead."
         )
-    begin = _through_template(model, before, request.tools, "on" if half and request.think == "off" else request.think)
+    think = wanted(request)
+    begin = _through_template(model, before, request.tools, "on" if half and think == "off" else think)
     if half and markers is not None and begin.rstrip().endswith(markers.end):
         raise UsageError(f"The chat template of {model.name} allows no thought here, so none can be continued.")
     pieces = _pieces(begin, thought, content, markers)
@@ -175,11 +224,9 @@ def _pieces(begin: str, thought: str, content: str, markers: Markers | None) -> 
         return [begin, "", content]
     opened = begins_in_thought(begin, markers)
     if not thought and not opened:
-        return [begin + markers.answer, "", content]
+        return [begin + markers.answer, markers.gap if markers.answer else "", content]
     parts = [begin, "", thought] if opened else [begin + markers.start, markers.blank, thought]
-    return (
-        parts if not content else [*parts, "", markers.end + markers.again + markers.answer, markers.blank * 2, content]
-    )
+    return parts if not content else [*parts, "", markers.to_answer, markers.gap, content]
 
 
 def _lead(model: LiveModel, before: Sequence[Message], begin: str) -> str:

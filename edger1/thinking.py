@@ -6,6 +6,8 @@ back just what could still become one, and splits the rest.
 
 gpt-oss (harmony) writes messages of several channels instead, each `<|start|>assistant<|channel|>NAME<|message|>` ...
 `<|end|>`: "analysis" is its thought, "final" the answer, "commentary to=functions.NAME" a call.
+
+Sky-T1 and Stratos mark the answer as well, as a solution, and end that with a marker of its own.
 """
 
 from __future__ import annotations
@@ -19,26 +21,69 @@ from typing import Any
 class Markers:
     """The strings around a thought, such as `<think>` and `</think>`.
 
-    `blank` is what the family writes behind the first one, and twice behind the last. Where answers have a marker too,
-    that is `answer`, with `again` before it if it comes after a thought. `channels` says that it is harmony.
+    `blank` is what the family writes behind the first one and before the second, `gap` what it writes before the
+    answer. Where answers have a marker too, that is `answer`, with `again` before it if it comes after a thought, and
+    perhaps one at their end, `answer_end`. `channels` says that it is harmony.
     """
 
     start: str
     end: str
     blank: str = "\n"
+    gap: str = "\n\n"
     again: str = ""
     answer: str = ""
+    answer_end: str = ""
     channels: bool = False
+
+    @property
+    def to_answer(self) -> str:
+        """What stands between a thought's text and the answer, but for the gap."""
+        return self.end + self.again + self.answer
 
 
 HARMONY = Markers(
     "<|channel|>analysis<|message|>",
     "<|end|>",
     blank="",
+    gap="",
     again="<|start|>assistant",
     answer="<|channel|>final<|message|>",
     channels=True,
 )
+
+SOLUTION = Markers(
+    "<|begin_of_thought|>",
+    "<|end_of_thought|>",
+    blank="\n\n",
+    again="\n\n",
+    answer="<|begin_of_solution|>",
+    answer_end="<|end_of_solution|>",
+)
+
+
+_USUAL = Markers("<think>", "</think>")
+
+
+def split_thought(content: str, markers: Markers | None) -> tuple[str, str]:
+    """Return the thought that an assistant's message begins with, and its answer, whatever family wrote it.
+
+    `markers` are those of the model that reads it; a thought that a template of its own had opened may lack the first.
+    A thought that is not closed has no answer.
+    """
+    text = content.lstrip()
+    for each in dict.fromkeys((markers or _USUAL, _USUAL, SOLUTION, HARMONY)):
+        if text.startswith(each.start):
+            thought, _, rest = text.removeprefix(each.start).partition(each.end)
+        elif each == markers and not each.channels and each.start not in text and each.end in text:
+            thought, _, rest = text.partition(each.end)
+        else:
+            continue
+        rest = rest.lstrip("\n").removeprefix(each.again.strip("\n"))
+        if each.answer and rest.startswith(each.answer):
+            rest = rest.removeprefix(each.answer)
+            rest = rest.rstrip().removesuffix(each.answer_end).rstrip("\n") if each.answer_end in rest else rest
+        return thought.strip("\n"), rest.lstrip("\n")
+    return "", content
 
 
 def begins_in_thought(prompt: str, markers: Markers | None) -> bool:
@@ -72,20 +117,54 @@ class Splitter:
         machine = TextStateMachine(_transitions(markers, stop, calls))
         self._split = machine.split
         self._flush = machine.flush
+        self._make_state = machine.make_state
         begin = "thought" if in_thought else "header" if self._channels and not said else "answer"
+        if said and not in_thought and markers is not None and markers.answer_end:
+            begin = "solution"
         self._state: Any = machine.make_state(begin)
         self.stopped = False
         # Blank lines between the markers and the text belong to the format, not to the text.
-        self._at_start = {"thought": True, "answer": markers is not None}
+        self._at_start = {"thought": True, "answer": markers is not None, "solution": True}
         if said:
             self._at_start[begin] = False
         # A call, or the header of a message, as far as it has come.
         self._held = ""
+        self.thought_chars = 0
+        """Characters of thought so far, blanks included, but for what may become a marker."""
+        self.thoughts_closed = 0
+        """How many thoughts have come to their end."""
+        self._ending = ""
 
     @property
     def in_thought(self) -> bool:
-        """Whether what was fed ends in the middle of a thought."""
+        """Whether what comes next belongs to a thought, or to the marker that ends it."""
         return bool(self._state[0] == "thought")
+
+    @property
+    def pending(self) -> str:
+        """The end of the text, which may become a marker."""
+        return str(self._state[3])
+
+    @property
+    def thought_breaks(self) -> bool:
+        """Whether the thought has just begun or stands behind a blank."""
+        return not self._ending or self._ending.isspace()
+
+    @property
+    def thought_begun(self) -> bool:
+        """Whether the thought under way has any text, blanks included."""
+        return bool(self._ending)
+
+    def before_end(self, text: str) -> str | None:
+        """Return what `text` adds to the thought if it ends it (held text included); None where it does not end it."""
+        if not self.in_thought or not text:
+            return None
+        _, segments = self._split(self._state, text)
+        return str(segments[0][1]) if len(segments) > 1 else None
+
+    def let_go(self) -> None:
+        """Forget what is held: the tokens that it came from are taken back."""
+        self._state = self._make_state(self._state[0])
 
     def feed(self, text: str) -> list[tuple[str, str]]:
         """Take a piece of text; return what is now known, in order. Sets `stopped` at a stop string."""
@@ -95,8 +174,13 @@ class Splitter:
         self.stopped = self._state[0] is None
         known: list[tuple[str, str]] = []
         for i, (state, piece) in enumerate(segments):
+            left = i + 1 < len(segments)
+            if state == "thought":
+                self.thought_chars += len(piece)
+                self.thoughts_closed += left
+                self._ending = "" if left else piece[-1:] or self._ending
             if state is not None:
-                known += self._take(state, piece, left=i + 1 < len(segments))
+                known += self._take(state, piece, left=left)
         return known
 
     def finish(self, *, whole: bool = True) -> list[tuple[str, str]]:
@@ -104,7 +188,7 @@ class Splitter:
         if self.stopped:
             return []
         self._state, rest, state = self._flush(self._state)
-        if state in ("thought", "answer"):
+        if state in self._at_start:
             return self._take(state, rest, left=False)
         held, self._held = self._held + rest, ""
         if state == "header":
@@ -119,7 +203,10 @@ class Splitter:
             if self._at_start[state]:
                 piece = piece.lstrip("\n")
                 self._at_start[state] = not piece
-            return [(state, piece)] if piece else []
+            if left:
+                self._at_start["answer" if state == "solution" else "solution"] = True
+            kind = "answer" if state == "solution" else state
+            return [(kind, piece)] if piece else []
         self._held += piece
         if not left:
             return []
@@ -138,6 +225,9 @@ def _transitions(
     channels = markers is not None and markers.channels
     rest = "header" if channels else "answer"
     edges: dict[str, list[tuple[str, str | None]]] = {"answer": [(s, None) for s in stop], "thought": [], "header": []}
+    if markers is not None and markers.answer_end:
+        edges["solution"] = [*edges["answer"], (markers.answer_end, "answer")]
+        edges["answer"].append((markers.answer, "solution"))
     if markers is not None:
         edges[rest].append((markers.start, "thought"))
         edges["thought"].append((markers.end, rest))
