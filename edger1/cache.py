@@ -230,8 +230,10 @@ def _shrink(caches: list[Any]) -> None:
     import mlx.core as mx
     from mlx_lm.models.cache import KVCache
 
+    from edger1.packed_cache import PackedCache
+
     for cache in caches:
-        if type(cache) is KVCache:
+        if type(cache) is KVCache or isinstance(cache, PackedCache):
             cache.keys, cache.values = (mx.contiguous(a[..., : cache.offset, :]) for a in (cache.keys, cache.values))
             # A layer at a time: the sum of all beginnings beside all buffers could break the budget.
             mx.eval(cache.keys, cache.values)

@@ -251,14 +251,12 @@ class Generation:
         return self._output.finish is not None
 
     def _begin(self) -> bool:
-        from mlx_lm.models.cache import make_prompt_cache
-
         known = self._known()
         taken = self._model.kv.take(self, known)
         if taken is None:
             return False
         caches, shared = taken
-        self._caches = self._drafts.begin(caches) or make_prompt_cache(self._model.model)
+        self._caches = self._drafts.begin(caches) or self._model.new_caches()
         self._fed = known[:shared]
         if not self._clock.prefill:
             self._clock.prefill = time.perf_counter()

@@ -57,9 +57,8 @@ class Scoring:
 
     def _score_chunk(self) -> None:
         import mlx.core as mx
-        from mlx_lm.models.cache import make_prompt_cache
 
-        self._caches = self._caches or make_prompt_cache(self._model.model)
+        self._caches = self._caches or self._model.new_caches()
         ids = self._request.token_ids
         rows = self._model.prefill_step
         if not self._logits.piecewise:
