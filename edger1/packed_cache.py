@@ -31,13 +31,24 @@ class PackedCache:
     """
 
     step = _STEP
+    divides_by_tokens = True
+    """Any stretch of its arrays is a cache of those tokens."""
 
     def __init__(self, group_size: int, bits: int, *, plain_values: bool = False) -> None:
         self.keys: Any = None
         self.values: Any = None
         self.offset = 0
-        self.format = (bits, group_size)
-        self.plain_values = plain_values
+        self._format = (bits, group_size, plain_values)
+
+    @property
+    def format(self) -> tuple[int, int]:
+        """Bits of a code, and how many elements share a scale and a bias."""
+        return self._format[:2]
+
+    @property
+    def plain_values(self) -> bool:
+        """Whether values are not packed."""
+        return self._format[2]
 
     def append(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Append keys and values [B, H, L, D] of any float dtype; returns all rows as they are held."""
@@ -60,12 +71,12 @@ class PackedCache:
     @property
     def state(self) -> tuple[Any, ...]:
         """Its arrays, how many tokens are in them, and what says how they are to be read."""
-        return self.keys, self.values, self.offset, *self.format, self.plain_values
+        return self.keys, self.values, self.offset, *self._format
 
     @state.setter
     def state(self, state: Sequence[Any]) -> None:
         self.keys, self.values, offset, bits, group_size, plain = state
-        self.offset, self.format, self.plain_values = int(offset), (int(bits), int(group_size)), bool(plain)
+        self.offset, self._format = int(offset), (int(bits), int(group_size), bool(plain))
 
     @classmethod
     def from_state(cls, state: Sequence[Any]) -> Self:

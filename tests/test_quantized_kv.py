@@ -124,7 +124,7 @@ def test_a_cache_holds_what_it_was_given_and_grows(kind: type[PackedCache]) -> N
         expected = [rounded(mx.concatenate([pair[i] for pair in whole], axis=2), 8, 32) for i in (0, 1)]
         for side, right in zip(found, expected, strict=True):
             numbers = side if isinstance(side, mx.array) else mx.dequantize(*side, group_size=32, bits=8)
-            assert mx.allclose(numbers, right, rtol=1e-3, atol=1e-3)
+            assert mx.allclose(numbers, right, rtol=1e-2, atol=5e-3)
     assert cache.size() == 562
     capacity = like.keys.shape[2]
     assert cache.nbytes == 2 * capacity * (64 + 96) * (1 + 4 / 32)
@@ -169,7 +169,7 @@ def test_a_model_says_what_it_says_over_rounded_rows(family: str, kernel: bool, 
     assert any(isinstance(cache, PackedCache) for cache in caches)
     # Float rounding turns a few numbers into the next code: far less than is lost.
     assert difference(found, expected) <= 0.2 * lost
-    assert 1e-4 <= lost <= (0.03 if bits == 8 else 0.5)
+    assert 1e-4 <= lost <= (0.05 if bits == 8 else 0.5)
 
 
 @needs_kernels
