@@ -41,6 +41,7 @@ bench: $(VENV)/.installed-dev ## Run the benchmarks, EdgeR1 beside its peers (ov
 	$(BIN)/python -m benchmarks.pretrain
 	$(BIN)/python -m benchmarks.finetune
 	$(BIN)/python -m benchmarks.policy
+	$(BIN)/python -m benchmarks.caches
 	$(BIN)/python -m benchmarks.quantization
 	$(BIN)/python -m benchmarks.streaming
 	$(BIN)/python -m benchmarks.windows

@@ -22,6 +22,7 @@ BENCHMARKS = (
     ("blocks", "Blocks of large models, random weights at 4 bits"),
     ("kernels", "Single kernels"),
     ("streaming", "Experts streamed from disk: Qwen3-30B-A3B's widths, 24 layers, random weights at 4 bits"),
+    ("caches", "KV caches at 8 and 4 bits: what they lose, and decoding with them"),
     ("convert", "Converting: DeepSeek-R1's tensor shapes in FP8, and 3 GB of bf16"),
     ("quantization", "What quantizing loses: the recipes' two models, KL divergence to bf16 on held-out problems"),
     ("pretrain", "Training the recipes' two models from nothing"),

@@ -22,11 +22,12 @@ FEWEST_DECODED = 8
 class EngineRates:
     """EdgeR1 through its public API: what a user gets, sampling and detokenizing included."""
 
-    def __init__(self, folder: str, precision: str) -> None:
+    def __init__(self, folder: str, precision: str, kv_bits: int | None = None, context: int = 2048) -> None:
         import edger1
 
         self._held = tempfile.TemporaryDirectory()
-        self._model = edger1.load(endless(Path(folder), Path(self._held.name)), precision=precision, context=2048)
+        endless_folder = endless(Path(folder), Path(self._held.name))
+        self._model = edger1.load(endless_folder, precision=precision, context=context, kv_bits=kv_bits)
         self._openings = cycle(OPENINGS)
         self.info = {"kernels": self._model.info["kernels"], "precision": self._model.info["precision"]}
         self(prompt=8, generate=8)

@@ -28,7 +28,10 @@ def batchable(model: LiveModel, caches: Sequence[Any]) -> bool:
     """Whether requests with such caches can be decoded together, and have the same bits as alone."""
     from mlx_lm.models.cache import KVCache
 
-    return model.installed.stacked and model.adapter is None and all(type(cache) is KVCache for cache in caches)
+    from edger1.packed_cache import QuantizedCache
+
+    kinds = {type(cache) for cache in caches}
+    return model.installed.stacked and model.adapter is None and kinds in ({KVCache}, {QuantizedCache})
 
 
 class Row(Holder, Protocol):

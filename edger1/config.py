@@ -4,6 +4,7 @@ The file is `paths.user_config()` and every key is optional:
 
     memory = "6GB"          # the ceiling for model, caches and process; a size, or a share such as "50%"
     context = 8192          # tokens
+    kv_bits = 8             # or 4: a quantized KV cache, which takes less memory and loses a little
     threads = 2
     theme = "textual-dark"  # of the chat
     thoughts = true         # whether reasoning is open while it comes
@@ -41,6 +42,7 @@ from typing import Any
 
 from edger1 import paths
 from edger1.errors import UsageError
+from edger1.memory import KV_BITS
 from edger1.tools.settings import ServerSettings, ToolSettings
 from edger1.units import parse_size
 
@@ -53,6 +55,7 @@ class Config:
 
     memory_bytes: int | None = None
     context: int | None = None
+    kv_bits: int | None = None
     threads: int | None = None
     theme: str | None = None
     offline: bool = False
@@ -102,6 +105,9 @@ def _setting(path: Path, key: str, value: Any) -> tuple[str, Any]:
     if key in ("context", "threads"):
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise _wrong(path, key, value, "a whole number of at least 1")
+    elif key == "kv_bits":
+        if isinstance(value, bool) or value not in KV_BITS:
+            raise _wrong(path, key, value, "8 or 4")
     elif key in ("theme", "model"):
         if not isinstance(value, str) or not value.strip():
             raise _wrong(path, key, value, "a name in quotes")

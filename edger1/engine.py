@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from edger1 import sampling, thinking_control, tool_calls
 from edger1.errors import EdgeR1Error, EngineError, UsageError
 from edger1.experts.budget import parse_slots
-from edger1.memory import PROCESS_BYTES, default_ceiling
+from edger1.memory import PROCESS_BYTES, check_kv_bits, default_ceiling
 from edger1.messages import (
     AdapterUsed,
     Cancel,
@@ -116,6 +116,7 @@ class LoadJob:
             expert_slots=self._request.expert_slots,
             adapter=None if self._request.adapter is None else Path(self._request.adapter),
             draft=None if self._request.draft is None else Path(self._request.draft),
+            kv_bits=self._request.kv_bits,
         )
 
     def give_way(self) -> None:
@@ -418,6 +419,7 @@ def _check_load(request: Load) -> None:
     sampling.check_count("memory", request.memory_bytes)
     if request.expert_slots is not None:
         parse_slots(request.expert_slots)
+    check_kv_bits(request.kv_bits)
 
 
 def _check_prompt(request: Generate | SaveCache) -> None:

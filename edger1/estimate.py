@@ -43,6 +43,8 @@ _SWITCH = re.compile(
 _NUMBER = re.compile(r"\.(\d+)\.")
 # What mlx-lm's caches hold where its layers attend to a window: see `_caches`.
 _WINDOWED = ("gpt_oss",)
+# Where attention has sinks, it takes numbers and no codes.
+_SINKS = ("gpt_oss",)
 
 
 @dataclass(frozen=True)
@@ -101,10 +103,14 @@ def unknown(ceiling_bytes: int) -> Estimate:
 
 
 def of_folder(
-    folder: ModelFolder, ceiling_bytes: int, context: int | None = None, machine: Machine | None = None
+    folder: ModelFolder,
+    ceiling_bytes: int,
+    context: int | None = None,
+    machine: Machine | None = None,
+    kv_bits: int | None = None,
 ) -> Estimate:
     """Return how the model in a folder would run."""
-    plan, layers = plan_of(folder, ceiling_bytes, context, machine or Machine.this())
+    plan, layers = plan_of(folder, ceiling_bytes, context, machine or Machine.this(), kv_bits)
     idle = sum((layer.experts - layer.top_k) * layer.expert_bytes for layer in layers)
     stream = plan.stream
     missed = None
@@ -136,7 +142,7 @@ def _fit(plan: Plan) -> Fit:
 
 
 def plan_of(
-    folder: ModelFolder, ceiling_bytes: int, context: int | None, machine: Machine
+    folder: ModelFolder, ceiling_bytes: int, context: int | None, machine: Machine, kv_bits: int | None = None
 ) -> tuple[Plan, tuple[LayerExperts, ...]]:
     """Return the plan of a folder from its files alone, and its layers of experts; as `loader.plan_folder` makes it."""
     from edger1.experts.miss_cost import MissCosts
@@ -155,7 +161,7 @@ def plan_of(
         others += widened_bytes(folder, with_kernels=machine.kernels, without=expert_tensors(layers))
     active = round((folder.parameters or folder.total_bytes) * active_share(folder, layers))
     step = step_tokens(active, gpu=machine.gpu, with_kernels=machine.kernels)
-    kv = KVLayout(_caches(folder.config, machine), step)
+    kv = _layout(folder.config, machine, step, kv_bits)
     try:
         tokenizer_bytes = (folder.path / "tokenizer.json").stat().st_size
     except OSError:
@@ -219,7 +225,7 @@ def _layer_of(path: str) -> tuple[int, str]:
     return (int(match[1]) if match else -1, path)
 
 
-def _caches(config: Mapping[str, Any], machine: Machine) -> tuple[LayerCache, ...]:
+def _layout(config: Mapping[str, Any], machine: Machine, step_tokens: int, kv_bits: int | None) -> KVLayout:
     """Return what each layer caches a token: keys and values of its KV heads, or a latent with the rotated key."""
     nested = config.get("text_config")
     config = nested if isinstance(nested, Mapping) else config
@@ -231,12 +237,14 @@ def _caches(config: Mapping[str, Any], machine: Machine) -> tuple[LayerCache, ..
     layers = number("num_hidden_layers", "n_layer", "n_layers", "num_layers", default=1)
     heads = number("num_attention_heads", "n_head", "n_heads", default=1)
     latent = number("kv_lora_rank")
+    plain = 0
     # Without our kernels a few families cache what is made of the latent for each head.
     expanded = config.get("model_type") in ("deepseek_v2", "minicpm3", "youtu_llm") and not machine.kernels
     if latent and not expanded:
-        elements = latent + number("qk_rope_head_dim")
+        elements, plain, wide = latent, number("qk_rope_head_dim"), latent
     elif latent:
-        elements = heads * (number("qk_nope_head_dim") + number("qk_rope_head_dim") + number("v_head_dim"))
+        wide = number("qk_nope_head_dim") + number("qk_rope_head_dim")
+        elements = heads * (wide + number("v_head_dim"))
     else:
         wide = number("head_dim", default=number("hidden_size", "n_embd", "d_model", default=heads) // heads)
         elements = 2 * number("num_key_value_heads", "num_kv_heads", "n_head_kv", default=heads) * wide
@@ -249,25 +257,37 @@ def _caches(config: Mapping[str, Any], machine: Machine) -> tuple[LayerCache, ..
         for i in range(layers)
     ]
     window = number("sliding_window")
-    nbytes = elements * machine.element_bytes
-    return tuple(LayerCache(0, nbytes, window if each and window else None) for each in windowed)
+    whole = (elements + plain) * machine.element_bytes
+    # Codes, and a scale and a bias of 16 bits for each group.
+    group = 32 if wide % 64 else 64
+    nbytes = whole if kv_bits is None else elements * kv_bits // 8 + 4 * elements // group + 2 * plain
+    each = [LayerCache(0, whole, window) if bounded and window else LayerCache(0, nbytes) for bounded in windowed]
+    read_back = kv_bits is not None and (plain or not machine.kernels or config.get("model_type") in _SINKS)
+    return KVLayout(tuple(each), step_tokens, whole if read_back else 0)
 
 
 # A model that the registry knows
 
 
-def of_entry(entry: Entry, ceiling_bytes: int, context: int | None = None, machine: Machine | None = None) -> Estimate:
+def of_entry(
+    entry: Entry,
+    ceiling_bytes: int,
+    context: int | None = None,
+    machine: Machine | None = None,
+    kv_bits: int | None = None,
+) -> Estimate:
     """Return about how a model that is not on this machine would run, from what the registry says of it."""
     machine = machine or Machine.this()
     if not entry.bytes or not entry.parameters:
         return unknown(ceiling_bytes)
     active = entry.active_parameters or entry.parameters
     moe = active < entry.parameters
+    each = machine.element_bytes if kv_bits is None else kv_bits / 8 + 1 / 16
     tokens = choose_context({"max_position_embeddings": entry.context_length or 0}, context)
     plan = make_plan(
         _likely_config(active),
         entry.bytes,
-        KVLayout((LayerCache(0, _kv_elements(entry, active) * machine.element_bytes),), 512 if not moe else 256),
+        KVLayout((LayerCache(0, round(_kv_elements(entry, active) * each)),), 512 if not moe else 256),
         context=tokens,
         ceiling_bytes=ceiling_bytes,
         fused_attention=machine.gpu or machine.kernels,
@@ -317,12 +337,14 @@ def _kv_elements(entry: Entry, active_parameters: int) -> int:
     return entry.kv_per_token or round(58_000 * (active_parameters / 1e9) ** 0.25)
 
 
-def try_folder(path: Any, ceiling_bytes: int, context: int | None = None) -> tuple[Estimate, str | None]:
+def try_folder(
+    path: Any, ceiling_bytes: int, context: int | None = None, kv_bits: int | None = None
+) -> tuple[Estimate, str | None]:
     """As `of_folder` for a path; where its files tell nothing, an unknown estimate and the reason."""
     from edger1.folder import inspect
 
     try:
-        return of_folder(inspect(path), ceiling_bytes, context), None
+        return of_folder(inspect(path), ceiling_bytes, context, kv_bits=kv_bits), None
     except EdgeR1Error as error:
         return unknown(ceiling_bytes), str(error)
     except (ValueError, TypeError, KeyError, ArithmeticError, OSError) as error:

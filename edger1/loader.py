@@ -20,7 +20,7 @@ from edger1 import installed, kernels, registry, runs, sampling, thinking_famili
 from edger1.accounting import Account
 from edger1.cache import KVStore
 from edger1.drafting.length import Pace
-from edger1.errors import FormatError, MemoryCeilingError
+from edger1.errors import FormatError, MemoryCeilingError, UsageError
 from edger1.experts.wired import Wired
 from edger1.folder import ModelFolder, inspect
 from edger1.kv_layout import kv_layout
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from edger1.experts.live import Watch
     from edger1.experts.streaming import Streaming
     from edger1.kernels.install import Installed
+    from edger1.quantized_kv import Quantization
 
 GPU_PREFILL_STEP = 2048
 # MLX's own CPU kernels cost the same a token however many there are, so a short step loses nothing and can be stopped.
@@ -78,6 +79,8 @@ class LiveModel:
     draft: LiveModel | None = None
     """A smaller model that drafts."""
     pace: Pace = field(default_factory=Pace)
+    quantization: Quantization | None = None
+    """How its KV caches are quantized, where they are."""
 
     @property
     def all_models(self) -> list[LiveModel]:
@@ -93,9 +96,9 @@ class LiveModel:
 
     def new_caches(self) -> list[Any]:
         """Return new KV caches for its layers."""
-        from mlx_lm.models.cache import make_prompt_cache
+        from edger1.quantized_kv import new_caches
 
-        return list(make_prompt_cache(self.model))
+        return new_caches(self.model, self.quantization)
 
     @property
     def context(self) -> int:
@@ -124,6 +127,8 @@ class LiveModel:
             "kernels": self.installed.active,
             "tools": "described" if self.calls.described else "template",
             "plan": asdict(self.plan),
+            "kv_bits": self.plan.kv_bits,
+            "kv_cache": self.plan.kv_note,
             "adapter": None if self.adapter is None else self.adapter.describe(),
             "drafts": {"mtp": self.ahead is not None, "draft": None if self.draft is None else self.draft.name},
         }
@@ -177,16 +182,23 @@ def step_tokens(parameters: int, *, gpu: bool, with_kernels: bool) -> int:
     return step
 
 
-def plan_folder(folder: Path, ceiling_bytes: int, context: int | None, expert_slots: str | int | None = None) -> Plan:
+def plan_folder(
+    folder: Path,
+    ceiling_bytes: int,
+    context: int | None,
+    expert_slots: str | int | None = None,
+    kv_bits: int | None = None,
+) -> Plan:
     """Plan a model without reading its weights, and predict its speed. Runs on a thread that owns MLX.
 
-    Raises UnknownModelError and FormatError for a folder that is no model, UsageError for slots that cannot be.
+    Raises UnknownModelError and FormatError for a folder that is no model, UsageError for slots, or a quantized KV
+    cache, that cannot be.
     """
     from edger1.experts.planning import predict
 
     found = inspect(folder)
     model = build(found, folder.name)[0]
-    plan, _, layers = _plan(found, model, ceiling_bytes, context, expert_slots)
+    plan, _, layers = _plan(found, model, ceiling_bytes, context, expert_slots, kv_bits=kv_bits)
     return predict(plan, model, found, layers)
 
 
@@ -197,6 +209,7 @@ def _plan(
     context: int | None,
     expert_slots: str | int | None = None,
     adapter_bytes: int = 0,
+    kv_bits: int | None = None,
 ) -> tuple[Plan, KVLayout, tuple[LayerExperts, ...]]:
     from edger1.experts import planning
     from edger1.experts.budget import choose_step, with_experts
@@ -222,9 +235,11 @@ def _plan(
     try:
         # On the kernels some attention caches less than mlx-lm has it cache.
         with contextlib.nullcontext() if gpu or not kernels.state().available else _cached_latents(model):
-            kv = kv_layout(
-                model, 2 if gpu else 4, prefill_step(round(parameters * planning.active_share(folder, layers)))
-            )
+            quantization = _quantization(model, kv_bits, folder.path.name)
+            step = prefill_step(round(parameters * planning.active_share(folder, layers)))
+            kv = kv_layout(model, 2 if gpu else 4, step, quantization)
+    except UsageError:
+        raise
     except Exception as error:
         raise _misfit(folder, folder.path.name, error) from error
 
@@ -245,7 +260,7 @@ def _plan(
             tokenizer_file_bytes=tokenizer_bytes,
         )
         return with_experts(
-            plan,
+            _noted(plan, quantization),
             layers,
             others,
             prefill_tokens=step,
@@ -264,29 +279,54 @@ def _plan(
     return plan, replace(kv, step_tokens=step), layers
 
 
+def _quantization(model: Any, kv_bits: int | None, name: str) -> Quantization | None:
+    if kv_bits is None:
+        return None
+    from edger1.kv_layout import without_values
+    from edger1.quantized_kv import choose
+
+    with without_values():
+        return choose(model, kv_bits, name)
+
+
+def _noted(plan: Plan, quantization: Quantization | None) -> Plan:
+    if quantization is None:
+        return plan
+    return replace(plan, kv_bits=quantization.bits, kv_note=quantization.describe())
+
+
 def _cached_latents(model: Any) -> contextlib.AbstractContextManager[None]:
     from edger1.kernels.latent_expanding import planned
 
     return planned(model)
 
 
-def _with_what_is_cached(plan: Plan, kv: KVLayout, model: Any, replaced: Installed, name: str) -> tuple[Plan, KVLayout]:
-    """Return the plan, and the layout of caches, for what the layers cache that were expected to cache latents.
+def _with_what_is_cached(
+    plan: Plan, kv: KVLayout, model: Any, replaced: Installed, name: str
+) -> tuple[Plan, KVLayout, Quantization | None]:
+    """Return the plan, the layout of caches and how they are quantized, for what the layers cache now that they run as
+    they will: some were expected to cache latents.
 
     Raises MemoryCeilingError where some compute something else than they seemed to, and what they cache is too much.
     """
     from edger1.kernels.latent_expanding import layers_of
 
+    quantization = _quantization(model, plan.kv_bits, name)
     if not replaced.active or replaced.latents.narrowed == len(layers_of(model)):
-        return plan, kv
-    kv = kv_layout(model, 4, kv.step_tokens)
-    plan = replace(plan, kv_bytes=kv.nbytes(plan.context))
+        return plan, kv, quantization
+    before = kv.read_back_bytes(plan.context)
+    kv = kv_layout(model, 4, kv.step_tokens, quantization)
+    plan = replace(
+        _noted(plan, quantization),
+        kv_bytes=kv.nbytes(plan.context),
+        activation_bytes=plan.activation_bytes + kv.read_back_bytes(plan.context) - before,
+    )
     try:
         plan.check(name)
     except MemoryCeilingError:
         replaced.uninstall()
         raise
-    return plan, kv
+    return plan, kv, quantization
 
 
 def build(folder: ModelFolder, name: str) -> tuple[Any, dict[str, Any]]:
@@ -344,22 +384,25 @@ def load(
     expert_slots: str | int | None = None,
     adapter: Path | None = None,
     draft: Path | None = None,
+    kv_bits: int | None = None,
 ) -> Generator[tuple[int, int], None, LiveModel]:
     """Load a model folder in steps: yields (bytes done, bytes in all) and returns the LiveModel.
 
     Raises FormatError for a folder that is not what it says, MemoryCeilingError before anything large is read,
     UnstreamableError where `expert_slots` is given and the experts do not lie as streaming needs them, and what
     `edger1.adapter.use` raises for an adapter. `draft` is a smaller model's folder; UsageError where its vocabulary is
-    another.
+    another. `kv_bits` are those of both models' KV caches; UsageError where they cannot be quantized.
     """
     from edger1.drafting.other_model import check_vocabulary
 
     drafting = None
     if draft is not None:
-        drafting = yield from load(draft.name, draft, ceiling_bytes=ceiling_bytes, context=context, precision=precision)
+        drafting = yield from load(
+            draft.name, draft, ceiling_bytes=ceiling_bytes, context=context, precision=precision, kv_bits=kv_bits
+        )
         ceiling_bytes -= drafting.plan.total_bytes - PROCESS_BYTES
     try:
-        live = yield from _load_beside(name, path, ceiling_bytes, context, precision, expert_slots, adapter)
+        live = yield from _load_beside(name, path, ceiling_bytes, context, precision, expert_slots, adapter, kv_bits)
     except BaseException:
         if drafting is not None:
             drafting.close()
@@ -382,6 +425,7 @@ def _load_beside(
     precision: str,
     expert_slots: str | int | None,
     adapter: Path | None,
+    kv_bits: int | None,
 ) -> Generator[tuple[int, int], None, LiveModel]:
     """Load a model, with its own MTP layer and an adapter, beside what is there already."""
     from edger1.adapter import needed_bytes, use
@@ -392,7 +436,7 @@ def _load_beside(
 
     def planned(extra_bytes: int) -> tuple[Plan, KVLayout, tuple[LayerExperts, ...]]:
         beside = extra_bytes + (0 if adapter is None else needed_bytes(adapter))
-        return _plan(folder, model, ceiling_bytes, context, expert_slots, beside)
+        return _plan(folder, model, ceiling_bytes, context, expert_slots, beside, kv_bits)
 
     plan, kv, layers = planned(0)
     plan.check(name)
@@ -463,7 +507,7 @@ def _load_beside(
     with streaming.sleeping() if streaming is not None else contextlib.nullcontext():
         # What it replaces for the process is given back by close() alone.
         replaced = install(model, "exact" if precision == "exact" else "fast")
-        plan, kv = _with_what_is_cached(plan, kv, model, replaced, name)
+        plan, kv, quantization = _with_what_is_cached(plan, kv, model, replaced, name)
     if streaming is not None:
         streaming.fuse(model, replaced)
         if on_gpu():
@@ -488,6 +532,7 @@ def _load_beside(
         kv=KVStore(plan.kv_bytes, kv.nbytes),
         installed=replaced,
         account=Account(),
+        quantization=quantization,
         no_ahead="" if found is None or ahead_fits else loading.NO_ROOM,
     )
     if found is not None and ahead_fits:

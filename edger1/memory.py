@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from edger1 import cgroup
-from edger1.errors import MemoryCeilingError
+from edger1.errors import MemoryCeilingError, UsageError
 from edger1.units import format_bytes
 
 if TYPE_CHECKING:
@@ -35,6 +35,8 @@ SCORE_ROWS = 32
 """Rows of logits that scoring holds at once: at a vocabulary of 150,000 tokens 19 MB, a few times over."""
 # mlx-lm's KV caches grow by this many tokens at a time.
 _KV_STEP = 256
+KV_BITS = (8, 4)
+"""Bits that quantized KV caches can have."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,8 @@ class Plan:
     `resident_bytes` are the weights that stay in memory: all of them, or all but the routed experts where `stream` says
     how those are streamed. `process_bytes` is Python, its libraries and the tokenizer. `loading_bytes` are needed
     beside weights and process when the model is loaded, before there are caches, banks and activations.
-    `streamed_least_bytes` is the smallest ceiling with experts streamed, None where they cannot be.
+    `streamed_least_bytes` is the smallest ceiling with experts streamed, None where they cannot be. `kv_bits` are those
+    of a quantized KV cache, which loses a little, and `kv_note` says what of it is quantized, and how.
     """
 
     resident_bytes: int
@@ -57,6 +60,8 @@ class Plan:
     stream: StreamPlan | None = None
     streamed_least_bytes: int | None = None
     prediction: Prediction | None = None
+    kv_bits: int | None = None
+    kv_note: str = ""
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Plan:
@@ -143,6 +148,15 @@ def _number(config: Mapping[str, Any], *names: str, default: int = 0) -> int:
     return default
 
 
+def check_kv_bits(bits: Any) -> None:
+    """Raise UsageError for a number of bits that KV caches cannot have; None is for caches that are not quantized."""
+    if bits is not None and (isinstance(bits, bool) or bits not in KV_BITS):
+        raise UsageError(
+            f"kv_bits is {bits!r}; expected 8, which loses next to nothing, or 4, which takes about half of that, or "
+            f"None for a KV cache that is not quantized."
+        )
+
+
 @dataclass(frozen=True)
 class LayerCache:
     """What the cache of one layer takes: a fixed part, and bytes for each token, up to a window where it has one."""
@@ -159,6 +173,8 @@ class KVLayout:
     layers: tuple[LayerCache, ...]
     step_tokens: int
     """Tokens that go through the model at once; a layer with a window holds as many beside it."""
+    read_back_bytes_per_token: int = 0
+    """What a layer's quantized cache is read back to while the layer computes, where attention takes no codes."""
 
     def nbytes(self, tokens: int) -> int:
         """Bytes of buffers, at most, when `tokens` tokens are in the caches."""
@@ -169,6 +185,10 @@ class KVLayout:
             * (room if layer.window_tokens is None else min(room, layer.window_tokens + self.step_tokens))
             for layer in self.layers
         )
+
+    def read_back_bytes(self, tokens: int) -> int:
+        """Bytes that computing holds beside them: of one layer, and of the next one, which is begun meanwhile."""
+        return 2 * self.read_back_bytes_per_token * tokens
 
 
 def activation_bytes(config: Mapping[str, Any], prefill_step: int, attended: int) -> int:
@@ -218,7 +238,8 @@ def make_plan(
     return Plan(
         resident_bytes=weight_bytes,
         kv_bytes=kv.nbytes(context),
-        activation_bytes=activation_bytes(config, kv.step_tokens, 0 if fused_attention else context),
+        activation_bytes=activation_bytes(config, kv.step_tokens, 0 if fused_attention else context)
+        + kv.read_back_bytes(context),
         process_bytes=PROCESS_BYTES + _TOKENIZER_ENTRY_BYTES * entries,
         context=context,
         ceiling_bytes=ceiling_bytes,

@@ -49,6 +49,8 @@ class Load:
     """Folder of an adapter to put over the model."""
     draft: str | None = None
     """Folder of a smaller model with the same vocabulary, which drafts for this one."""
+    kv_bits: int | None = None
+    """8 or 4 for KV caches that are quantized, which loses a little; None: as the model computes."""
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from edger1.client import Connection, ThreadConnection, error_of, next_id
 from edger1.errors import EdgeR1Error, EngineError, NotYetError, UnknownModelError, UsageError
 from edger1.fetch.place import write_atomically
 from edger1.folder import beyond_training
-from edger1.memory import Plan, default_ceiling, machine_bytes
+from edger1.memory import Plan, check_kv_bits, default_ceiling, machine_bytes
 from edger1.messages import (
     AdapterUsed,
     CacheRestored,
@@ -527,6 +527,7 @@ def load_into(
     adapter: str | Path | None = None,
     expert_slots: int | str | None = None,
     draft: str | Path | None = None,
+    kv_bits: int | None = None,
     on_progress: Any = None,
 ) -> Model:
     """Find `name` (fetching it where it is not installed) and load it into an engine."""
@@ -538,7 +539,7 @@ def load_into(
     if beyond := beyond_training(folder, context):
         warnings.warn(beyond, stacklevel=3)
     drafting = None if draft is None else str(find(draft))
-    request = Load(next_id(), str(folder), memory, context, precision, expert_slots, over, drafting)
+    request = Load(next_id(), str(folder), memory, context, precision, expert_slots, over, drafting, kv_bits)
     for event in client.events(connection, request):
         if isinstance(event, Failed):
             raise error_of(event)
@@ -564,7 +565,8 @@ def load(name: str | Path, **options: Any) -> Model:
     or "exact". expert_slots: slots a layer for routed experts, a number or a share such as "25%", also where all would
     fit (default: experts stay resident where the ceiling allows it, else it decides the slots).
     adapter: folder of an adapter, in mlx-lm's or PEFT's layout. draft: a smaller model with the same vocabulary, which
-    drafts for this one. on_progress(done, total) in bytes.
+    drafts for this one. kv_bits: 8 or 4 for a quantized KV cache, which takes less memory and loses a little (default:
+    not quantized). on_progress(done, total) in bytes.
 
     Raises UnknownModelError, SourceError, FormatError, MemoryCeilingError, UsageError.
     """
@@ -581,16 +583,19 @@ def plan(
     memory: str | int | None = None,
     context: int | None = None,
     expert_slots: str | int | None = None,
+    kv_bits: int | None = None,
 ) -> Plan:
     """Work out what an installed model needs of memory and how fast it may be, without loading it.
 
     expert_slots: slots of each layer's bank, as a number or a share such as "25%", instead of what memory allows.
-    What the machine's disk and kernels read a second is measured for the first plan of a day, in a second or two.
+    kv_bits: 8 or 4 for a quantized KV cache. What the machine's disk and kernels read a second is measured for the
+    first plan of a day, in a second or two.
 
     Raises as `load` does for a bad name; what does not fit under `memory` is told by the plan's `check`.
     """
     from edger1.loader import plan_folder
 
     sampling.check_count("context", context)
+    check_kv_bits(kv_bits)
     ceiling = memory_bytes(memory) or default_ceiling()
-    return worker.call(partial(plan_folder, installed.resolve(name), ceiling, context, expert_slots))
+    return worker.call(partial(plan_folder, installed.resolve(name), ceiling, context, expert_slots, kv_bits))

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("script", ["reference.py", "chat_tables.py"])
+@pytest.mark.parametrize("script", ["reference.py", "chat_tables.py", "cache_tables.py"])
 def test_tables_are_what_the_program_says(script: str) -> None:
     done = subprocess.run(
         [sys.executable, str(ROOT / "docs" / script), "--check"], capture_output=True, text=True, check=False

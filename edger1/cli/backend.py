@@ -46,9 +46,11 @@ class ChildBackend:
         precision: str,
         expert_slots: str | None = None,
         adapter: str | None = None,
+        kv_bits: int | None = None,
     ) -> None:
         self._folder = folder
         self._load = (memory, context, precision, expert_slots)
+        self._kv_bits = kv_bits
         self._adapter = adapter
         self._memory = memory
         self._connection: ChildConnection | None = None
@@ -79,7 +81,7 @@ class ChildBackend:
         await self._drop_model()
         if self._connection is None:
             self._connection = ChildConnection(self._memory)
-        request = Load(next_id(), str(self._folder), *self._load, self._adapter)
+        request = Load(next_id(), str(self._folder), *self._load, self._adapter, kv_bits=self._kv_bits)
         self._held = request.id
         async with aclosing(self._events(request)) as events:  # type: ignore[type-var]
             async for event in events:

@@ -41,11 +41,13 @@ class ModelCatalogue:
         *,
         memory_bytes: int | None = None,
         context: int | None = None,
+        kv_bits: int | None = None,
         offline: bool = False,
         adapter_folders: tuple[Path, ...] = (),
     ) -> None:
         self._memory_bytes = memory_bytes
         self._context = context
+        self._kv_bits = kv_bits
         self._offline = offline
         self._adapter_folders = adapter_folders
 
@@ -67,7 +69,7 @@ class ModelCatalogue:
 
         found, problem = estimate.unknown(ceiling_bytes), model.problem
         if problem is None:
-            found, problem = estimate.try_folder(model.path, ceiling_bytes, self._context)
+            found, problem = estimate.try_folder(model.path, ceiling_bytes, self._context, self._kv_bits)
         return Entry(
             name=model.name,
             title=(known.description if known else None) or model.architecture or model.repo or "",
@@ -93,7 +95,7 @@ class ModelCatalogue:
     def _of_registry(self, entry: registry.Entry, ceiling_bytes: int) -> Entry:
         from edger1 import estimate
 
-        found = estimate.of_entry(entry, ceiling_bytes, self._context)
+        found = estimate.of_entry(entry, ceiling_bytes, self._context, kv_bits=self._kv_bits)
         active = entry.active_parameters
         return Entry(
             name=entry.alias,

@@ -24,6 +24,7 @@ def chat_command(
     precision: options.Precision = "fast",
     expert_slots: options.ExpertSlots = None,
     adapter: options.Adapter = None,
+    kv_bits: options.KvBits = None,
     plain: Annotated[
         bool, typer.Option("--plain", help="Talk in lines: for a screen reader, or a terminal without a full screen.")
     ] = False,
@@ -52,11 +53,12 @@ def chat_command(
     from edger1.tui.terminal import accessible, colourless, in_lines
 
     config = load_config()
+    quantized = options.kv_bits(kv_bits, config.kv_bits)
     terminals = (sys.stdin.isatty(), sys.stdout.isatty())
     lines = plain or in_lines(os.environ, *terminals, configured=config.accessible)
     name = model or config.model or DEFAULT_MODEL
     if not lines and not all(terminals):
-        _answer_once(name, system, memory, context, precision, expert_slots, adapter, offline)
+        _answer_once(name, system, memory, context, precision, expert_slots, adapter, kv_bits, offline)
         return
 
     from edger1.cli.loading import apply_threads
@@ -82,6 +84,7 @@ def chat_command(
                 offline,
                 resume=resume,
                 conversation=conversation,
+                kv_bits=quantized,
             ),
             config,
         )
@@ -103,6 +106,7 @@ def chat_command(
         precision=precision,
         expert_slots=expert_slots,
         adapter=adapter_folder(adapter),
+        kv_bits=quantized,
     )
     PlainChat(
         backend,
@@ -131,6 +135,7 @@ def _answer_once(
     precision: str,
     expert_slots: str | None,
     adapter: str | None,
+    kv_bits: str | None,
     offline: bool,
 ) -> None:
     from edger1.cli.loading import open_model
@@ -147,6 +152,7 @@ def _answer_once(
         precision=precision,
         expert_slots=expert_slots,
         adapter=adapter,
+        kv_bits=kv_bits,
         offline=offline,
     ) as loaded:
         typer.echo(f"> {question}\n")

@@ -31,6 +31,7 @@ class Wanted:
     offline: bool = False
     resume: bool = False
     conversation: str | None = None
+    kv_bits: int | None = None
 
 
 def open_usual() -> bool:
@@ -43,7 +44,7 @@ def open_usual() -> bool:
     if not all(terminals) or in_lines(os.environ, *terminals, configured=config.accessible):
         return False
     apply_threads(config.threads)
-    open_window(Wanted(None), config)
+    open_window(Wanted(None, kv_bits=config.kv_bits), config)
     return True
 
 
@@ -87,6 +88,7 @@ def open_window(wanted: Wanted, config: Config) -> None:
         precision=wanted.precision,
         expert_slots=wanted.expert_slots,
         adapter=None if wanted.adapter is None else _adapter(wanted.adapter),
+        kv_bits=wanted.kv_bits,
     )
     plain = colourless(os.environ, terminfo_colours())
     keymap = read_keymap(paths.user_keys())
@@ -101,6 +103,7 @@ def open_window(wanted: Wanted, config: Config) -> None:
         catalogue=ModelCatalogue(
             memory_bytes=ceiling,
             context=context,
+            kv_bits=wanted.kv_bits,
             offline=offline,
             adapter_folders=usual_adapter_folders(config.adapters),
         ),

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from edger1.cli import options
 from edger1.config import load_config
 
 if TYPE_CHECKING:
@@ -42,12 +43,13 @@ def open_model(
     expert_slots: str | None = None,
     adapter: str | None = None,
     draft: str | None = None,
+    kv_bits: str | None = None,
 ) -> Iterator[Model]:
     """Load a model with what the command line says, else the user's config.toml, else the defaults; close it after.
 
     After Ctrl-C it is left open: closing waits for the step that is running, and the process ends anyhow.
     """
-    with closing(_load(name, memory, context, precision, offline, expert_slots, adapter, draft)) as model:
+    with closing(_load(name, memory, context, precision, offline, expert_slots, adapter, draft, kv_bits)) as model:
         yield model
 
 
@@ -73,8 +75,10 @@ def _load(
     expert_slots: str | None,
     adapter: str | None,
     draft: str | None,
+    kv_bits: str | None,
 ) -> Model:
     config = load_config()
+    quantized = options.kv_bits(kv_bits, config.kv_bits)
     apply_threads(config.threads)
     folder = ensure_model(name, offline or config.offline)
     drafting = None if draft is None else ensure_model(draft, offline or config.offline)
@@ -92,6 +96,7 @@ def _load(
             expert_slots=expert_slots,
             adapter=adapter,
             draft=drafting,
+            kv_bits=quantized,
             on_progress=_LoadingLine() if sys.stderr.isatty() else None,
         )
 

@@ -36,6 +36,14 @@ Adapter = Annotated[
     str | None,
     typer.Option("--adapter", metavar="DIR", help="Adapter to put over the model, in mlx-lm's or PEFT's layout."),
 ]
+KvBits = Annotated[
+    str | None,
+    typer.Option(
+        "--kv-bits",
+        metavar="8|4|off",
+        help="Bits of a quantized KV cache: less memory for a little loss. Default: off.",
+    ),
+]
 Draft = Annotated[
     str | None,
     typer.Option("--draft", metavar="MODEL", help="Smaller model with the same vocabulary, which drafts for this one."),
@@ -77,6 +85,22 @@ Seed = Annotated[int | None, typer.Option(metavar="N", help="The same seed gives
 Stop = Annotated[list[str] | None, typer.Option(metavar="TEXT", help="End the answer before this text; repeatable.")]
 Think = Annotated[str, typer.Option(metavar="auto|on|off", help="Reasoning, where the model's template can switch it.")]
 Offline = Annotated[bool, typer.Option("--offline", help="Ask no hub or package index for anything.")]
+
+
+def kv_bits(asked: str | None, configured: int | None = None) -> int | None:
+    """Read --kv-bits, or else what config.toml says. Raises UsageError for anything but 8, 4 and off."""
+    from edger1.errors import UsageError
+    from edger1.memory import KV_BITS
+
+    if asked is None:
+        return configured
+    if asked == "off":
+        return None
+    if asked not in map(str, KV_BITS):
+        raise UsageError(
+            f"--kv-bits is {asked!r}; expected 8, 4 or off. 8 loses next to nothing, 4 takes half of that."
+        )
+    return int(asked)
 
 
 def figures_line(usage: Usage, figures: Figures) -> str:

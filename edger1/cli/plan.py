@@ -20,6 +20,7 @@ def plan_command(
     memory: options.Memory = None,
     context: options.Context = None,
     expert_slots: options.ExpertSlots = None,
+    kv_bits: options.KvBits = None,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object, sizes in bytes.")] = False,
 ) -> None:
     """Tell what a model would take of memory, without loading it.
@@ -36,6 +37,8 @@ def plan_command(
 
       edger1 plan qwen3-30b-a3b --expert-slots 25% --context 4096
 
+      edger1 plan qwen3-8b --context 32768 --kv-bits 8
+
       edger1 plan smollm2-135m --json
     """
     from edger1.cli.loading import apply_threads, note_beyond_training
@@ -45,12 +48,13 @@ def plan_command(
     from edger1.model import plan
 
     config = load_config()
+    quantized = options.kv_bits(kv_bits, config.kv_bits)
     apply_threads(config.threads)
     folder = resolve(model)
     name = name_of(folder)
     context = context if context is not None else config.context
     note_beyond_training(folder, context)
-    found = plan(folder, memory if memory is not None else config.memory_bytes, context, expert_slots)
+    found = plan(folder, memory if memory is not None else config.memory_bytes, context, expert_slots, quantized)
     if json_:
         typer.echo(json.dumps({"model": name} | plan_json(found), indent=2))
     else:
@@ -70,7 +74,7 @@ def lines(name: str, plan: Plan) -> Iterator[str]:
         rows.append(("expert banks", f"{format_bytes(stream.bank_bytes)}, {_slots(stream)}"))
         rows.append(("reading, prefill", format_bytes(stream.staging_bytes)))
     rows += [
-        ("KV cache", format_bytes(plan.kv_bytes)),
+        ("KV cache", format_bytes(plan.kv_bytes) + (f", {plan.kv_note}" if plan.kv_note else "")),
         ("activations", format_bytes(plan.activation_bytes)),
         ("process", format_bytes(plan.process_bytes)),
         ("in all", format_bytes(plan.total_bytes)),

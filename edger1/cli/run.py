@@ -70,6 +70,7 @@ def run_command(
     expert_slots: options.ExpertSlots = None,
     adapter: options.Adapter = None,
     draft: options.Draft = None,
+    kv_bits: options.KvBits = None,
     speculate: options.Speculate = None,
     prompt_cache: options.PromptCache = None,
     context_shift: options.ContextShift = False,
@@ -117,6 +118,7 @@ def run_command(
         expert_slots=expert_slots,
         adapter=adapter,
         draft=draft,
+        kv_bits=kv_bits,
         offline=offline,
     ) as loaded:
         # A model without a chat template continues a plain prompt.
@@ -178,6 +180,8 @@ def run_command(
             "accounted_memory_bytes": cost.accounted_memory_bytes,
             "precision": loaded.info["precision"],
             "kernels": loaded.info["kernels"],
+            "kv_bits": loaded.info["kv_bits"],
+            "kv_cache": loaded.info["kv_cache"],
             "adapter": loaded.info["adapter"],
             "experts": cost.experts,
             "drafts": cost.drafts,
@@ -188,4 +192,6 @@ def run_command(
     for note in done.notes:
         typer.echo(f"edger1: {note}", err=True)
     if figures:
-        typer.echo(options.figures_line(done.usage, done.figures), err=True)
+        line = options.figures_line(done.usage, done.figures)
+        quantized = loaded.info["kv_bits"]
+        typer.echo(line if quantized is None else f"{line} · KV cache at {quantized} bits", err=True)

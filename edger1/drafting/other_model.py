@@ -76,10 +76,9 @@ class ModelDrafter:
     def _follow(self, known: Sequence[int]) -> Any:
         """Feed what is not in the caches; returns the logits [1, V] behind the last of `known`."""
         import mlx.core as mx
-        from mlx_lm.models.cache import make_prompt_cache
 
         if self._caches is None:
-            self._caches = make_prompt_cache(self._model.model)
+            self._caches = self._model.new_caches()
         same = self._sure
         while same < min(len(self._fed), len(known) - 1) and self._fed[same] == known[same]:
             same += 1

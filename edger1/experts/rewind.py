@@ -32,7 +32,9 @@ def keep(cache: Any, *, whole: bool = False) -> Rewind:
     """
     from mlx_lm.models.cache import KVCache, QuantizedKVCache
 
-    if type(cache) in (KVCache, QuantizedKVCache) and not whole:
+    from edger1.packed_cache import PackedCache
+
+    if (type(cache) in (KVCache, QuantizedKVCache) or isinstance(cache, PackedCache)) and not whole:
         offset = cache.offset
         return lambda: setattr(cache, "offset", offset)
     nested: list[Rewind] = []

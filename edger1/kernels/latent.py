@@ -42,6 +42,7 @@ from edger1.kernels.latent_parts import (
     scale_of,
     shape_of,
 )
+from edger1.packed_cache import ReadBackCache
 
 _PARTS = ("embed_q", "unembed_out", "kv_a_proj_with_mqa", "kv_a_layernorm")
 _SAME = 1e-4
@@ -247,12 +248,16 @@ def _between_projections(
     offset = main.offset if main is not None else 0
     if "rope" in layer:
         q_pe, k_pe = layer.rope(q_pe, offset), layer.rope(k_pe, offset)
-    if main is not None:
+    codes = {}
+    if latent.call is not None and isinstance(main, ReadBackCache):
+        c, k_pe = main.append(c, k_pe)
+        codes = dict(zip(("bits", "group"), main.format, strict=True))
+    elif main is not None:
         c, k_pe = main.update_and_fetch(c, k_pe)
     if indexer is not None:
         mask, c, k_pe = _choose_keys(indexer, x, low, mask, cache, c, k_pe)
     causal = isinstance(mask, str)
-    out = attend(q_nope, q_pe, c, k_pe, None if causal else mask, causal)
+    out = attend(q_nope, q_pe, c, k_pe, None if causal else mask, causal, **codes)
     if "g_proj" in layer:
         gate = mx.sigmoid(layer.g_proj(x))
         if gate.shape[-1] == shape.heads:

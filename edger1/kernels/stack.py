@@ -3,7 +3,8 @@
 A token passes thirty layers of a small model in less time than MLX takes to hand it from each to the next. `install`
 looks for modules that do nothing but embed tokens, pass them through such layers and normalise the result (the inner
 model of most of mlx-lm's families), and gives them a class of their own: up to 16 rows with mlx-lm's `KVCache` or
-`BatchKVCache` in every layer go to one operation (`src/decoder_stack.h`), and everything else runs as it did.
+`BatchKVCache` in every layer, or the quantized ones, go to one operation (`src/decoder_stack.h`), and everything else
+runs as it did.
 
 As with layers, what a module computes is found by trying, and the operation steps back wherever what it was made from
 has been exchanged.
@@ -21,7 +22,10 @@ import mlx.nn as nn
 from mlx_lm.models.cache import BatchKVCache, KVCache
 
 from edger1.kernels import _load
+from edger1.packed_cache import BatchQuantizedCache, QuantizedCache
 
+_PACKED = (QuantizedCache, BatchQuantizedCache)
+_KINDS = (KVCache, BatchKVCache, *_PACKED)
 _MOST_ROWS = 16
 _SAME = 1e-4
 """Largest difference of the two results, relative to the largest number in them, that rounding explains."""
@@ -129,11 +133,15 @@ def _as(a: mx.array, dtype: mx.Dtype) -> mx.array:
 
 
 def _is_ready(held: Any, length: int, dtype: mx.Dtype) -> bool:
-    """Whether a cache holds `dtype`, on huge pages, with room for `length` more positions."""
-    if type(held) not in (KVCache, BatchKVCache) or held.keys is None:
+    """Whether a cache holds `dtype`, or packed rows, on huge pages, with room for `length` more positions."""
+    if type(held) not in _KINDS or held.keys is None:
         return False
     shape = held.keys.shape
-    return held.keys.dtype == dtype and _end(held) + length <= shape[2] and vars(held).get(_PLACED) == shape
+    return (
+        (held.keys.dtype == dtype or type(held) in _PACKED)
+        and _end(held) + length <= shape[2]
+        and vars(held).get(_PLACED) == shape
+    )
 
 
 def _make_ready(caches: Any, length: int, dtype: mx.Dtype) -> None:
@@ -141,17 +149,18 @@ def _make_ready(caches: Any, length: int, dtype: mx.Dtype) -> None:
     extension, _ = _load()
     rooms = extension.CacheRooms() if extension else None
     for held in caches:
-        if type(held) not in (KVCache, BatchKVCache) or held.keys is None:
+        if type(held) not in _KINDS or held.keys is None:
             continue
+        kept = held.keys.dtype if type(held) in _PACKED else dtype
         end, capacity = _end(held), held.keys.shape[2]
         if end + length > capacity:
             capacity = end + (held.step + length - 1) // held.step * held.step
-        held.keys, held.values = (_moved(a, end, capacity, dtype, rooms) for a in (held.keys, held.values))
+        held.keys, held.values = (_moved(a, end, capacity, kept, rooms) for a in (held.keys, held.values))
         # The shape, because a batch that sequences join or leave has other arrays then.
         vars(held)[_PLACED] = held.keys.shape
 
 
-def _end(held: KVCache | BatchKVCache) -> int:
+def _end(held: Any) -> int:
     end: int = held._idx if isinstance(held, BatchKVCache) else held.offset
     return end
 
@@ -180,7 +189,7 @@ def _operation(module: Any, cache_dtype: mx.Dtype, extension: ModuleType) -> _St
         raise _UnfitError
     for factor in (weight, 1.0 + weight):
         try:
-            call = extension.DecoderStack(layers, calls, factor, eps, KVCache, BatchKVCache)
+            call = extension.DecoderStack(layers, calls, factor, eps, *_KINDS)
         except ValueError as error:
             raise _UnfitError from error
         for owner, key in ((None, "layers"), (None, "embed_tokens"), (None, "norm"), (norm, "weight")):

@@ -13,6 +13,7 @@ from mlx_lm.models.cache import BatchKVCache, KVCache, RotatingKVCache
 
 from edger1.kernels.blocks.plan import Plan
 from edger1.kernels.prefill import FEW_ROWS, prefill
+from edger1.packed_cache import PackedCache, QuantizedCache, ReadBackCache
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,8 @@ def _advance(call: Any, module: Any, x: mx.array, mask: Any, cache: Any) -> Any:
             cache.keys, cache.values = done[1], done[2]
             cache.offset += x.shape[1]
         return done
+    if kind in (QuantizedCache, ReadBackCache) and not cache.plain_values and cache.keys is not None:
+        return _pack(call, module, x, mask, cache)
     if kind is BatchKVCache:
         end = cache._idx
         done = call(module, x, mask, cache.keys, cache.values, end, 0, None, cache.left_padding)
@@ -128,7 +131,19 @@ def _advance(call: Any, module: Any, x: mx.array, mask: Any, cache: Any) -> Any:
     return None
 
 
-def _make_room(cache: KVCache | BatchKVCache, x: mx.array) -> bool:
+def _pack(call: Any, module: Any, x: mx.array, mask: Any, cache: PackedCache) -> Any:
+    """The next positions of a cache whose rows are packed."""
+    bits, group = cache.format
+    done = call(module, x, mask, cache.keys, cache.values, cache.offset, bits=bits, group=group)
+    if done is None and x.shape[1] <= FEW_ROWS and _make_room(cache, x):
+        done = call(module, x, mask, cache.keys, cache.values, cache.offset, bits=bits, group=group)
+    if done is not None:
+        cache.keys, cache.values = done[1], done[2]
+        cache.offset += x.shape[1]
+    return done
+
+
+def _make_room(cache: KVCache | BatchKVCache | PackedCache, x: mx.array) -> bool:
     """Grow a cache that x does not fit into as it does itself; False if it fits or is empty."""
     length, end = x.shape[1], cache._idx if isinstance(cache, BatchKVCache) else cache.offset
     if cache.keys is None or end + length <= cache.keys.shape[2]:

@@ -9,6 +9,7 @@
 #include "bindings.h"
 #include "dequantize.h"
 #include "draw.h"
+#include "packed_rows.h"
 #include "select.h"
 
 namespace nb = nanobind;
@@ -39,6 +40,8 @@ void bind_choose(nb::module_& m) {
   m.def("dequantized_rows", &dequantized_rows, "w"_a, "scales"_a, "biases"_a.none(), "indices"_a, nb::kw_only(),
         "group_size"_a, "bits"_a, "mode"_a = "affine", "stream"_a = nb::none(),
         "Rows of a quantized matrix in float32, [*indices, columns].");
+  m.def("packed_rows", &packed_rows, "x"_a, "group_size"_a, "bits"_a, "stream"_a = nb::none(),
+        "Rows of floats [..., D] as quantized caches hold them: uint32 [..., D * bits / 32 + D / group_size].");
   m.def("covers_quantized_attention", &covers_quantized_attention, "q"_a, "k"_a, "v"_a, "mask"_a.none(), "group_size"_a,
         "bits"_a, "stream"_a = nb::none(), "Whether quantized_attention takes these arguments.");
   m.def("quantized_attention", &quantized_attention, "q"_a, "k"_a, "v"_a, "scale"_a, "mask"_a.none(), "group_size"_a,

@@ -40,8 +40,10 @@ void bind_decoder(nb::module_& m) {
            "Apply only while owner[key] is value; without an owner, the called module's.")
       .def("__call__", &WatchedLayer::call, "module"_a, "x"_a, "mask"_a.none(), "keys"_a.none(), "values"_a.none(),
            "offset"_a, "first_slot"_a = 0, "count"_a = nb::none(), "starts"_a = nb::none(),
+           "bits"_a = 0, "group"_a = 0,
            "The layer's result, keys and values, and the MLP's input where the layer ends before it; None where the "
-           "operation does not apply. See decoder.h for first_slot, count and starts.")
+           "operation does not apply. See decoder.h for first_slot, count and starts; bits and group are those of "
+           "packed rows.")
       .def("prefill", &WatchedLayer::prefill, "module"_a, "x"_a, "keys"_a.none(), "values"_a.none(), "offset"_a,
            "capacity"_a, "The same for more than 16 positions with a causal mask; None where that does not apply.");
 }

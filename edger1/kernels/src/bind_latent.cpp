@@ -82,9 +82,12 @@ void bind_latent(nb::module_& m) {
       .def("attend",
            [](const WatchedLatent& self, const mx::array& q_nope, const mx::array& q_pe, const mx::array& latent,
               const mx::array& k_pe, const std::optional<mx::array>& mask,
-              bool causal) { return self.latent.attend(q_nope, q_pe, latent, k_pe, mask, causal); },
-           "q_nope"_a, "q_pe"_a, "latent"_a, "k_pe"_a, "mask"_a = nb::none(), "causal"_a = false,
-           "[B, L, H * value] of queries [B, H, L, nope] and [B, H, L, rope] over latents [B, 1, S, rank] and keys.")
+              bool causal, int bits,
+              int group) { return self.latent.attend(q_nope, q_pe, latent, k_pe, mask, causal, {bits, group}); },
+           "q_nope"_a, "q_pe"_a, "latent"_a, "k_pe"_a, "mask"_a = nb::none(), "causal"_a = false, "bits"_a = 0,
+           "group"_a = 0,
+           "[B, L, H * value] of queries [B, H, L, nope] and [B, H, L, rope] over latents [B, 1, S, rank] and keys; bits and "
+           "group are those of packed latents.")
       .def("layer",
            [](const WatchedLatent& self, const mx::array& x, const mx::array& latent, const mx::array& k_pe, int offset,
               const std::optional<mx::array>& mask) -> nb::object {

@@ -18,9 +18,10 @@ class WatchedStack {
  public:
   // `layers` are the modules, `calls` what stands for each.
   WatchedStack(nb::list layers, nb::list calls, const std::optional<mx::array>& norm, float eps, nb::type_object plain,
-               nb::type_object batched)
+               nb::type_object batched, nb::object packed, nb::object packed_batched)
       : stack_(layers_of(calls), norm, eps), held_calls_(std::move(calls)), plain_(std::move(plain)),
-        batched_(std::move(batched)) {
+        batched_(std::move(batched)), packed_(std::move(packed)),
+        packed_batched_(std::move(packed_batched)) {
     if (nb::len(layers) != nb::len(held_calls_)) {
       throw std::invalid_argument("decoder stack: it takes one call for each layer");
     }
@@ -93,11 +94,22 @@ class WatchedStack {
     for (nb::handle cache : caches) {
       taken.each.push_back(nb::borrow(cache));
     }
-    bool batched = Py_TYPE(taken.each[0].ptr()) == reinterpret_cast<PyTypeObject*>(batched_.ptr());
-    nb::handle kind = batched ? batched_ : plain_;
+    nb::handle kind = plain_;
+    for (const nb::object* known : {&batched_, &packed_, &packed_batched_}) {
+      if (reinterpret_cast<PyObject*>(Py_TYPE(taken.each[0].ptr())) == known->ptr()) {
+        kind = *known;
+      }
+    }
+    bool batched = kind.is(batched_) || kind.is(packed_batched_), packed = kind.is(packed_) || kind.is(packed_batched_);
+    if (packed) {
+      taken.before.format = format_of(taken.each[0]);
+    }
     taken.place = batched ? "_idx" : "offset";
     for (const auto& cache : taken.each) {
       if (Py_TYPE(cache.ptr()) != reinterpret_cast<PyTypeObject*>(kind.ptr())) {
+        return std::nullopt;
+      }
+      if (packed && format_of(cache) != taken.before.format) {
         return std::nullopt;
       }
       nb::object keys = cache.attr("keys"), values = cache.attr("values");
@@ -117,6 +129,10 @@ class WatchedStack {
       taken.before.after.push_back(taken.padding->offset);
     }
     return taken;
+  }
+
+  static RowFormat format_of(nb::handle cache) {
+    return {nb::cast<int>(cache.attr("bits")), nb::cast<int>(cache.attr("group_size"))};
   }
 
   static std::vector<const DecoderLayer*> layers_of(const nb::list& calls) {
@@ -175,7 +191,7 @@ class WatchedStack {
   DecoderStack stack_;
   nb::list held_calls_;
   std::vector<const WatchedLayer*> calls_;
-  nb::object plain_, batched_;
+  nb::object plain_, batched_, packed_, packed_batched_;
   std::vector<nb::object> modules_, types_;
   Watches watches_;
 };
@@ -184,8 +200,10 @@ class WatchedStack {
 
 void bind_stack(nb::module_& m) {
   nb::class_<WatchedStack>(m, "DecoderStack", "All decoder layers of a model and its last norm as one operation.")
-      .def(nb::init<nb::list, nb::list, const std::optional<mx::array>&, float, nb::type_object, nb::type_object>(),
-           "layers"_a, "calls"_a, "norm"_a.none(), "eps"_a, "plain_cache"_a, "batched_cache"_a)
+      .def(nb::init<nb::list, nb::list, const std::optional<mx::array>&, float, nb::type_object, nb::type_object,
+                    nb::object, nb::object>(),
+           "layers"_a, "calls"_a, "norm"_a.none(), "eps"_a, "plain_cache"_a, "batched_cache"_a,
+           "packed_cache"_a = nb::none(), "packed_batched_cache"_a = nb::none())
       .def("watch", &WatchedStack::watch, "owner"_a.none(), "key"_a, "value"_a,
            "Apply only while owner[key] is value; without an owner, the called model's.")
       .def("__call__", &WatchedStack::call, "model"_a, "x"_a, "layers"_a, "caches"_a,

@@ -53,7 +53,7 @@ class WatchedLayer {
   // None where the layer does not apply; see DecoderLayer.
   nb::object call(nb::handle module, const mx::array& x, nb::handle mask, const std::optional<mx::array>& keys,
                   const std::optional<mx::array>& values, int offset, int first_slot, std::optional<int> count,
-                  const std::optional<mx::array>& starts) const {
+                  const std::optional<mx::array>& starts, int bits, int group) const {
     bool causal = mask.is_none() ? x.ndim() == 3 && x.shape(1) == 1
                                  : PyUnicode_Check(mask.ptr()) && PyUnicode_CompareWithASCIIString(mask.ptr(), "causal") == 0;
     std::optional<mx::array> rows_see;
@@ -63,7 +63,7 @@ class WatchedLayer {
     if (!keys || !values || (!causal && !rows_see) || !watches.unchanged(module)) {
       return nb::none();
     }
-    auto done = layer(x, *keys, *values, {offset, first_slot, count, starts}, rows_see);
+    auto done = layer(x, *keys, *values, {offset, first_slot, count, starts, {bits, group}}, rows_see);
     if (!done) {
       return nb::none();
     }

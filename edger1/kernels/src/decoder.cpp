@@ -43,12 +43,17 @@ class Claim : public CpuPrimitive {
       return;
     }
     allocate(out);
-    Rows from(in);
-    OutRows to(out);
+    // Bits are copied, whatever they mean.
+    Rows from;
+    from.data = in.data<void>();
+    from.map = RowMap(in, 1);
+    from.step = in.shape(-1) == 1 ? 1 : in.strides(-1);
+    from.n = in.shape(-1);
+    float* to = static_cast<float*>(out.data<void>());
     launch(stream(), [from, to] {
       parallel_ranges(from.map.rows(), grain_for(from.map.rows(), from.n, 16384), [&](int64_t begin, int64_t end) {
         for (int64_t r = begin; r < end; r++) {
-          float* place = to.place(r, nullptr);
+          float* place = to + r * from.n;
           const float* row = from.fetch(r, place);
           if (row != place) {
             std::memcpy(place, row, sizeof(float) * static_cast<size_t>(from.n));
@@ -71,9 +76,9 @@ mx::array claim(const mx::array& a, mx::Stream stream) {
 class DecoderLayerOp : public CpuPrimitive {
  public:
   DecoderLayerOp(mx::Stream stream, std::shared_ptr<const DecoderLayer::Held> held, int offset, CacheOrder order,
-                 bool has_mask, bool has_starts)
+                 bool has_mask, bool has_starts, RowFormat format)
       : CpuPrimitive(stream), held_(std::move(held)), offset_(offset), order_(order), has_mask_(has_mask),
-        has_starts_(has_starts) {}
+        has_starts_(has_starts), format_(format) {}
 
   const char* name() const override {
     return "EdgeR1DecoderLayer";
@@ -101,8 +106,9 @@ class DecoderLayerOp : public CpuPrimitive {
       allocate(outputs[3]);
       call.normed = outputs[3].data<float>();
     }
-    call.keys = outputs[1].data<float>();
-    call.values = outputs[2].data<float>();
+    call.keys = outputs[1].data<void>();
+    call.values = outputs[2].data<void>();
+    call.format = format_;
     call.order = order_;
     call.offset = offset_;
     if (has_mask_) {
@@ -151,6 +157,7 @@ class DecoderLayerOp : public CpuPrimitive {
   int offset_;
   CacheOrder order_;
   bool has_mask_, has_starts_;
+  RowFormat format_;
 };
 
 DecoderLayer::DecoderLayer(const DecoderSettings& settings) : held_(std::make_shared<Held>()) {
@@ -306,13 +313,14 @@ std::optional<DecoderOutputs> DecoderLayer::operator()(const mx::array& x, const
   mx::Stream stream = mx::default_stream(mx::default_device());
   if (!finished_ || x.ndim() != 3 || x.dtype() != mx::float32 || x.size() == 0 || x.shape(2) != plan.hidden ||
       int64_t{x.shape(0)} * x.shape(1) > kMaxRows || stream.device != mx::Device(mx::Device::cpu) || x.is_tracer() ||
-      keys.is_tracer() || values.is_tracer() || keys.dtype() != mx::float32 || values.dtype() != mx::float32 ||
-      keys.ndim() != 4 || place.offset < 0) {
+      keys.is_tracer() || values.is_tracer() || keys.dtype() != (place.format.packed() ? mx::uint32 : mx::float32) ||
+      values.dtype() != keys.dtype() || keys.ndim() != 4 || place.offset < 0 ||
+      (place.format.packed() && !place.format.fits(plan.head_dim))) {
     return std::nullopt;
   }
   int length = x.shape(1), capacity = keys.shape(2);
   int64_t end = int64_t{place.offset} + length, count = place.count ? *place.count : end;
-  mx::Shape expected{x.shape(0), plan.kv_heads, capacity, plan.head_dim};
+  mx::Shape expected{x.shape(0), plan.kv_heads, capacity, place.format.words(plan.head_dim)};
   if (keys.shape() != expected || values.shape() != expected || end > std::numeric_limits<int>::max() || count > end ||
       count < length || count > capacity || place.first_slot < 0 || place.first_slot >= capacity) {
     return std::nullopt;
@@ -345,9 +353,12 @@ std::optional<DecoderOutputs> DecoderLayer::operator()(const mx::array& x, const
   if (held_->gives_normed()) {
     shapes.push_back(x.shape());
   }
-  auto outputs = mx::array::make_arrays(shapes, std::vector<mx::Dtype>(shapes.size(), mx::float32),
+  std::vector<mx::Dtype> types(shapes.size(), mx::float32);
+  types[1] = types[2] = keys.dtype();
+  auto outputs = mx::array::make_arrays(shapes, types,
                                         std::make_shared<DecoderLayerOp>(stream, held_, place.offset, order,
-                                                                         mask_in.has_value(), place.starts.has_value()),
+                                                                         mask_in.has_value(), place.starts.has_value(),
+                                                                         place.format),
                                         std::move(inputs));
   DecoderOutputs done{outputs[0], outputs[1], outputs[2], std::nullopt};
   if (outputs.size() > 3) {

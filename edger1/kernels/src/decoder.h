@@ -32,6 +32,7 @@ struct CachePlace {
   // int32 [B]: what is in slots starts[b] .. offset - 1 are the positions of sequence b from 0 on, and what precedes them is
   // padding; not together with the two above.
   std::optional<mx::array> starts;
+  RowFormat format;                  // of packed rows, which are uint32 [.., capacity, format.words(head_dim)]
 };
 
 struct DecoderOutputs {
@@ -60,7 +61,7 @@ class DecoderLayer {
   // down the layer ends after attention.
   void finish();
 
-  // x [B, L, hidden] with B * L <= 16, keys and values [B, kv_heads, capacity, head_dim], all float32; without a mask rows see
+  // x [B, L, hidden] with B * L <= 16, keys and values [B, kv_heads, capacity, head_dim], all float32 (or packed, see CachePlace); without a mask rows see
   // what lies before them and themselves, else what a boolean or float32 mask says that can be broadcast to [B, heads, L,
   // slots in use]. A cache that nobody else holds is written in place. Nothing where this does not apply: another shape
   // or dtype, no room, an array being differentiated.

@@ -64,9 +64,11 @@ void Attend::score(int64_t task, int64_t next) const {
   size_t rows = static_cast<size_t>(rows_);
   bool masked = job_.mask.keep || job_.mask.add;
   size_t mask_bytes = masked ? rows * (sizeof(MaskRows) + kBlockKeys * (job_.mask.keep ? 1 : 4)) : 0;
-  auto* masks = static_cast<MaskRows*>(
-      thread_scratch(0, padded_to_16(mask_bytes) + rows * ((kBlockKeys + 16) * sizeof(float) + sizeof(int))));
-  auto* scores = reinterpret_cast<float*>(reinterpret_cast<char*>(masks) + padded_to_16(mask_bytes));
+  size_t unpacked = job_.format.packed() ? size_t{2} * kBlockKeys * static_cast<size_t>(dim) : 0;
+  auto* masks = static_cast<MaskRows*>(thread_scratch(
+      0, padded_to_16(mask_bytes) + unpacked * sizeof(float) + rows * ((kBlockKeys + 16) * sizeof(float) + sizeof(int))));
+  auto* numbers = reinterpret_cast<float*>(reinterpret_cast<char*>(masks) + padded_to_16(mask_bytes));
+  float* scores = numbers + unpacked;
   auto* visible = reinterpret_cast<int*>(scores + rows * (kBlockKeys + 16));
   bool any = !masked;
   if (masked) {
@@ -81,12 +83,25 @@ void Attend::score(int64_t task, int64_t next) const {
     return;
   }
   int begin = slot(span, span.lead);
-  int64_t at = (pair * job_.order.capacity + begin) * dim;
-  KeyBlock block{offset(job_.keys, job_.type, at), offset(job_.values, job_.type, at), job_.type, dim, dim, span.n,
+  KeyBlock block{row_of(job_.keys, pair, begin), row_of(job_.values, pair, begin), job_.type, dim, dim, span.n,
                  job_.dim, job_.dim};
   block.lead = span.lead;
   block.turn = span.lead + job_.order.capacity - begin;
   block.jump = -int64_t{job_.order.capacity};
+  if (unpacked) {
+    int there = span.n - span.lead, straight = std::min(there, job_.order.capacity - begin);
+    float* to = numbers;
+    for (const void* cache : {job_.keys, job_.values}) {
+      int64_t words = row_bytes() / 4;
+      unpack_rows(to, row_of(cache, pair, begin), words, straight, job_.dim, job_.format);
+      unpack_rows(to + straight * dim, row_of(cache, pair, 0), words, there - straight, job_.dim, job_.format);
+      to += kBlockKeys * dim;
+    }
+    block.keys = numbers;
+    block.values = numbers + kBlockKeys * dim;
+    block.type = Float::f32;
+    block.turn = kBlockKeys;
+  }
   block.soft_cap = job_.soft_cap;
   if (next >= 0) {
     Ahead then = first_read(next);
@@ -104,8 +119,16 @@ Ahead Attend::first_read(int64_t task, bool values) const {
     return {};
   }
   int begin = slot(span, span.lead), rows = std::min(span.n - span.lead, job_.order.capacity - begin);
-  int64_t at = (pair * job_.order.capacity + begin) * job_.dim;
-  return {offset(values ? job_.values : job_.keys, job_.type, at), 0, int64_t{rows} * job_.dim * bytes_of(job_.type)};
+  return {row_of(values ? job_.values : job_.keys, pair, begin), 0, rows * row_bytes()};
+}
+
+int64_t Attend::row_bytes() const {
+  return job_.format.packed() ? job_.format.words(job_.dim) * 4 : job_.dim * bytes_of(job_.type);
+}
+
+// A row of a key head of a sequence.
+const void* Attend::row_of(const void* cache, int64_t pair, int slot) const {
+  return static_cast<const char*>(cache) + (pair * job_.order.capacity + slot) * row_bytes();
 }
 
 // Where key j of a block is.

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "ops_table.h"
+#include "packed_rows.h"
 #include "pool.h"
 
 namespace edger1 {
@@ -35,6 +36,7 @@ struct CachedAttention {
   const void* keys = nullptr;      // [batch, kv_heads, capacity, dim], the new positions among them
   const void* values = nullptr;
   Float type = Float::f32;         // of keys and values
+  RowFormat format;                // of their rows, where they are packed
   CacheOrder order;
   int end = 0;                     // the position after the last
   // [batch] or null: sequence b begins in slot first_slots[b] < end with position 0, and ends in slot end - 1. `order` is
@@ -79,6 +81,8 @@ class Attend {
   struct Span;
   Span span_of(int64_t b, int block) const;
   int slot(const Span& span, int j) const;
+  const void* row_of(const void* cache, int64_t pair, int slot) const;
+  int64_t row_bytes() const;
   bool gather_masks(int64_t pair, const Span& span, void* masks, char* to) const;
 
   const CachedAttention& job_;

@@ -169,6 +169,7 @@ class Run : public Course {
     attention.keys = call.keys;
     attention.values = call.values;
     attention.type = call.cache_type;
+    attention.format = call.format;
     attention.order = call.order;
     attention.first_slots = call.first_slots;
     attention.end = call.offset + call.length;
@@ -424,8 +425,8 @@ class Run : public Course {
   }
 
   void* cached(void* cache, int b, int head, int slot) const {
-    int64_t at = ((int64_t{b} * plan().kv_heads + head) * call().order.capacity + slot) * plan().head_dim;
-    return offset(cache, call().cache_type, at);
+    int64_t row = (int64_t{b} * plan().kv_heads + head) * call().order.capacity + slot;
+    return offset(cache, call().format.packed() ? Float::f32 : call().cache_type, row * call().format.words(plan().head_dim));
   }
 
   // One head of one row: norm, then rotation, or the other way round.
@@ -450,6 +451,10 @@ class Run : public Course {
   // A head's key or value into the cache. Numbers beyond 16 bits become the largest: an infinity would make no number of
   // every later result.
   void store(void* to, float* from) const {
+    if (call().format.packed()) {
+      pack_row(to, from, plan().head_dim, call().format);
+      return;
+    }
     if (call().cache_type == Float::f16) {
       for (int i = 0; i < plan().head_dim; i++) {
         from[i] = std::clamp(from[i], -65504.0f, 65504.0f);

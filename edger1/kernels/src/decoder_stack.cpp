@@ -15,9 +15,9 @@ namespace edger1 {
 class DecoderStackOp : public CpuPrimitive {
  public:
   DecoderStackOp(mx::Stream stream, std::shared_ptr<const DecoderStack::Held> held, std::shared_ptr<Written> written,
-                 std::vector<int> offsets, bool has_starts)
+                 std::vector<int> offsets, bool has_starts, RowFormat format)
       : CpuPrimitive(stream), held_(std::move(held)), written_(std::move(written)), offsets_(std::move(offsets)),
-        has_starts_(has_starts) {}
+        has_starts_(has_starts), format_(format) {}
 
   const char* name() const override {
     return "EdgeR1DecoderStack";
@@ -35,7 +35,8 @@ class DecoderStackOp : public CpuPrimitive {
       call.x_stride = x.shape(2);
       call.offset = offsets_[layer];
       call.order.capacity = inputs[1 + 2 * layer].shape(2);
-      call.cache_type = float_of(inputs[1 + 2 * layer].dtype());
+      call.cache_type = format_.packed() ? Float::f32 : float_of(inputs[1 + 2 * layer].dtype());
+      call.format = format_;
       call.keys = claim(inputs[1 + 2 * layer]);
       call.values = claim(inputs[2 + 2 * layer]);
       task.calls.push_back(call);
@@ -116,6 +117,7 @@ class DecoderStackOp : public CpuPrimitive {
   std::shared_ptr<Written> written_;
   std::vector<int> offsets_;
   bool has_starts_;
+  RowFormat format_;
 };
 
 DecoderStack::DecoderStack(const std::vector<const DecoderLayer*>& layers, const std::optional<mx::array>& norm, float eps)
@@ -154,9 +156,11 @@ bool DecoderStack::applies(const mx::array& x, const StackCaches& caches) const 
   for (size_t i = 0; i < layers; i++) {
     const auto& plan = held_->layers[i]->plan;
     for (const auto* cache : {&caches.keys[i], &caches.values[i]}) {
-      bool typed = cache->dtype() == mx::float32 || cache->dtype() == mx::float16;
+      bool packed = caches.format.packed();
+      bool typed = packed ? cache->dtype() == mx::uint32 && caches.format.fits(plan.head_dim)
+                          : cache->dtype() == mx::float32 || cache->dtype() == mx::float16;
       if (cache->ndim() != 4 || !typed || cache->dtype() != caches.keys[i].dtype() || cache->is_tracer() ||
-          cache->shape() != mx::Shape{x.shape(0), plan.kv_heads, caches.keys[i].shape(2), plan.head_dim}) {
+          cache->shape() != mx::Shape{x.shape(0), plan.kv_heads, caches.keys[i].shape(2), caches.format.words(plan.head_dim)}) {
         return false;
       }
     }
@@ -188,7 +192,8 @@ std::optional<DecoderStack::Result> DecoderStack::operator()(const mx::array& x,
   inputs.insert(inputs.end(), caches.after.begin(), caches.after.end());
   refuse_if_forked();
   auto written = std::make_shared<Written>();
-  auto op = std::make_shared<DecoderStackOp>(stream, held_, written, caches.offsets, caches.starts.has_value());
+  auto op = std::make_shared<DecoderStackOp>(stream, held_, written, caches.offsets, caches.starts.has_value(),
+                                             caches.format);
   Result result{mx::array(x.shape(), mx::float32, std::move(op), std::move(inputs)), {}, {}};
   for (size_t i = 0; i < layers; i++) {
     result.keys.push_back(handed_on(result.out, caches.keys[i], written, 2 * i));

@@ -19,6 +19,7 @@ struct StackCaches {
   std::vector<mx::array> keys, values;
   std::vector<int> offsets;
   std::optional<mx::array> starts;
+  RowFormat format;                  // of all layers, where rows are packed
   std::vector<mx::array> after;      // further arrays that are to be evaluated before this call, whatever they are
 };
 
@@ -34,7 +35,7 @@ class DecoderStack {
   };
 
   // As DecoderLayer's: x [B, L, hidden] with B * L <= 16, each layer's caches [B, kv_heads, capacity, head_dim]. A layer's
-  // caches may be float16 too.
+  // caches may be float16 too, or packed.
   std::optional<Result> operator()(const mx::array& x, const StackCaches& caches) const;
 
   // Whether it applies, given caches with room for what is to come.

@@ -10,8 +10,9 @@
 namespace edger1 {
 namespace {
 
-LatentRows latent_rows(const mx::array& a) {
-  return {a.data<void>(), float_of(a.dtype()), a.strides(0), a.strides(1), a.strides(2), a.shape(3) == 1 ? 1 : a.strides(3)};
+LatentRows latent_rows(const mx::array& a, RowFormat format = {}) {
+  Float type = format.packed() ? Float::f32 : float_of(a.dtype());
+  return {a.data<void>(), type, a.strides(0), a.strides(1), a.strides(2), a.shape(3) == 1 ? 1 : a.strides(3), format};
 }
 
 // A boolean mask as [B, L, S], or nothing if it differs by head or does not broadcast.
@@ -78,8 +79,8 @@ mx::array claim(const mx::array& a, mx::Stream stream) {
 // Inputs q_nope, q_pe, latent, k_pe and, if masked, a mask [B, L, S].
 class LatentAttendOp : public CpuPrimitive {
  public:
-  LatentAttendOp(mx::Stream stream, std::shared_ptr<const LatentAttention::Held> held, bool causal)
-      : CpuPrimitive(stream), held_(std::move(held)), causal_(causal) {}
+  LatentAttendOp(mx::Stream stream, std::shared_ptr<const LatentAttention::Held> held, bool causal, RowFormat format)
+      : CpuPrimitive(stream), held_(std::move(held)), causal_(causal), format_(format) {}
 
   const char* name() const override {
     return "EdgeR1LatentAttention";
@@ -95,7 +96,7 @@ class LatentAttendOp : public CpuPrimitive {
     call.keys = inputs[2].shape(2);
     call.q_nope = latent_rows(inputs[0]);
     call.q_pe = latent_rows(inputs[1]);
-    call.latent = latent_rows(inputs[2]);
+    call.latent = latent_rows(inputs[2], format_);
     call.k_pe = latent_rows(inputs[3]);
     call.causal = causal_;
     if (inputs.size() > 4) {
@@ -111,6 +112,7 @@ class LatentAttendOp : public CpuPrimitive {
  private:
   std::shared_ptr<const LatentAttention::Held> held_;
   bool causal_;
+  RowFormat format_;
 };
 
 // Inputs x, latent, k_pe (claimed) and, if masked, a mask [B, L, S]; the result, and latent and k_pe for others to hand on.
@@ -171,7 +173,8 @@ class LatentLayerOp : public CpuPrimitive {
 } // namespace
 
 mx::array LatentAttention::attend(const mx::array& q_nope, const mx::array& q_pe, const mx::array& latent,
-                                  const mx::array& k_pe, const std::optional<mx::array>& mask, bool causal) const {
+                                  const mx::array& k_pe, const std::optional<mx::array>& mask, bool causal,
+                                  RowFormat format) const {
   const auto& plan = held_->plan;
   mx::Stream stream = cpu_stream({}, "latent attention");
   auto refuse = [](const auto&... parts) {
@@ -181,15 +184,17 @@ mx::array LatentAttention::attend(const mx::array& q_nope, const mx::array& q_pe
     throw std::invalid_argument(out.str());
   };
   for (const auto* a : {&q_nope, &q_pe, &latent, &k_pe}) {
-    if (a->ndim() != 4 || !is_float(a->dtype())) {
+    bool typed = a == &latent && format.packed() ? a->dtype() == mx::uint32 && format.fits(plan.rank)
+                                                 : is_float(a->dtype());
+    if (a->ndim() != 4 || !typed) {
       refuse("an operand has ", a->ndim(), " axes and dtype ", a->dtype(), "; expected 4 and a float type");
     }
   }
   int batch = q_nope.shape(0), length = q_nope.shape(2), keys = latent.shape(2);
   bool fits = finished_ && q_nope.shape() == mx::Shape{batch, plan.heads, length, plan.nope} &&
       q_pe.shape() == mx::Shape{batch, plan.heads, length, plan.rope} &&
-      latent.shape() == mx::Shape{batch, 1, keys, plan.rank} && k_pe.shape() == mx::Shape{batch, 1, keys, plan.rope} &&
-      batch > 0 && length > 0 && keys > 0 && (!causal || keys >= length);
+      latent.shape() == mx::Shape{batch, 1, keys, format.words(plan.rank)} &&
+      k_pe.shape() == mx::Shape{batch, 1, keys, plan.rope} && batch > 0 && length > 0 && keys > 0 && (!causal || keys >= length);
   if (!fits) {
     refuse("queries ", q_nope.shape(), " and ", q_pe.shape(), ", latents ", latent.shape(), " and keys ", k_pe.shape(),
            "; expected [B, ", plan.heads, ", L, ", plan.nope, " and ", plan.rope, "], [B, 1, S, ", plan.rank, " and ",
@@ -205,7 +210,7 @@ mx::array LatentAttention::attend(const mx::array& q_nope, const mx::array& q_pe
     inputs.push_back(*rows);
   }
   return mx::array({batch, length, plan.heads * plan.value}, mx::float32,
-                   std::make_shared<LatentAttendOp>(stream, held_, causal && !mask), std::move(inputs));
+                   std::make_shared<LatentAttendOp>(stream, held_, causal && !mask, format), std::move(inputs));
 }
 
 std::optional<std::tuple<mx::array, mx::array, mx::array>> LatentAttention::layer(

@@ -46,10 +46,10 @@ class LatentAttention {
   }
 
   // q_nope [B, H, L, nope] and q_pe [B, H, L, rope], rotated and not scaled, float32; latent [B, 1, S, rank] and k_pe
-  // [B, 1, S, rope] with S >= L in any float type; a boolean mask (true: seen) that broadcasts to [B, 1, L, S], or causal.
+  // [B, 1, S, rope] with S >= L in any float type, or latents packed as `format` says; a boolean mask (true: seen) that broadcasts to [B, 1, L, S], or causal.
   // The result is [B, L, H * value], float32. Throws std::invalid_argument for shapes or types that do not fit.
   mx::array attend(const mx::array& q_nope, const mx::array& q_pe, const mx::array& latent, const mx::array& k_pe,
-                   const std::optional<mx::array>& mask, bool causal) const;
+                   const std::optional<mx::array>& mask, bool causal, RowFormat format = {}) const;
 
   // All of the layer: x [B, L, hidden] with B * L <= 16 and a cache of `offset` positions in latent [B, 1, capacity, rank]
   // and k_pe [B, 1, capacity, rope], all float32: its result and the caches with L positions more. A cache that nobody

@@ -166,7 +166,11 @@ class FewRows {
 
   // Memory of a piece of work: for scores, weights and a packed block.
   char* scratch() const {
-    return static_cast<char*>(thread_scratch(0, static_cast<size_t>(tile_scratch_bytes() + block_bytes_)));
+    return static_cast<char*>(thread_scratch(0, static_cast<size_t>(tile_scratch_bytes() + block_bytes_ + unpacked_bytes())));
+  }
+  // Of a block whose rows are packed.
+  int64_t unpacked_bytes() const {
+    return call_.latent.format.packed() ? aligned(int64_t{kBlockKeys} * plan_.rank * 4) : 0;
   }
   int64_t tile_scratch_bytes() const {
     return aligned(int64_t{tile_} * kScoreStride * 4) + aligned(math_.a_bytes(tile_, kBlockKeys));
@@ -174,10 +178,11 @@ class FewRows {
 
   void pack_block(int b, int block, char* to) {
     int key = block * kBlockKeys, n = std::min(kBlockKeys, call_.keys - key);
-    const LatentRows &c = call_.latent, &pe = call_.k_pe;
+    auto* unpacked = reinterpret_cast<float*>(scratch() + tile_scratch_bytes() + block_bytes_);
+    const LatentRows c = call_.latent.block(b, key, n, plan_.rank, unpacked), &pe = call_.k_pe;
     // Values first: packing them reads the cache in order.
-    math_.pack_b(to + key_bytes_ + key_pe_bytes_, c.at(b, 0, key), c.type, c.row, c.step, n, plan_.rank);
-    math_.pack_b(to, c.at(b, 0, key), c.type, c.step, c.row, plan_.rank, n);
+    math_.pack_b(to + key_bytes_ + key_pe_bytes_, c.data, c.type, c.row, c.step, n, plan_.rank);
+    math_.pack_b(to, c.data, c.type, c.step, c.row, plan_.rank, n);
     if (plan_.rope > 0) {
       math_.pack_b(to + key_bytes_, pe.at(b, 0, key), pe.type, pe.step, pe.row, plan_.rope, n);
     }

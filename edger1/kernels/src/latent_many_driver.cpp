@@ -90,6 +90,7 @@ class Run {
     areas.take(scores_, int64_t{tile_} * kScoreStride * 4);
     areas.take(weights_, math_.a_bytes(tile_, kBlockKeys));
     areas.take(wide_, plan_.rank * head_dim * 4);
+    areas.take(unpacked_, call_.latent.format.packed() ? int64_t{kBlockKeys} * plan_.rank * 4 : 0);
     areas.take(rows_, int64_t{tile_} * std::max<int64_t>({plan_.rank, head_dim, plan_.rope}) * 4);
     if (expand_) {
       embed_bytes_ = padded(math_.b_bytes(plan_.rank, plan_.nope), 64);
@@ -156,8 +157,8 @@ class Run {
 
   // All rows of all heads against a block of keys.
   void meet(int key, int n) {
-    const LatentRows &c = call_.latent, &pe = call_.k_pe;
-    const void* latents = c.at(piece_.batch, 0, key);
+    const LatentRows c = call_.latent.block(piece_.batch, key, n, plan_.rank, unpacked_), &pe = call_.k_pe;
+    const void* latents = c.data;
     if (plan_.rope > 0) {
       math_.pack_b(key_pe_, pe.at(piece_.batch, 0, key), pe.type, pe.step, pe.row, plan_.rope, n);
     }
@@ -246,7 +247,7 @@ class Run {
   char *queries_ = nullptr, *key_pe_ = nullptr, *keys_ = nullptr, *values_ = nullptr, *weights_ = nullptr;
   char *matrices_ = nullptr, *latents_ = nullptr, *packed_ = nullptr;
   float *out_ = nullptr, *maxima_ = nullptr, *sums_ = nullptr, *scores_ = nullptr, *wide_ = nullptr, *rows_ = nullptr;
-  float *expanded_ = nullptr, *absorbed_ = nullptr;
+  float *expanded_ = nullptr, *absorbed_ = nullptr, *unpacked_ = nullptr;
 };
 
 } // namespace

@@ -13,6 +13,7 @@
 
 #include "decoder_plan.h"
 #include "latent_math.h"
+#include "packed_rows.h"
 
 namespace edger1 {
 
@@ -46,12 +47,22 @@ struct LatentRows {
   const void* data = nullptr;
   Float type = Float::f32;
   int64_t batch = 0, head = 0, row = 0, step = 1;
+  RowFormat format;                    // where rows are packed; strides then are in words of 32 bits
 
   const void* at(int64_t b, int64_t h, int64_t r) const {
     return offset(data, type, b * batch + h * head + r * row);
   }
   // `n` elements of a row as contiguous floats.
   void fetch(int64_t b, int64_t h, int64_t r, int n, float* to) const;
+
+  // Rows r .. r + n - 1 of the only head, of `dim` elements: where they lie or, packed ones, as floats in `scratch`.
+  LatentRows block(int64_t b, int64_t r, int n, int dim, float* scratch) const {
+    if (!format.packed()) {
+      return {at(b, 0, r), type, 0, 0, row, step, {}};
+    }
+    unpack_rows(scratch, at(b, 0, r), row, n, dim, format);
+    return {scratch, Float::f32, 0, 0, dim, 1, {}};
+  }
 };
 
 // The keys that a row sees: first .. last, all of them where `solid`, else those that the mask keeps. A row that sees
