@@ -23,6 +23,7 @@ from edger1.drafting.length import Acceptance, Cost, Length
 from edger1.drafting.lookup import Lookup
 from edger1.drafting.mtp import Kept, MTPDrafter
 from edger1.drafting.other_model import ModelDrafter
+from edger1.drafting.passes import Keys, Pass, Snapshot, buildable
 from edger1.errors import UsageError
 from edger1.experts.figures import BYTES_READ, STALL_S
 
@@ -99,10 +100,14 @@ class Speculation:
         self._before = (0.0, 0.0)
         self._plain_before = False
         self._is_usual = True
+        # How many tokens the next step may say but one, how many the last one said, and a pass that was begun early.
+        self._room = self._said = 0
+        self._early: Pass | None = None
 
     def begin(self, caches: list[Any] | None) -> list[Any] | None:
         """Take out of `caches`, which an earlier request has left, what is the MTP layer's; returns the model's own."""
         kept = caches[-1] if caches and isinstance(caches[-1], Kept) else None
+        self._early = None
         if self._mtp is not None:
             self._mtp.begin(kept)
         if self._other is not None:
@@ -111,12 +116,14 @@ class Speculation:
 
     def leave(self, caches: list[Any], fed: int) -> list[Any]:
         """Return the model's caches, of `fed` tokens, with what the MTP layer knows of these."""
+        self._early = None
         kept = None if self._mtp is None else self._mtp.leave(fed)
         return caches if kept is None else [*caches, kept]
 
     def drop(self) -> None:
         """Give the memory of drafting models' caches back; another text may follow."""
         self._lookup = None if self._lookup is None else Lookup()
+        self._early = None
         for drafter in (self._mtp, self._other):
             if drafter is not None:
                 drafter.begin()
@@ -135,7 +142,7 @@ class Speculation:
         With `unread` the token after `known` was drawn already: the answer then is for the step after that one.
         """
         self._began, self._before = time.perf_counter(), self._read()
-        self._choice = None
+        self._choice, self._room = None, room
         room = min(room, most_rows(self._model) - 1)
         if self.off or room < 1:
             return 0
@@ -165,18 +172,43 @@ class Speculation:
     def step(self, known: Sequence[int], caches: list[Any]) -> list[int]:
         """Make the drafts that `choose` decided on and verify them; returns what is said.
 
-        The caches then hold the last of `known` and all drafts; `settle` says how much of it stays.
+        The caches then hold all of the text but the last token; `settle` says how much of it stays.
         """
-        import mlx.core as mx
+        from mlx_lm.models.cache import trim_prompt_cache
 
         choice = self._choice
         assert choice is not None
         self._lengths[choice.source].taken()
-        self._draws.begin(choice.count + 1)
         self._is_usual = True
+        if self._builds_ahead(choice, caches):
+            said = self._verify_ahead(choice, known, caches)
+        else:
+            self._early = None
+            said = self._verify(choice, known, caches)
+            if choice.count + 1 > len(said):
+                trim_prompt_cache(caches, choice.count + 1 - len(said))
+        self._said = len(said)
+        choice.acceptance.note(choice.count, len(said) - 1)
+        counts = self._counts.setdefault(choice.source, _Counts())
+        counts.steps += 1
+        counts.drafted += choice.count
+        counts.accepted += len(said) - 1
+        return said
+
+    def _builds_ahead(self, choice: _Choice, caches: list[Any]) -> bool:
+        """Whether the pass after this one can be built before this one is read."""
+        apart = self._model.streaming is None and buildable(caches, choice.count + 1)
+        return choice.source == "mtp" and self._draws.together and apart
+
+    def _verify(self, choice: _Choice, known: Sequence[int], caches: list[Any]) -> list[int]:
+        """Make drafts and verify them; the caches then hold the last of `known` and all drafts."""
+        import mlx.core as mx
+
+        self._draws.begin(choice.count + 1)
+        drafts: Any
         q = None
         if choice.tokens is not None:
-            drafts = mx.array(choice.tokens, mx.uint32)
+            tokens, drafts = mx.array([[known[-1], *choice.tokens]], mx.uint32), choice.tokens
         else:
             drafter = self._mtp if choice.source == "mtp" else self._other
             assert drafter is not None
@@ -186,35 +218,88 @@ class Speculation:
             choice.count = int(drafts.size)
             # They are computed while Python prepares the pass that verifies them.
             mx.async_eval(drafts)
-        tokens = mx.concatenate([mx.array([known[-1]], mx.uint32), drafts])[None]
+            tokens = mx.concatenate([mx.array([known[-1]], mx.uint32), drafts])[None]
         logits = self.forward(tokens, caches, len(known) - 1, known)[0]
-        _, said = self._draws.verify(logits, drafts, known, q)
-        if self._mtp is not None and choice.source == "mtp" and self._goes_on(said):
-            # Most likely the next step drafts as this one did; what was said now is told meanwhile.
-            self._mtp.keep(len(known) + len(said) - 1)
-            self._draws.begin(choice.count + 1)
-            self._mtp.draft_early([*known, *said], choice.count, self._draws)
-        choice.acceptance.note(choice.count, len(said) - 1)
-        counts = self._counts.setdefault(choice.source, _Counts())
-        counts.steps += 1
-        counts.drafted += choice.count
-        counts.accepted += len(said) - 1
+        return self._draws.verify(logits, drafts, known, q)[1]
+
+    def _verify_ahead(self, choice: _Choice, known: Sequence[int], caches: list[Any]) -> list[int]:
+        """Verify drafts of the MTP layer, in a pass that was built earlier if there is one, and build the next."""
+        import mlx.core as mx
+
+        mtp, length = self._mtp, len(known)
+        assert mtp is not None
+        now, self._early = self._early, None
+        if now is not None and now.length == length and now.count <= choice.count and now.resume(caches):
+            choice.count = now.count
+        else:
+            self._is_usual = mtp.behind(known) <= MOST_ROWS
+            keys = self._draws.begin(choice.count + 1)
+            drafts, _ = mtp.draft(known, choice.count, self._draws)
+            choice.count = int(drafts.size)
+            now = self._pass(mx.array(known[-1:], mx.uint32), drafts, caches, length, keys)
+            mx.async_eval(now.drawn)
+        mtp.observe(now.hidden, length - 1, known)
+        count = now.count
+        # Python is at work here while the pass is computed.
+        before, before_mtp = Snapshot(caches), mtp.state()
+        then = self._next(now.drawn, length + count + 1, self._room - count - 1, caches, after=now.keys)
+        drafts_read, drawn = now.drafts.tolist(), now.drawn.tolist()
+        self._draws.resume(now.keys)
+        said = self._draws.said(drafts_read, drawn)
+        if then is not None and (len(said) <= count or self._ends(said)):
+            before.put_back()
+            before_mtp()
+            then = None
+        # Whoever holds their arrays keeps the caches from being written in place.
+        del before, before_mtp
+        if then is None:
+            for cache in caches:
+                cache.trim(count + 1 - len(said))
+            mtp.keep(length + len(said) - 1)
+            if not self._ends(said):
+                then = self._next(
+                    mx.array(said, mx.uint32), length + len(said), self._room - len(said), caches, after=None
+                )
+        if then is not None:
+            mx.async_eval(then.drawn)
+            self._early = then
         return said
 
-    def _goes_on(self, said: Sequence[int]) -> bool:
-        """Whether the next drafts can be begun before what was said is told, and that gains time."""
-        if not self._draws.lazy or self._model.streaming is not None:
-            return False
-        return said[-1] not in self._model.tokenizer.eos_token_ids
+    def _next(self, said: Any, length: int, room: int, caches: list[Any], *, after: Keys | None) -> Pass | None:
+        """Build the pass that follows when a step says `said`, which may not be read yet, after which the text is
+        `length` tokens long; None where that is not possible or not worth it.
+        """
+        mtp, choice = self._mtp, self._choice
+        assert mtp is not None
+        assert choice is not None
+        count = min(choice.count, room)
+        # Its hidden states are to be the last step's, and there is to be room in the caches.
+        if count < 1 or mtp.waiting != said.size or not buildable(caches, count + 1):
+            return None
+        keys = self._draws.begin(count + 1, after)
+        drafts = mtp.draft_ahead(said, length, count, self._draws)
+        made = self._pass(said[-1:], drafts, caches, length, keys)
+        made.lay_aside(caches)
+        return made
+
+    def _pass(self, last: Any, drafts: Any, caches: list[Any], length: int, keys: Keys) -> Pass:
+        import mlx.core as mx
+
+        ahead = self._model.ahead
+        assert ahead is not None
+        hidden, logits = ahead.forward(mx.concatenate([last, drafts])[None], caches)
+        return Pass(length, int(drafts.size), drafts, self._draws.drawn(logits[0]), hidden, keys)
+
+    def _ends(self, said: Sequence[int]) -> bool:
+        return not self._model.tokenizer.eos_token_ids.isdisjoint(said)
 
     def settle(self, fed: int, caches: list[Any], said: int) -> None:
-        """Trim the caches to the `fed` tokens that stay, after a step that said so many tokens."""
+        """Trim the caches to the `fed` tokens that stay, after a step of whose tokens `said` were said."""
         from mlx_lm.models.cache import trim_prompt_cache
 
-        choice = self._choice
-        assert choice is not None
-        if choice.count + 1 > said:
-            trim_prompt_cache(caches, choice.count + 1 - said)
+        if self._said > said:
+            self._early = None
+            trim_prompt_cache(caches, self._said - said)
         if self._mtp is not None:
             self._mtp.keep(fed)
 

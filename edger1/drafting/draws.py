@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edger1 import sampling
+from edger1.drafting.passes import Keys
 from edger1.drafting.rejection import Probabilities, accept, draw
 from edger1.sampling import RandomState, Sampler
 
@@ -32,23 +33,35 @@ class Draws:
         self.coupled = seeded or sampler.greedy
         """Whether the answer is token by token the one without drafts."""
         self._generator = np.random.default_rng()
-        self._keys: list[tuple[int, int]] = []
+        self._keys: Keys = []
 
     @property
     def lazy(self) -> bool:
         """Whether the next draft can be drawn before the last one is read."""
         return self.coupled and not self._sampler.looks_back
 
-    def begin(self, places: int) -> None:
-        """Begin a step that draws at `places` places."""
+    @property
+    def together(self) -> bool:
+        """Whether all places of a pass can be drawn before any of them is read."""
+        return self.lazy and (self._sampler.greedy or sampling.kernels() is not None)
+
+    def begin(self, places: int, after: Keys | None = None) -> Keys:
+        """Begin a step that draws at `places` places, one that follows a step in which all of `after` were drawn.
+
+        Returns what it draws with, for `resume`.
+        """
         self._keys = []
-        if self._sampler.greedy or sampling.kernels() is None:
-            return
-        self._turn.pause(self._random)
-        state = RandomState(self._random.key)
-        for _ in range(places):
-            key = state.next_key(sampling.kernels())
-            self._keys.append((key, state.key))
+        if not self._sampler.greedy and sampling.kernels() is not None:
+            self._turn.pause(self._random)
+            state = RandomState(after[-1][1] if after else self._random.key)
+            for _ in range(places):
+                key = state.next_key(sampling.kernels())
+                self._keys.append((key, state.key))
+        return self._keys
+
+    def resume(self, keys: Keys) -> None:
+        """Go on with a step that was begun earlier."""
+        self._keys = keys
 
     def draft(self, logits: Any, place: int, tokens: Sequence[int]) -> tuple[Any, Probabilities | None]:
         """Draw the draft for a place from a drafting model's `logits` [1, V], after `tokens`.
@@ -72,31 +85,40 @@ class Draws:
     ) -> tuple[list[int], list[int]]:
         """Return the drafts, read, and what is said: those that stand and one token more.
 
-        logits [drafts + 1, V] are the model's at each draft's place and behind; drafts (uint32, [drafts]).
+        logits [drafts + 1, V] are the model's at each draft's place and behind; drafts (uint32, [drafts]), or a list.
         """
         import mlx.core as mx
 
         if q is not None and not self.coupled:
-            tokens = [int(token) for token in drafts.tolist()]
+            tokens = _read(drafts)
             p = self._sampler.probabilities(logits, _contexts(known, tokens))
             stood, following = accept(tokens, p, q, self._generator)
             return tokens, [*tokens[:stood], following]
         if not self._sampler.looks_back and (self._sampler.greedy or self._keys):
-            both: Any = mx.concatenate([drafts.astype(mx.uint32), self._together(logits, None)]).tolist()
-            tokens, drawn = both[: drafts.size], both[drafts.size :]
+            following = self._together(logits, None)
+            mx.eval(following)
+            tokens, drawn = _read(drafts), following.tolist()
         else:
-            tokens = drafts.tolist()
+            tokens = _read(drafts)
             contexts = _contexts(known, tokens)
             if self._sampler.greedy or self._keys:
                 drawn = self._together(logits, contexts).tolist()
             else:
                 drawn = self._one_by_one(logits, tokens, contexts)
+        return tokens, self.said(tokens, drawn)
+
+    def drawn(self, logits: Any) -> Any:
+        """Draw at all places of a pass, where that is possible (`together`); returns uint32 [places], unread."""
+        return self._together(logits, None)
+
+    def said(self, drafts: Sequence[int], drawn: Sequence[int]) -> list[int]:
+        """Return what is said of the tokens drawn: as many as there are drafts that stand, and one more."""
         stood = 0
-        while stood < len(tokens) and tokens[stood] == drawn[stood]:
+        while stood < len(drafts) and drafts[stood] == drawn[stood]:
             stood += 1
         if self._keys:
             self._random.key = self._keys[stood][1]
-        return tokens, drawn[: stood + 1]
+        return list(drawn[: stood + 1])
 
     def _together(self, logits: Any, contexts: Sequence[Sequence[int]] | None) -> Any:
         import mlx.core as mx
@@ -123,6 +145,10 @@ class Draws:
             if i < len(drafts) and drafts[i] != drawn[-1]:
                 break
         return drawn
+
+
+def _read(drafts: Any) -> list[int]:
+    return list(drafts) if isinstance(drafts, list) else [int(token) for token in drafts.tolist()]
 
 
 def _contexts(known: Sequence[int], drafts: Sequence[int]) -> list[list[int]]:

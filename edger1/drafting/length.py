@@ -79,23 +79,24 @@ class Pace:
         return self._plain.compute_s + self._priced(self._plain.nbytes) if len(self._plain) > 2 else None
 
     def seconds(self, source: str, drafts: int, each: float) -> float:
-        """Return what a step with `drafts` drafts takes: as measured, else from its neighbours.
+        """Return what a step with `drafts` drafts takes; see `curve`."""
+        return self.curve(source, drafts, each)[-1]
+
+    def curve(self, source: str, most: int, each: float) -> list[float]:
+        """Return what steps with 1, 2, ... `most` drafts take: as measured, else from their neighbours.
 
         Beyond what was measured every draft takes `each` times what a plain step computes.
         """
-        measured = self._steps.get(source, {})
-        if drafts in measured:
-            return measured[drafts].compute_s + self._priced(measured[drafts].nbytes)
-        below = max((k for k in measured if k < drafts), default=0)
-        above = min((k for k in measured if k > drafts), default=0)
-        low = measured[below] if below else self._plain
-        if not above:
-            further = drafts - below
-            nbytes = low.nbytes + further * self._plain.nbytes
-            return low.compute_s + further * each * self._plain.compute_s + self._priced(nbytes)
-        high, share = measured[above], (drafts - below) / (above - below)
-        nbytes = low.nbytes + (high.nbytes - low.nbytes) * share
-        return low.compute_s + (high.compute_s - low.compute_s) * share + self._priced(nbytes)
+        plain, price = self._plain, self._stall_s / self._nbytes if self._nbytes else 0.0
+        compute_s, nbytes, found = plain.compute_s, plain.nbytes, []
+        for drafts, costs in sorted(self._steps.get(source, {}).items()):
+            gap = drafts - len(found)
+            more_s, more_bytes = (costs.compute_s - compute_s) / gap, (costs.nbytes - nbytes) / gap
+            found += [compute_s + i * more_s + (nbytes + i * more_bytes) * price for i in range(1, gap + 1)]
+            compute_s, nbytes = costs.compute_s, costs.nbytes
+        more_s, more_bytes = each * plain.compute_s, plain.nbytes
+        found += [compute_s + i * more_s + (nbytes + i * more_bytes) * price for i in range(1, most - len(found) + 1)]
+        return found[:most]
 
     def _priced(self, nbytes: float) -> float:
         return nbytes * self._stall_s / self._nbytes if self._nbytes else 0.0
@@ -119,14 +120,15 @@ class Acceptance:
             self._stood[kind] = self._stood[kind] * _FORGET + (place < accepted)
             self._tried[kind] = self._tried[kind] * _FORGET + 1
 
-    def tokens(self, drafts: int) -> float:
-        """Return how many tokens a step with so many drafts says on average."""
+    def tokens(self, most: int) -> list[float]:
+        """Return how many tokens steps with 1, 2, ... `most` drafts say on average."""
         first, later = (stood / tried for stood, tried in zip(self._stood, self._tried, strict=True))
-        said, reached = 1.0, first
-        for _ in range(drafts):
+        said, reached, found = 1.0, first, []
+        for _ in range(most):
             said += reached
             reached *= later
-        return said
+            found.append(said)
+        return found
 
 
 @dataclass
@@ -156,8 +158,9 @@ class Length:
         if plain is None or most < 1:
             return 0, 1.0
         best, gain = 0, 1.0
-        for drafts in range(1, most + 1):
-            promised = acceptance.tokens(drafts) * plain / self.pace.seconds(self.source, drafts, self.each)
+        costs = self.pace.curve(self.source, most, self.each)
+        for drafts, (said, seconds) in enumerate(zip(acceptance.tokens(most), costs, strict=True), start=1):
+            promised = said * plain / seconds
             if promised > max(gain, _LEAST_GAIN):
                 best, gain = drafts, promised
         if best:

@@ -7,12 +7,13 @@ asked for. Further drafts feed the layer its own states, which it was not traine
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from edger1.architectures.mtp import Base, Predictor
 from edger1.drafting.draws import Draws
+from edger1.drafting.passes import Snapshot
 from edger1.drafting.rejection import Probabilities
 
 if TYPE_CHECKING:
@@ -133,7 +134,7 @@ class MTPDrafter:
 
     def behind(self, known: Sequence[int]) -> int:
         """How many positions it would have to read before it drafts."""
-        return 0 if self._hidden is None else int(self._hidden.shape[1])
+        return self.waiting
 
     def observe(self, hidden: Any, first: int, known: Sequence[int]) -> None:
         """Take the hidden states of positions from `first` on, of the tokens `known`."""
@@ -181,21 +182,40 @@ class MTPDrafter:
         begun, self._begun = self._begun, None
         if begun is not None and begun[0] == len(known):
             return begun[1][:count], begun[2]
-        return self._draft(known, count, draws)
+        return self._draft(self._following(known), known, count, draws)
 
-    def draft_early(self, known: Sequence[int], count: int, draws: Draws) -> None:
-        """Begin the drafts that follow `known`, while others do something else."""
-        import mlx.core as mx
+    def draft_ahead(self, tokens: Any, length: int, count: int, draws: Draws) -> Any:
+        """Begin `count` drafts of what follows a text of `length` tokens, which may not be read yet; returns them.
 
-        drafts, q = self._draft(known, count, draws)
-        mx.async_eval(drafts)
-        self._begun = (len(known), drafts, q)
+        `tokens` (uint32, [r]) are those after the positions whose hidden states wait, up to the text's last. Only for
+        `draws` that are lazy.
+        """
+        drafts, q = self._draft(tokens[None], (), count, draws)
+        self._begun = (length, drafts, q)
+        return drafts
 
-    def _draft(self, known: Sequence[int], count: int, draws: Draws) -> tuple[Any, Probabilities | None]:
+    @property
+    def waiting(self) -> int:
+        """How many hidden states it has yet to read."""
+        return 0 if self._hidden is None else int(self._hidden.shape[1])
+
+    def state(self) -> Callable[[], None]:
+        """Return a function that makes all as it is now."""
+        caches, hidden, first, begun = Snapshot([self._cache]), self._hidden, self._first, self._begun
+
+        def put_back() -> None:
+            caches.put_back()
+            self._hidden, self._first, self._begun = hidden, first, begun
+
+        return put_back
+
+    def _draft(
+        self, following: Any, known: Sequence[int], count: int, draws: Draws
+    ) -> tuple[Any, Probabilities | None]:
         import mlx.core as mx
         import numpy as np
 
-        states = self._read(known)[:, -1:]
+        states = self._read(following)[:, -1:]
         tokens: list[Any] = []
         distributions: list[Any] = []
         said = list(known[-64:])
@@ -211,11 +231,14 @@ class MTPDrafter:
         self._cache.trim(count - 1)
         return mx.concatenate(tokens), np.stack(distributions) if distributions else None
 
-    def _read(self, known: Sequence[int]) -> Any:
+    def _following(self, known: Sequence[int]) -> Any:
+        """Return the tokens [1, r] after the positions whose hidden states wait."""
         import mlx.core as mx
 
-        count = self._hidden.shape[1]
-        tokens = mx.array([known[self._first + 1 : self._first + 1 + count]])
+        return mx.array([known[self._first + 1 : self._first + 1 + self.waiting]])
+
+    def _read(self, tokens: Any) -> Any:
+        count = self.waiting
         states = self._ahead.predictor(self._hidden, self._ahead.base.embed(tokens), self._cache)
         self._hidden, self._first = None, self._first + count
         return states
@@ -229,6 +252,6 @@ class MTPDrafter:
             return
         rest = hidden[:, count:]
         self._hidden = hidden[:, :count]
-        mx.eval(self._read(known), self._cache.state)
+        mx.eval(self._read(self._following(known)), self._cache.state)
         if rest.shape[1]:
             self._hidden = mx.contiguous(rest)

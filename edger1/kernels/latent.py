@@ -249,7 +249,8 @@ def _between_projections(
     if "rope" in layer:
         q_pe, k_pe = layer.rope(q_pe, offset), layer.rope(k_pe, offset)
     codes = {}
-    if latent.call is not None and isinstance(main, ReadBackCache):
+    if isinstance(main, ReadBackCache) and latent.call is not None and attend == latent.call.attend:
+        # The kernels read the codes.
         c, k_pe = main.append(c, k_pe)
         codes = dict(zip(("bits", "group"), main.format, strict=True))
     elif main is not None:

@@ -470,7 +470,7 @@ void to_f32(const void* from, ScaleType type, int64_t count, float* to) {
   convert(from, type, count, to);
 }
 
-const QmmKernels table{kTileFast,        kTileExact,  prepare_fast,       prepare_exact,       rows<true>, rows<false>,
+constexpr QmmKernels table{kTileFast,        kTileExact,  prepare_fast,       prepare_exact,       rows<true>, rows<false>,
                        packed_x_bytes,   pack_x_fast, pack_x_exact,       panel_scratch_bytes, panel_fast, panel_exact,
                        packed_f32_bytes, pack_x_f32,  back_scratch_bytes, panel_back,          raise_to,   to_f32,
                        convert_back};
