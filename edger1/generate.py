@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from edger1 import sampling
+from edger1 import sampling, thinking_control
 from edger1.batch import Batch, batchable
 from edger1.cache import Entry
 from edger1.errors import ContextError, UsageError
@@ -30,11 +30,12 @@ from edger1.experts.figures import Account
 from edger1.loader import LiveModel
 from edger1.messages import Done, Event, Figures, Generate, Progress, Running, Text, Thought, ToolCall, Usage
 from edger1.mlx_runtime import on_gpu
-from edger1.prompt import render
+from edger1.prompt import Rendered, render
 from edger1.sampling import RandomState, Sampler
 from edger1.seam import Detokenizer
 from edger1.speculate import Speculation
 from edger1.thinking import Splitter
+from edger1.thinking_control import Ruling
 from edger1.tool_calls import MalformedCallError
 
 # Weights up to which a CPU reads them in some tens of milliseconds.
@@ -114,6 +115,10 @@ class Generation:
         calls = model.calls.markers if request.tools else ()
         self._splitter = Splitter(model.markers, request.stop, rendered.in_thought, calls=calls, said=rendered.said)
         self._detokenizer = Detokenizer(model.tokenizer, self._prompt if rendered.said else ())
+        self._control = self._thinking_control(rendered)
+        # Whether what was said last stands otherwise than it was drawn, and how many tokens in the caches do not stand.
+        self._overruled = False
+        self._excess = 0
         self._run_ahead = runs_ahead(model) and not self._sampler.looks_back
         self._drafts = Speculation(
             model, request.speculate, self._sampler, self._random, turn, seeded=chosen.seed is not None
@@ -127,6 +132,23 @@ class Generation:
         self._next: Any = None
         # Where the caches, and the token drawn ahead, are while this request is decoded with others.
         self.batch: Batch[Any] | None = None
+
+    def _thinking_control(self, rendered: Rendered) -> thinking_control.ThinkingControl:
+        tokenizer, markers = self._model.tokenizer, self._model.markers
+        before = None
+        if rendered.said and rendered.in_thought and markers is not None:
+            before = thinking_control.thought_in(
+                self._prompt, markers.start, lambda ids: str(tokenizer.decode(ids, skip_special_tokens=False))
+            )
+        return thinking_control.of(
+            self._request,
+            markers,
+            self._splitter,
+            lambda text: list(tokenizer.encode(text, add_special_tokens=False)),
+            name=self._model.name,
+            room=self._max_tokens,
+            thought_before=before,
+        )
 
     def _encode(self, text: str) -> list[int]:
         def encode(part: str) -> list[int]:
@@ -206,7 +228,7 @@ class Generation:
     def joins(self) -> bool:
         """Whether its next step is a token that can be decoded together with those of other requests."""
         if self.batch is not None:
-            return True
+            return not self._overruled
         if not self._fed or self._caches is None or not batchable(self._model, self._caches):
             return False
         return self._waiting == (self._next is None)
@@ -226,7 +248,8 @@ class Generation:
     def receive(self, caches: list[Any] | None, drawn: Any) -> None:
         """Take caches and the token drawn ahead back from the batch; no caches where it has dropped them."""
         self._caches, self._next, self.batch = caches, drawn, None
-        if caches is not None:
+        self._take_back()
+        if self._caches is not None:
             self._model.kv.settle(self, len(self._fed) + 1)
 
     def _come_back(self) -> None:
@@ -328,12 +351,16 @@ class Generation:
         if ahead:
             self._fed.append(token)
         self._add(token)
+        self._take_back()
 
     def _choose_drafts(self) -> int:
         """Return how many drafts the next step verifies, or the one after it where a token was drawn ahead."""
         assert self._caches is not None
         unread = self._next is not None
         room = self._max_tokens - len(self._output.tokens) - 1 - unread
+        if self._control.left is not None:
+            # The last draft that stands has one token more behind it.
+            room = min(room, self._control.left - 1 - unread)
         return self._drafts.choose(self._known(), self._caches, room, unread=unread)
 
     def _verify(self) -> None:
@@ -344,11 +371,14 @@ class Generation:
         for streaming in self._model.streamings:
             streaming.let_go()
         for token in said:
-            if self._output.finish is not None:
+            if self._output.finish is not None or self._overruled:
                 break
             self._fed.append(self.last_token)
             self._add(token)
         self._drafts.settle(len(self._fed), self._caches, len(self._fed) - before)
+        # That has trimmed the caches to what stands.
+        self._excess = 0
+        self._take_back()
 
     def _add(self, token: int) -> None:
         clock = self._clock
@@ -370,14 +400,69 @@ class Generation:
         self._emit(Running(self._request.id, figures, None if watch is None else watch.layers()))
 
     def _publish(self, token: int) -> None:
-        if token in self._model.tokenizer.eos_token_ids:
-            self._output.finish = "stop"
-        else:
-            self._send(self._splitter.feed(self._detokenizer.add(token)))
-            if self._splitter.stopped:
+        ends = token in self._model.tokenizer.eos_token_ids
+        text = "" if ends else self._detokenizer.add(token)
+        ruling = self._control.overrules(text, ends=ends)
+        if ruling is None:
+            if ends:
                 self._output.finish = "stop"
-            elif len(self._output.tokens) >= self._max_tokens:
-                self._output.finish = "length"
+                return
+            self._say_text(text)
+            ruling = self._closing()
+        if ruling is not None:
+            self._overrule(ruling)
+
+    def _say_text(self, text: str) -> None:
+        """Send the text of a token that has been added."""
+        self._send(self._splitter.feed(text))
+        self._control.note(text)
+        if self._splitter.stopped:
+            self._output.finish = "stop"
+        elif len(self._output.tokens) >= self._max_tokens:
+            self._output.finish = "length"
+
+    def _closing(self) -> Ruling | None:
+        return self._control.closes(self._output.tokens) if self._output.finish is None else None
+
+    def _overrule(self, ruling: Ruling) -> None:
+        """Say what is to stand in the place of what the model has drawn; it is fed as a prompt is."""
+        output = self._output
+        if ruling.dropped:
+            del output.tokens[-ruling.dropped :]
+            self._excess += max(0, len(self._fed) - len(self._known()))
+            del self._fed[len(self._known()) :]
+            self._detokenizer = Detokenizer(self._model.tokenizer, self._known())
+            self._splitter.let_go()
+            self._send(self._splitter.feed(ruling.keep))
+        skip = ruling.skip
+        closing: Ruling | None = None
+        for token in ruling.forced:
+            output.tokens.append(token)
+            text = self._detokenizer.add(token)
+            self._say_text(text[skip:])
+            skip = max(0, skip - len(text))
+            closing = self._closing()
+            if output.finish is not None or closing is not None:
+                break
+        else:
+            self._control.closed()
+        self._overruled = True
+        self._turn.pause(self._random)
+        self._random.restart(len(output.tokens))
+        if closing is not None:
+            self._overrule(closing)
+
+    def _take_back(self) -> None:
+        """Take out of the caches what does not stand, and forget what was drawn behind it."""
+        overruled, excess = self._overruled, self._excess
+        self._overruled, self._excess = False, 0
+        if not overruled or self._caches is None:
+            return
+        self._next = None
+        if not self._drafts.back(self._caches, excess, len(self._fed)):
+            # All of it is fed again.
+            self._let_go()
+            self._fed = []
 
     def _send(self, segments: list[tuple[str, str]]) -> None:
         for kind, text in segments:
@@ -408,6 +493,7 @@ class Generation:
             # The stop string's last character waited for a token that did not come.
             output.finish = "stop"
         self._keep_cache()
+        output.notes += self._control.told(full=output.finish == "length")
         finish = "tools" if output.calls and output.finish == "stop" else output.finish or "stop"
         self._emit(Done(self._request.id, finish, usage=self._usage(), figures=self._figures(), notes=output.notes))
 
@@ -435,6 +521,7 @@ class Generation:
             cached_tokens=self._cached,
             prefilled_tokens=max(0, min(len(self._fed), len(self._prompt)) - self._cached),
             completion_tokens=len(self._output.tokens),
+            thought_tokens=self._control.thought_tokens,
         )
 
     def _figures(self, *, by_layer: bool = True) -> Figures:

@@ -16,7 +16,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edger1 import installed, kernels, registry, runs, sampling
+from edger1 import installed, kernels, registry, runs, sampling, thinking_families
 from edger1.accounting import Account
 from edger1.cache import KVStore
 from edger1.drafting.length import Pace
@@ -29,7 +29,7 @@ from edger1.messages import Sampling
 from edger1.mlx_runtime import give_back, on_gpu, prepare
 from edger1.quant.formats import safetensors
 from edger1.quant.model_config import additions
-from edger1.thinking import HARMONY, Markers
+from edger1.thinking import Markers
 from edger1.tool_calls import CallFormat, call_format
 
 if TYPE_CHECKING:
@@ -513,14 +513,11 @@ def is_widened(value: Any) -> bool:
 
 
 def thinking_markers(path: Path, tokenizer: Any) -> Markers | None:
-    """Return the strings around the model's thoughts: the registry's, harmony's where its template writes that, else
-    what mlx-lm finds in the vocabulary."""
+    """Return the strings around the model's thoughts: the registry's, else what its template and vocabulary tell."""
     entry = registry.find(installed.name_of(path))
     if entry is not None and entry.thinking is not None:
-        return Markers(entry.thinking.start, entry.thinking.end)
-    if HARMONY.start in str(tokenizer.chat_template):
-        return HARMONY
-    return Markers(tokenizer.think_start, tokenizer.think_end) if tokenizer.has_thinking else None
+        return thinking_families.named(entry.thinking.start, entry.thinking.end, tokenizer)
+    return thinking_families.found(path.name, tokenizer)
 
 
 def sampling_defaults(path: Path) -> Sampling:

@@ -70,6 +70,12 @@ class Generate:
     middle of its "thought"."""
     speculate: str = "off"
     """Where drafts come from: "off", "auto" (what promises most), "lookup", "mtp" or "draft"."""
+    think_budget: int | None = None
+    """Most tokens of thought; then the thought is closed and the answer follows. 0: no thought."""
+    think_at_least: int | None = None
+    """Tokens of thought before which the model cannot end it: "Wait" comes instead."""
+    samples: int = 1
+    """How many answers are drawn, sample i with the seed + i; what most of them say is the answer."""
 
 
 @dataclass(frozen=True)
@@ -123,12 +129,16 @@ Request = Load | Generate | CountTokens | Score | UseAdapter | Cancel | Unload
 
 @dataclass(frozen=True)
 class Usage:
-    """Token counts of one answer. `cached_tokens` of the prompt were in the KV cache and not prefilled again."""
+    """Token counts of one answer. `cached_tokens` of the prompt were in the KV cache and not prefilled again.
+
+    `thought_tokens` of the completion are thought, without the markers around it. Of several samples it is the sum.
+    """
 
     prompt_tokens: int = 0
     cached_tokens: int = 0
     prefilled_tokens: int = 0
     completion_tokens: int = 0
+    thought_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -229,6 +239,16 @@ class Running:
 
 
 @dataclass(frozen=True)
+class Sampled:
+    """One of the `total` samples of an answer is complete, the `done`th. `votes` are those so far, as Done has them."""
+
+    id: str
+    done: int
+    total: int
+    votes: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Counted:
     """The answer to CountTokens."""
 
@@ -251,13 +271,19 @@ class Scores:
 @dataclass(frozen=True)
 class Done:
     """The end of an answer: finish_reason is "stop", "length", "cancelled", or "tools" where it waits for the results
-    of its tool calls. `notes` are sentences for the user on what in the answer is not as it seems."""
+    of its tool calls. `notes` are sentences for the user on what in the answer is not as it seems.
+
+    Where several samples were drawn, `samples` are their texts and `votes` says how many came to each answer, the most
+    first; the text that was sent is the first sample's with the first of the answers.
+    """
 
     id: str
     finish_reason: str
     usage: Usage = field(default_factory=Usage)
     figures: Figures = field(default_factory=Figures)
     notes: list[str] = field(default_factory=list)
+    votes: dict[str, int] = field(default_factory=dict)
+    samples: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -270,7 +296,19 @@ class Failed:
 
 
 Event = (
-    Loaded | AdapterUsed | Unloaded | Progress | Text | Thought | ToolCall | Running | Counted | Scores | Done | Failed
+    Loaded
+    | AdapterUsed
+    | Unloaded
+    | Progress
+    | Text
+    | Thought
+    | ToolCall
+    | Running
+    | Sampled
+    | Counted
+    | Scores
+    | Done
+    | Failed
 )
 
 _NESTED = {"sampling": Sampling, "usage": Usage, "figures": Figures}
@@ -278,7 +316,8 @@ _KINDS: dict[str, type] = {
     kind.__name__: kind
     for kind in (
         Load, Generate, CountTokens, Score, UseAdapter, Cancel, Unload,
-        Loaded, AdapterUsed, Unloaded, Progress, Text, Thought, ToolCall, Running, Counted, Scores, Done, Failed,
+        Loaded, AdapterUsed, Unloaded, Progress, Text, Thought, ToolCall, Running, Sampled, Counted, Scores, Done,
+        Failed,
     )
 }  # fmt: skip
 

@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Self, TypedDict, Unpack
 
-from edger1 import client, installed, registry, sampling, tool_calls, worker
+from edger1 import client, installed, registry, sampling, thinking_control, tool_calls, worker
 from edger1.client import Connection, ThreadConnection, error_of, next_id
 from edger1.errors import EdgeR1Error, EngineError, NotYetError, UnknownModelError, UsageError
 from edger1.fetch.place import write_atomically
@@ -64,6 +64,10 @@ class GenerateOptions(TypedDict, total=False):
     schema. `continue_last` goes on from the end of the last message, an assistant's, and returns only what is new;
     where that has no text but a "thought", from the middle of the thought. `speculate` says where drafts come from:
     "auto", "off", "lookup", "mtp" or "draft".
+
+    `think_budget` closes the thought after so many tokens, and the answer follows; 0 is no thought. With
+    `think_at_least` the thought goes on for so many tokens before it may end ("Wait"). `samples` answers are drawn,
+    sample i with the seed + i, and what most of them come to is the answer.
     """
 
     max_tokens: int | None
@@ -76,6 +80,8 @@ class GenerateOptions(TypedDict, total=False):
     stop: str | Sequence[str] | None
     think: str
     think_budget: int | None
+    think_at_least: int | None
+    samples: int
     tools: Sequence[dict[str, Any]]
     schema: Any
     raw: bool
@@ -91,7 +97,8 @@ class Response:
     """A complete answer. `finish_reason` is "stop", "length", "cancelled", or "tools" where it waits for the results of
     `tool_calls`: say them in messages {"role": "tool", "tool_call_id": ..., "content": ...} behind its own.
 
-    `notes` are sentences on what in it is not as it seems, such as a tool call that could not be read.
+    `notes` are sentences on what in it is not as it seems, such as a tool call that could not be read. Where several
+    samples were drawn, `samples` are their texts, and `votes` says how many came to each answer, the most first.
     """
 
     text: str
@@ -101,6 +108,8 @@ class Response:
     usage: Usage
     figures: Figures
     notes: tuple[str, ...] = ()
+    votes: dict[str, int] = field(default_factory=dict)
+    samples: tuple[str, ...] = ()
 
 
 @dataclass
@@ -130,6 +139,8 @@ class _Collector:
                 event.usage,
                 event.figures,
                 tuple(event.notes),
+                event.votes,
+                tuple(event.samples),
             )
         return None
 
@@ -295,9 +306,8 @@ class Model:
                 f"{', '.join(sorted(unknown))} is no option of generate; there are "
                 f"{', '.join(GenerateOptions.__annotations__)}."
             )
-        for name in ("think_budget", "schema"):
-            if options.get(name):
-                raise NotYetError(f"{name} is not in this version of EdgeR1 yet; leave it out.")
+        if options.get("schema"):
+            raise NotYetError("schema is not in this version of EdgeR1 yet; leave it out.")
         if not isinstance(prompt, str | list):
             raise UsageError(f"The prompt is {prompt!r:.200}; expected a string or a list of messages.")
         drawn = Sampling(**{name: options.get(name) for name in _SAMPLING})  # type: ignore[arg-type]
@@ -311,7 +321,7 @@ class Model:
             raise UsageError("continue_last goes on from the last of some messages; give a list of them.")
         if tools and raw:
             raise UsageError("Tools are told through a chat template, which a raw prompt leaves out. Give messages.")
-        return Generate(
+        request = Generate(
             next_id(),
             self._id,
             messages=None if raw else [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt,
@@ -323,7 +333,12 @@ class Model:
             tools=tools,
             continue_last=continue_last,
             speculate=options.get("speculate", "off"),
+            think_budget=options.get("think_budget"),
+            think_at_least=options.get("think_at_least"),
+            samples=options.get("samples", 1),
         )
+        thinking_control.check(request)
+        return request
 
 
 class Chat:

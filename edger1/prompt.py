@@ -49,8 +49,22 @@ def render(model: LiveModel, request: Generate) -> Rendered:
         )
     if request.continue_last:
         return _continued(model, request, messages)
-    text = _through_template(model, messages, request.tools, request.think)
+    text = _through_template(model, messages, request.tools, wanted(request))
+    if request.think_at_least and model.markers is not None and not _closed_or_open(text, model.markers):
+        # What it writes itself first, as other templates do for it.
+        text += model.markers.start + model.markers.blank
     return Rendered(text, in_thought=begins_in_thought(text, model.markers))
+
+
+def wanted(request: Generate) -> str:
+    """Return what the template is told of thinking: what the request says, or what its bounds on the thought mean."""
+    if request.think != "auto":
+        return request.think
+    return "off" if request.think_budget == 0 else "on" if request.think_at_least else "auto"
+
+
+def _closed_or_open(text: str, markers: Markers) -> bool:
+    return text.rstrip().endswith((markers.start, markers.end))
 
 
 def check_messages(messages: Any) -> list[Message]:
@@ -77,8 +91,17 @@ def check_messages(messages: Any) -> list[Message]:
     return checked
 
 
+def _switch(model: LiveModel, think: str) -> dict[str, Any]:
+    """Return what turns the template's thinking on or off: DeepSeek-V3.1's has another name for it than the rest."""
+    if think == "auto":
+        return {}
+    template = str(model.tokenizer.chat_template)
+    other = "thinking" in template and "enable_thinking" not in template
+    return {"enable_thinking": think == "on"} | ({"thinking": think == "on"} if other else {})
+
+
 def _through_template(model: LiveModel, messages: Sequence[Message], tools: Sequence[Any], think: str) -> str:
-    thinking: dict[str, Any] = {} if think == "auto" else {"enable_thinking": think == "on"}
+    thinking = _switch(model, think)
     messages = [{key: value for key, value in m.items() if key != "thought"} for m in messages]
     if model.calls.described:
         messages = tool_calls.described(messages, tools)
@@ -121,7 +144,8 @@ def _continued(model: LiveModel, request: Generate, messages: Sequence[Message])
             f"The last message was cut in its thought, and {model.name} does not think between markers that EdgeR1 "
             f"knows. Ask again instead."
         )
-    begin = _through_template(model, before, request.tools, "on" if half and request.think == "off" else request.think)
+    think = wanted(request)
+    begin = _through_template(model, before, request.tools, "on" if half and think == "off" else think)
     if half and markers is not None and begin.rstrip().endswith(markers.end):
         raise UsageError(f"The chat template of {model.name} allows no thought here, so none can be continued.")
     pieces = _pieces(begin, thought, content, markers)
@@ -141,11 +165,9 @@ def _pieces(begin: str, thought: str, content: str, markers: Markers | None) -> 
         return [begin, "", content]
     opened = begins_in_thought(begin, markers)
     if not thought and not opened:
-        return [begin + markers.answer, "", content]
+        return [begin + markers.answer, markers.gap if markers.answer else "", content]
     parts = [begin, "", thought] if opened else [begin + markers.start, markers.blank, thought]
-    return (
-        parts if not content else [*parts, "", markers.end + markers.again + markers.answer, markers.blank * 2, content]
-    )
+    return parts if not content else [*parts, "", markers.to_answer, markers.gap, content]
 
 
 def _lead(model: LiveModel, before: Sequence[Message], begin: str) -> str:

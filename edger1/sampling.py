@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 # The window that repetition_penalty looks back over; llama.cpp and Ollama use the same.
 REPETITION_WINDOW = 64
 
+# 2**64 over the golden ratio: places that are near have keys that are far apart.
+_GOLDEN = 0x9E3779B97F4A7C15
+
 _GREEDY = Sampling(temperature=0.0, top_p=1.0, top_k=0, min_p=0.0, repetition_penalty=1.0)
 _RANGES: dict[str, tuple[float, float, str]] = {
     "temperature": (0.0, 100.0, "a number from 0 (greedy) to 100"),
@@ -97,11 +100,17 @@ class RandomState:
     """The random state of one request, swapped into MLX's own (one a thread) when its turn comes."""
 
     key: int
+    origin: int = 0
 
     @classmethod
     def seeded(cls, seed: int | None) -> RandomState:
         """Start from `seed`, or from the system's entropy where it is None."""
-        return cls(secrets.randbits(64) if seed is None else seed)
+        key = secrets.randbits(64) if seed is None else seed
+        return cls(key, key)
+
+    def restart(self, place: int) -> None:
+        """Begin anew for the tokens from `place` on, however many were drawn before; MLX must not hold the state."""
+        self.key = (self.origin + place * _GOLDEN) % 2**64
 
     def enter(self, previous: RandomState | None) -> None:
         """Make this the state that MLX draws from; `previous` is the request that drew last, if another one."""

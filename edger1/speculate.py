@@ -217,6 +217,20 @@ class Speculation:
         if self._mtp is not None:
             self._mtp.keep(fed)
 
+    def back(self, caches: list[Any], count: int, fed: int) -> bool:
+        """Take the last `count` tokens out of the caches, so that `fed` are left; False where they cannot be."""
+        from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
+
+        if self._lookup is not None:
+            self._lookup = Lookup()
+        if self._mtp is not None:
+            self._mtp.back(fed)
+        if self._other is not None:
+            self._other.back(fed)
+        if not count:
+            return True
+        return bool(can_trim_prompt_cache(caches)) and trim_prompt_cache(caches, count) == count
+
     def end(self, said: int, *, drafted: bool) -> None:
         """Note that a step has ended that said so many tokens, all its work done."""
         if self._began is None:

@@ -6,6 +6,8 @@ back just what could still become one, and splits the rest.
 
 gpt-oss (harmony) writes messages of several channels instead, each `<|start|>assistant<|channel|>NAME<|message|>` ...
 `<|end|>`: "analysis" is its thought, "final" the answer, "commentary to=functions.NAME" a call.
+
+Sky-T1 and Stratos mark the answer as well, as a solution, and end that with a marker of its own.
 """
 
 from __future__ import annotations
@@ -19,25 +21,43 @@ from typing import Any
 class Markers:
     """The strings around a thought, such as `<think>` and `</think>`.
 
-    `blank` is what the family writes behind the first one, and twice behind the last. Where answers have a marker too,
-    that is `answer`, with `again` before it if it comes after a thought. `channels` says that it is harmony.
+    `blank` is what the family writes behind the first one and before the second, `gap` what it writes before the
+    answer. Where answers have a marker too, that is `answer`, with `again` before it if it comes after a thought, and
+    perhaps one at their end, `answer_end`. `channels` says that it is harmony.
     """
 
     start: str
     end: str
     blank: str = "\n"
+    gap: str = "\n\n"
     again: str = ""
     answer: str = ""
+    answer_end: str = ""
     channels: bool = False
+
+    @property
+    def to_answer(self) -> str:
+        """What stands between a thought's text and the answer, but for the gap."""
+        return self.end + self.again + self.answer
 
 
 HARMONY = Markers(
     "<|channel|>analysis<|message|>",
     "<|end|>",
     blank="",
+    gap="",
     again="<|start|>assistant",
     answer="<|channel|>final<|message|>",
     channels=True,
+)
+
+SOLUTION = Markers(
+    "<|begin_of_thought|>",
+    "<|end_of_thought|>",
+    blank="\n\n",
+    again="\n\n",
+    answer="<|begin_of_solution|>",
+    answer_end="<|end_of_solution|>",
 )
 
 
@@ -72,15 +92,54 @@ class Splitter:
         machine = TextStateMachine(_transitions(markers, stop, calls))
         self._split = machine.split
         self._flush = machine.flush
+        self._make_state = machine.make_state
         begin = "thought" if in_thought else "header" if self._channels and not said else "answer"
+        if said and not in_thought and markers is not None and markers.answer_end:
+            begin = "solution"
         self._state: Any = machine.make_state(begin)
         self.stopped = False
         # Blank lines between the markers and the text belong to the format, not to the text.
-        self._at_start = {"thought": True, "answer": markers is not None}
+        self._at_start = {"thought": True, "answer": markers is not None, "solution": True}
         if said:
             self._at_start[begin] = False
         # A call, or the header of a message, as far as it has come.
         self._held = ""
+        self.thought_chars = 0
+        """Characters of thought so far, blanks included, but for what may become a marker."""
+        self.thoughts_closed = 0
+        """How many thoughts have come to their end."""
+        self._ending = ""
+
+    @property
+    def in_thought(self) -> bool:
+        """Whether what comes next belongs to a thought, or to the marker that ends it."""
+        return bool(self._state[0] == "thought")
+
+    @property
+    def pending(self) -> str:
+        """The end of the text, which may become a marker."""
+        return str(self._state[3])
+
+    @property
+    def thought_breaks(self) -> bool:
+        """Whether the thought has just begun or stands behind a blank."""
+        return not self._ending or self._ending.isspace()
+
+    @property
+    def thought_begun(self) -> bool:
+        """Whether the thought under way has any text, blanks included."""
+        return bool(self._ending)
+
+    def before_end(self, text: str) -> str | None:
+        """Return what `text` adds to the thought if it ends it (held text included); None where it does not end it."""
+        if not self.in_thought or not text:
+            return None
+        _, segments = self._split(self._state, text)
+        return str(segments[0][1]) if len(segments) > 1 else None
+
+    def let_go(self) -> None:
+        """Forget what is held: the tokens that it came from are taken back."""
+        self._state = self._make_state(self._state[0])
 
     def feed(self, text: str) -> list[tuple[str, str]]:
         """Take a piece of text; return what is now known, in order. Sets `stopped` at a stop string."""
@@ -90,8 +149,13 @@ class Splitter:
         self.stopped = self._state[0] is None
         known: list[tuple[str, str]] = []
         for i, (state, piece) in enumerate(segments):
+            left = i + 1 < len(segments)
+            if state == "thought":
+                self.thought_chars += len(piece)
+                self.thoughts_closed += left
+                self._ending = "" if left else piece[-1:] or self._ending
             if state is not None:
-                known += self._take(state, piece, left=i + 1 < len(segments))
+                known += self._take(state, piece, left=left)
         return known
 
     def finish(self, *, whole: bool = True) -> list[tuple[str, str]]:
@@ -99,7 +163,7 @@ class Splitter:
         if self.stopped:
             return []
         self._state, rest, state = self._flush(self._state)
-        if state in ("thought", "answer"):
+        if state in self._at_start:
             return self._take(state, rest, left=False)
         held, self._held = self._held + rest, ""
         if state == "header":
@@ -114,7 +178,10 @@ class Splitter:
             if self._at_start[state]:
                 piece = piece.lstrip("\n")
                 self._at_start[state] = not piece
-            return [(state, piece)] if piece else []
+            if left:
+                self._at_start["answer" if state == "solution" else "solution"] = True
+            kind = "answer" if state == "solution" else state
+            return [(kind, piece)] if piece else []
         self._held += piece
         if not left:
             return []
@@ -133,6 +200,9 @@ def _transitions(
     channels = markers is not None and markers.channels
     rest = "header" if channels else "answer"
     edges: dict[str, list[tuple[str, str | None]]] = {"answer": [(s, None) for s in stop], "thought": [], "header": []}
+    if markers is not None and markers.answer_end:
+        edges["solution"] = [*edges["answer"], (markers.answer_end, "answer")]
+        edges["answer"].append((markers.answer, "solution"))
     if markers is not None:
         edges[rest].append((markers.start, "thought"))
         edges["thought"].append((markers.end, rest))

@@ -159,6 +159,14 @@ class MTPDrafter:
         count = positions - self._first
         self._hidden = self._hidden[:, :count] if count > 0 else None
 
+    def back(self, positions: int) -> None:
+        """Forget positions from `positions` on, and what was drafted from there: the text has changed."""
+        self._begun = None
+        if positions >= self._first:
+            self.keep(positions)
+        else:
+            self.begin(self.leave(positions))
+
     def ready(self, known: Sequence[int]) -> bool:
         """Whether it has the hidden state before the last of `known`, or has drafted from it."""
         if self._begun is not None and self._begun[0] == len(known):

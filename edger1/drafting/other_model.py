@@ -40,6 +40,10 @@ class ModelDrafter:
         """Forget everything."""
         self._caches, self._fed, self._sure = None, [], 0
 
+    def back(self, fed: int) -> None:
+        """Note that the text has changed behind its first `fed` tokens."""
+        self._sure = min(self._sure, fed)
+
     def ready(self, known: Sequence[int]) -> bool:
         """Whether `known` and a draft fit its context."""
         return len(known) + 16 <= self._model.context
