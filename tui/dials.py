@@ -27,12 +27,12 @@ def think(settings: Settings, words: str) -> Settings:
     """Take "auto", "on" or "off", or the most tokens of a thought."""
     word = words.strip().lower()
     if not word:
-        return replace(settings, think=_next(THINK, settings.think))
+        return _with_think(settings, _next(THINK, settings.think))
     if word in THINK:
-        return replace(settings, think=word)
+        return _with_think(settings, word)
     if not word[0].isdigit():
         raise UsageError(f"/think is {words!r}; expected auto, on, off, or the most tokens of a thought.")
-    return budget(replace(settings, think="auto") if settings.think == "off" else settings, words)
+    return budget(settings, words)
 
 
 def budget(settings: Settings, words: str) -> Settings:
@@ -42,6 +42,9 @@ def budget(settings: Settings, words: str) -> Settings:
         return replace(settings, think_at_least=None, think_budget=_next(BUDGETS, settings.think_budget))
     if word in ("none", "off"):
         return replace(settings, think_budget=None, think_at_least=None)
+    if settings.think == "off":
+        # Who says how long it may be wants a thought.
+        settings = replace(settings, think="auto")
     if _COUNT.fullmatch(word):
         return _checked(replace(settings, think_budget=int(word), think_at_least=None))
     found = _RANGE.fullmatch(word)
@@ -78,12 +81,16 @@ def said(dial: Dial, settings: Settings) -> str:
     if dial is think:
         return f"Thinking: {settings.think}, {bounded}." if limits else f"Thinking: {settings.think}."
     if dial is budget:
-        off = " Thinking is off all the same." if settings.think == "off" and limits else ""
-        return f"{bounded[0].upper()}{bounded[1:]}.{off}"
+        return f"{bounded[0].upper()}{bounded[1:]}."
     if dial is samples:
         many = f"{settings.samples} answers to each question, of which the majority decides."
         return many if settings.samples > 1 else "One answer to each question."
     return f"Drafts: {settings.speculate}."
+
+
+def _with_think(settings: Settings, think: str) -> Settings:
+    least = None if think == "off" else settings.think_at_least
+    return replace(settings, think=think, think_at_least=least)
 
 
 def _checked(settings: Settings) -> Settings:

@@ -66,13 +66,13 @@ def held(settings: Settings) -> Field | None:
         short.append(f"think {settings.think}")
     if limits := thought_limits(settings):
         long.append(f"{limits} tokens of thought")
-        short.append(limits)
+        short.append(limits.replace(" ", ""))
     if settings.samples > 1:
         long.append(f"{settings.samples} samples")
         short.append(f"{settings.samples}×")
     if settings.speculate != "off":
         long.append(f"drafts {settings.speculate}")
-        short.append(f"drafts {settings.speculate}")
+        short.append("drafts" if settings.speculate == "auto" else settings.speculate)
     return Field(", ".join(long), " ".join(short)) if long else None
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
-from edger1 import sampling
+from edger1 import sampling, thinking_control
 from edger1.errors import UsageError
-from edger1.messages import Sampling
+from edger1.messages import Generate, Sampling
 
 THINK = ("auto", "on", "off")
 SPECULATE = ("off", "auto", "lookup", "mtp", "draft")
@@ -65,15 +65,11 @@ def check_own(settings: Settings) -> None:
         raise UsageError(f'think is {settings.think!r}; expected "auto", "on" or "off".')
     if settings.speculate not in SPECULATE:
         raise UsageError(f"speculate is {settings.speculate!r}; expected one of {', '.join(SPECULATE)}.")
-    least, most = settings.think_at_least, settings.think_budget
-    for name, value in (("think_budget", most), ("think_at_least", least)):
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
-            raise UsageError(f"{name} is {value!r}; expected a whole number of tokens, 0 or more.")
-    if least is not None and most is not None and least > most:
-        raise UsageError(f"think_at_least is {least} and think_budget {most}; a thought cannot be both.")
     count = settings.samples
     if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= SAMPLES_MAX:
         raise UsageError(f"samples is {count!r}; expected a whole number from 1 to {SAMPLES_MAX}.")
+    bounds = {name: getattr(settings, name) for name in ("think", "think_budget", "think_at_least")}
+    thinking_control.check(Generate("", "", **bounds))
 
 
 def _usable(settings: Settings) -> bool:

@@ -25,7 +25,7 @@ def chat_command(
     think: options.Think = "auto",
     think_budget: options.ThinkBudget = None,
     think_at_least: options.ThinkAtLeast = None,
-    samples: options.Samples = 1,
+    samples: options.Samples = None,
     memory: options.Memory = None,
     context: options.Context = None,
     precision: options.Precision = "fast",
@@ -71,7 +71,7 @@ def chat_command(
         think=think,
         think_budget=think_budget,
         think_at_least=think_at_least,
-        samples=samples,
+        samples=1 if samples is None else samples,
         speculate=speculate or ("auto" if draft is not None else "off"),
     )
     check(settings)

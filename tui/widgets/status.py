@@ -40,7 +40,9 @@ class Status(Widget):
         parts: list[Content | str | tuple[str, str]] = []
         width = 0
         shown = self._fields if self.held is None else (self.held, *self._fields)
-        for said, mood in fit(shown, room - max(len(state) + 1, STATE_ROOM)):
+        # Words beside words need more between them than words beside figures.
+        gap = 1 if self.held is None else 3
+        for said, mood in fit(shown, room - max(len(state) + gap, STATE_ROOM)):
             if parts:
                 parts.append(SEPARATOR)
                 width += len(SEPARATOR)
