@@ -394,7 +394,12 @@ def test_the_majority_of_several_samples_is_shown_and_the_others_are_kept(tmp_pa
         recorder = Recorder(store, lambda said: None)
         session = await ready(backend, settings=sampled(sampling=Sampling(seed=7)), recorder=recorder)
         events = await ask(session, "2 + 2?")
-        assert [(each.done, each.of) for each in events if isinstance(each, Sampled)] == [(1, 3), (2, 3), (3, 3)]
+        assert [(each.done, each.of) for each in events if isinstance(each, Sampled)] == [
+            (0, 3),
+            (1, 3),
+            (2, 3),
+            (3, 3),
+        ]
         # Only the first one is told as it comes.
         assert "".join(each.text for each in events if isinstance(each, Text)) == "It is 5."
         winner = session.tree.path()[-1]
@@ -441,7 +446,7 @@ def test_stopping_stops_all_samples_and_those_that_are_whole_vote() -> None:
             ("Whole.", "stop"),
         ]
         assert session.state is State.READY
-        assert len([each for each in events if isinstance(each, Sampled)]) == 3
+        assert len([each for each in events if isinstance(each, Sampled)]) == 4
 
     asyncio.run(asyncio.wait_for(run(), timeout=90))
 

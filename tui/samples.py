@@ -107,6 +107,7 @@ class Samples:
 
         listeners = [asyncio.create_task(listen(at)) for at in range(len(self.nodes))]
         try:
+            yield Sampled(0, len(self.nodes))
             while len(self._ends) < len(self.nodes):
                 for event in self._take(*await heard.get()):
                     yield event

@@ -14,17 +14,17 @@ LONGEST = 40
 NONE = "no answer"
 
 
-def tally_of(node: Node) -> tuple[str, list[tuple[str, int]]]:
+def tally_of(node: Node, longest: int = LONGEST) -> tuple[str, list[tuple[str, int]]]:
     """Return a message's own answer and how often each was given, fit to be shown; nothing where it has no votes."""
     votes = (node.figures or {}).get("vote")
     if not isinstance(votes, dict) or not isinstance(votes.get("tally"), list):
         return "", []
     tally = [
-        (shown(str(each[0])), each[1])
+        (shown(str(each[0]), longest), each[1])
         for each in votes["tally"]
         if isinstance(each, list | tuple) and len(each) == 2 and isinstance(each[1], int)
     ]
-    return shown(str(votes.get("answer", ""))), tally
+    return shown(str(votes.get("answer", "")), longest), tally
 
 
 def keep(node: Node, answer: str, tally: Sequence[tuple[str, int]], voters: Sequence[Node]) -> None:
@@ -40,10 +40,10 @@ def voters_with(node: Node) -> list[str]:
     return [each for each in voters if isinstance(each, str)] if isinstance(voters, list) else []
 
 
-def shown(answer: str) -> str:
-    """Return an answer in one short line."""
+def shown(answer: str, longest: int = LONGEST) -> str:
+    """Return an answer in one line of so many characters at most."""
     words = " ".join(clean(answer).split())
-    return (words if len(words) <= LONGEST else words[: LONGEST - 1] + "…") or NONE
+    return (words if len(words) <= longest else words[: longest - 1] + "…") or NONE
 
 
 @dataclass(frozen=True)

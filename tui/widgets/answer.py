@@ -21,7 +21,7 @@ from edger1.tui.hearing import thought_tokens
 from edger1.tui.markdown import code_blocks
 from edger1.tui.pacing import Pacer
 from edger1.tui.tree import Node
-from edger1.tui.votes import tally_of
+from edger1.tui.votes import LONGEST, tally_of
 from edger1.tui.widgets.answer_text import AnswerText
 from edger1.tui.widgets.notice import Notice
 from edger1.tui.widgets.thinking import Thinking
@@ -213,7 +213,7 @@ class Answer(Turn):
 
     def votes(self) -> Content | None:
         """Return how the samples voted that this answer is one of."""
-        return votes_of(self.node)
+        return votes_of(self.node, longest=18)
 
     def action_fold(self) -> None:
         """Fold or unfold the reasoning."""
@@ -245,9 +245,9 @@ def recalled(found: dict[str, Any]) -> Done:
     )
 
 
-def votes_of(node: Node) -> Content | None:
+def votes_of(node: Node, longest: int = LONGEST) -> Content | None:
     """Return the votes that a message keeps, with its own in bold; None where there are none."""
-    own, tally = tally_of(node)
+    own, tally = tally_of(node, longest)
     parts = [(f"{answer}: {count}", "bold" if answer == own else "") for answer, count in tally]
     return Content.assemble("votes ", *_between(parts)) if parts else None
 
