@@ -12,6 +12,7 @@ it, the random numbers begin anew from the seed and the place: an answer is the 
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -110,10 +111,17 @@ class ThinkingControl:
                 return None
             self.waits += 1
             return Ruling(self._wait("", splitter.thought_breaks), 1, keep=splitter.pending)
-        end = said + len(lead)
         tail = [*self._tail, (self._end, text)]
-        if self.thought_before + self._counted + sum(at < end for at, _ in tail) >= self.at_least:
-            return None
+        return None if self._enough(tail, said + len(lead)) else self._go_on(tail, lead)
+
+    def _enough(self, tail: list[tuple[int, str]], end: int) -> bool:
+        """Whether the thought is long enough if it ends at a character, which `tail` goes beyond."""
+        return self.thought_before + self._counted + sum(at < end for at, _ in tail) >= self.at_least
+
+    def _go_on(self, tail: list[tuple[int, str]], lead: str) -> Ruling:
+        """Return what takes the marker back that stands in `tail`, behind what `lead` adds to the thought."""
+        splitter, said = self.splitter, self.splitter.thought_chars
+        end = said + len(lead)
         gone = next((i for i, (at, piece) in enumerate(tail) if at + len(piece) > end), len(tail) - 1)
         begin = tail[gone][0]
         # A token may hold the last of the thought and the first of the marker.
@@ -154,8 +162,10 @@ class ThinkingControl:
         """Return the end of the thought, which stands at the end of `tokens`, where its budget is used up."""
         if self.left != 0 or self._closing or self.markers is None:
             return None
-        self._closing = True
         markers, said = self.markers, self.splitter.thought_chars
+        if self.splitter.pending and not self._enough(self._tail, said):
+            return self._go_on(self._tail, "")
+        self._closing = True
         written = sum(at >= said and bool(piece) for at, piece in self._tail)
         begun, end = list(tokens[len(tokens) - written :]), self.encode(markers.end)
         if written and begun == end[:written]:
@@ -255,12 +265,13 @@ def of(
 
 
 def thought_in(ids: Sequence[int], marker: str, decode: Callable[[list[int]], str]) -> int:
-    """Return how many tokens at the end of `ids` stand behind the last `marker`."""
-    low, high = 0, len(ids)
-    while low < high:
-        middle = (low + high + 1) // 2
-        if marker in decode(list(ids[-middle:])):
-            high = middle - 1
-        else:
-            low = middle
-    return low
+    """Return how many tokens at the end of `ids` stand behind the last `marker`, which is in their text."""
+
+    def last(count: int) -> str:
+        return decode(list(ids[len(ids) - count :]))
+
+    # Both grow with the number of tokens.
+    counts = range(len(ids) + 1)
+    whole = bisect.bisect_left(counts, True, key=lambda n: marker in last(n))
+    thought = last(whole).rpartition(marker)[2]
+    return max(0, bisect.bisect_right(counts, len(thought), key=lambda n: len(last(n))) - 1)
