@@ -11,6 +11,9 @@ from chatting import drive, screen, until
 from fake_backend import FIGURES, HOLD, FakeBackend, words
 from textual.pilot import Pilot
 
+from edger1.cli.chat import chat_command
+from edger1.cli.chat_window import Wanted
+from edger1.errors import UsageError
 from edger1.messages import Done, Running, Text, Thought
 from edger1.tui.app import ChatApp
 from edger1.tui.belongings import Belongings
@@ -146,3 +149,20 @@ def test_samples_are_counted_while_they_run_and_stopped_together(tmp_path: Path)
         await until(pilot, lambda: now(app).samples == 5)
 
     drive(backend, scenario, size=(120, 40), belongings=kept(tmp_path), settings=Settings(samples=3))
+
+
+def test_the_command_line_sets_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[Wanted] = []
+    monkeypatch.setattr("edger1.cli.chat_window.open_window", lambda wanted, config: opened.append(wanted))
+    for stream in ("stdin", "stdout"):
+        monkeypatch.setattr(f"sys.{stream}.isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
+    chat_command("m", system="S", think="on", think_budget=9, think_at_least=3, samples=5, speculate="lookup")
+    chat_command("m", draft="small")
+    assert [each.settings for each in opened] == [
+        Settings("S", think="on", think_budget=9, think_at_least=3, samples=5, speculate="lookup"),
+        Settings(speculate="auto"),
+    ]
+    assert [each.draft for each in opened] == [None, "small"]
+    with pytest.raises(UsageError, match="think_budget"):
+        chat_command("m", think_budget=2, think_at_least=3)
