@@ -23,9 +23,10 @@ def drive(
     size: tuple[int, int] = (80, 24),
     system: str | None = None,
     model: str | None = "smollm2-135m",
+    settings: Settings | None = None,
     **given: Any,
 ) -> None:
-    app = ChatApp(backend, model, settings=Settings(system), **given)
+    app = ChatApp(backend, model, settings=settings or Settings(system), **given)
 
     async def run() -> None:
         async with app.run_test(size=size) as pilot:

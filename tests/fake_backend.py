@@ -63,7 +63,6 @@ class FakeBackend:
         self.cancel_count = 0
         self.closed = False
         self._go = asyncio.Event()
-        self._cancelled = False
 
     def release(self) -> None:
         """Let a script that holds go on, up to the next hold."""
@@ -97,7 +96,6 @@ class FakeBackend:
         self.settings.append(settings)
         self.tools.append(list(tools))
         self.continued.append(continue_last)
-        self._cancelled = False
         async for event in self._play(script):
             yield event
 
@@ -107,21 +105,20 @@ class FakeBackend:
 
     def cancel(self) -> None:
         self.cancel_count += 1
-        self._cancelled = True
         self._go.set()
 
     async def close(self) -> None:
         self.closed = True
 
     async def _play(self, script: list[Step]) -> AsyncIterator[Event]:
+        cancels = self.cancel_count
         for step in script:
             if isinstance(step, str):
                 await self._go.wait()
                 self._go.clear()
             elif isinstance(step, Exception):
                 raise step
-            if self._cancelled:
-                self._cancelled = False
+            if self.cancel_count > cancels:
                 yield Done("", "cancelled")
                 return
             if not isinstance(step, str | Exception):

@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import aclosing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +170,59 @@ def test_settings_and_continuation_reach_the_engine(loaded: ChildBackend) -> Non
         refused = await last(backend.ask(ASKED, settings=GREEDY, tools=[{"name": "no schema"}]))
         assert isinstance(refused, Failed)
         assert refused.error == "UsageError"
+
+    asyncio.run(scenario(loaded))
+
+
+def test_bounds_of_the_thought_and_drafts_reach_the_engine(tiny_folder: Path, other_folder: Path) -> None:
+    async def scenario(backend: ChildBackend) -> None:
+        assert isinstance(await last(backend.load()), Loaded)
+        for settings, reason in (
+            (Settings(think_budget=-1), "think_budget is -1"),
+            (Settings(think_at_least=-2), "think_at_least is -2"),
+            (Settings(speculate="mtp"), "without an MTP layer"),
+        ):
+            refused = await last(backend.ask(ASKED, settings=settings))
+            assert isinstance(refused, Failed)
+            assert reason in refused.message
+        plain = await text_of(backend)
+        drafted = replace(GREEDY, speculate="draft")
+        done = await last(backend.ask(ASKED, settings=drafted))
+        assert isinstance(done, Done)
+        assert done.figures.drafts is not None
+        assert done.figures.drafts["drafted"] > 0
+        assert await text_of(backend, drafted) == plain
+        # It drafts for the model that it was named with, and for no other.
+        backend.choose("other", other_folder)
+        assert isinstance(await last(backend.load()), Loaded)
+        refused = await last(backend.ask(ASKED, settings=drafted))
+        assert isinstance(refused, Failed)
+        assert "without a draft model" in refused.message
+
+    run(tiny_folder, scenario, draft=other_folder)
+
+
+def test_several_are_answered_at_once_and_stopped_together(loaded: ChildBackend) -> None:
+    async def scenario(backend: ChildBackend) -> None:
+        ended: list[str] = []
+
+        async def ask(seed: int, tokens: int) -> str:
+            settings = Settings(sampling=Sampling(temperature=2.0, seed=seed), max_tokens=tokens)
+            said = []
+            async for event in backend.ask(ASKED, settings=settings):
+                if isinstance(event, Text):
+                    said.append(event.text)
+                    if tokens > 8:
+                        backend.cancel()
+                elif isinstance(event, Done):
+                    ended.append(event.finish_reason)
+            return "".join(said)
+
+        alone = [await ask(seed, 8) for seed in range(3)]
+        assert await asyncio.gather(*(ask(seed, 8) for seed in range(3))) == alone
+        ended.clear()
+        await asyncio.gather(*(ask(seed, 40_000) for seed in range(3)))
+        assert ended == ["cancelled"] * 3
 
     asyncio.run(scenario(loaded))
 

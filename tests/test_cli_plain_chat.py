@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,12 @@ from plain_chat_script import Scripted
 from edger1.cli.plain_chat import Lines, PlainChat
 from edger1.messages import Done, Failed, Loaded, Progress, Text, Thought
 from edger1.tui.settings import Settings
+from edger1.tui.store import Store
 from edger1.tui.terminal import accessible, colourless, full_screen, in_lines
 
 TESTS = Path(__file__).parent
+DRAFTS = {"drafted": 20, "accepted": 15, "steps": 9, "gain": 1.5, "sources": {}, "off": ""}
+DRAFTED = replace(FIGURES, figures=replace(FIGURES.figures, drafts=DRAFTS))
 
 
 def talk(typed: str, backend: FakeBackend, **more: Any) -> str:
@@ -311,3 +315,60 @@ def test_no_colour_where_it_is_refused_or_missing(environ: dict[str, str], colou
     assert colourless(environ, colours) is expected
     assert full_screen(environ) is (environ["TERM"] != "dumb")
     assert accessible(environ) is False
+
+
+# Thinking, samples and drafts
+
+
+def test_thinking_samples_and_drafts_are_set_by_commands_and_kept(tmp_path: Path) -> None:
+    store = Store.open(tmp_path / "c.db")
+    backend = Scripted([*words("One."), DRAFTED])
+    typed = "/think off\n/budget 200-2000\n/think\n/samples\n/speculate auto\n/budget much\n/samples 99\n"
+    typed += "q\n/figures\n/others\n"
+    said = talk(typed, backend, store=store, settings=Settings(think="on"))
+    assert "With thinking on.\n" in said
+    assert "Thinking: off.\n" in said
+    assert "200–2,000 tokens of thought.\n" in said
+    # Without a word they only say how things are: nobody sees a line change.
+    assert "You: /think\nThinking: auto, 200–2,000 tokens of thought.\n" in said
+    assert "One answer to each question.\n" in said
+    assert "Drafts: auto.\n" in said
+    assert "expected tokens, as in 500" in said
+    assert "from 1 to 64" in said
+    assert "drafts 75% stood, 1.5 times as fast" in said
+    assert "The last answer was not voted on" in said
+    settings = Settings(think_budget=2000, think_at_least=200, speculate="auto")
+    assert backend.under == [settings]
+    assert store.load(store.list()[0].id).settings == settings
+
+
+def test_the_winner_of_several_samples_is_written_once_all_are_over(tmp_path: Path) -> None:
+    store = Store.open(tmp_path / "c.db")
+    backend = Scripted(
+        [*words("It is 5."), FIGURES],
+        [*words("Two and two.", Thought), *words("It is 4\x1b[2J."), FIGURES],
+        [Failed("", "MemoryCeilingError", "No room.")],
+        [*words("It is 4\x1b[2J."), FIGURES],
+        [*words("Last."), FIGURES],
+    )
+    said = talk("/samples 4\n2 + 2?\n/others\n/samples 1\nand?\n", backend, store=store)
+    after = said.split("You: 2 + 2?\n")[1]
+    assert after.startswith("0 of 4 done.\n1 of 4 done.\n")
+    assert "4 of 4 done.\nThinking: Two and two.\nThought for " in after
+    assert ", 3 words.\nsmollm2: It is 4[2J.\nVotes: " in after
+    assert ": 2, " in after
+    assert "1 of 4 samples failed. No room.\n" in after
+    others = after.split("You: /others\n")[1].split("You: ")[0]
+    assert ": It is 5.\n" in others
+    assert ": It is 4[2J.\n" in others
+    assert [each["content"] for each in backend.asked[4]] == ["2 + 2?", "It is 4\x1b[2J.", "and?"]
+    stored = store.load(store.list()[0].id)
+    assert [node.text for node in stored.tree.path()] == ["2 + 2?", "It is 4\x1b[2J.", "and?", "Last."]
+    assert len(stored.tree) == 6
+
+
+def test_samples_whose_engine_dies_are_told_of_once() -> None:
+    backend = Scripted([*words("Half"), GONE], loads=[[Loaded("", "m")]])
+    said = talk("q\n", backend, settings=Settings(samples=2))
+    assert said.count("The answer failed. The engine was killed") == 1
+    assert "smollm2: Half\n" in said

@@ -15,7 +15,7 @@ from edger1.tui.screens.settings import SettingsScreen
 from edger1.tui.settings import Settings
 
 P = Pilot[None]
-GIVEN = Settings("Be brief.", Sampling(temperature=0.7, top_k=20), 256, "on")
+GIVEN = Settings("Be brief.", Sampling(temperature=0.7, top_k=20), 256, "on", 500, 20, 5, "lookup")
 
 
 @pytest.fixture
@@ -50,13 +50,19 @@ def test_every_field_is_reached_by_the_keyboard_and_taken(presets: Presets, size
             # What has the focus is on the screen, however small that is.
             assert app.screen.query_one("#said").parent.region.contains_region(box(app, name).region)  # type: ignore
             await pilot.press("home", "ctrl+k", *text, "enter")
-        assert app.screen.query_one(Select).has_focus
+        assert app.screen.query_one("#think", Select).has_focus
+        await pilot.press("tab")
+        for name, text in {"think_budget": "900", "think_at_least": "90", "samples": "3"}.items():
+            assert box(app, name).has_focus
+            assert app.screen.query_one("#said").parent.region.contains_region(box(app, name).region)  # type: ignore
+            await pilot.press("home", "ctrl+k", *text, "enter")
+        assert app.screen.query_one("#speculate", Select).has_focus
         app.screen.query_one(TextArea).focus()
         await pilot.press("end", "enter", *"Or not.")
         await pilot.press("ctrl+s")
         await until(pilot, lambda: app.result is not NOTHING)
         sampling = Sampling(0.5, 0.9, 40, 0.05, 1.1, 7)
-        assert app.result == Settings("Be brief.\nOr not.", sampling, 100, "on")
+        assert app.result == Settings("Be brief.\nOr not.", sampling, 100, "on", 900, 90, 3, "lookup")
 
     drive(presets, scenario, size)
 
@@ -99,6 +105,8 @@ def test_what_is_empty_is_the_models_choice_and_shows_it(presets: Presets) -> No
         ("top_k", "2.5", "a whole number", (80, 24)),
         ("seed", "-1", "a whole number from 0", (80, 24)),
         ("max_tokens", "0", "at least 1", (60, 15)),
+        ("think_at_least", "-1", "0 or more", (60, 15)),
+        ("samples", "1000", "from 1 to 64", (80, 24)),
     ],
 )
 def test_a_wrong_number_is_explained_as_it_is_typed_and_not_taken(
@@ -116,6 +124,19 @@ def test_a_wrong_number_is_explained_as_it_is_typed_and_not_taken(
         await until(pilot, lambda: app.result is not NOTHING)
 
     drive(presets, scenario, size)
+
+
+def test_a_thought_that_would_be_longer_than_it_may_is_refused(presets: Presets) -> None:
+    async def scenario(pilot: P, app: Host) -> None:
+        await type_into(pilot, app, "think_at_least", "600")
+        await pilot.press("ctrl+s")
+        await until(pilot, lambda: "at most that" in words(app))
+        assert box(app, "think_at_least").has_focus
+        await type_into(pilot, app, "think_at_least", "60")
+        await pilot.press("ctrl+s")
+        await until(pilot, lambda: app.result is not NOTHING)
+
+    drive(presets, scenario)
 
 
 def test_reset_leaves_everything_to_the_model(presets: Presets) -> None:

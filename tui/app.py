@@ -60,6 +60,8 @@ class ChatApp(Doors, Acts, inherit_bindings=False):
         binding("help", "help", "Help"),
         binding("quit", "quit", "Quit", priority=True),
         binding("thoughts", "toggle_thinking", "Thoughts", priority=True, show=False),
+        binding("think", "think", "Think first", priority=True, show=False),
+        binding("budget", "budget", "Thinking budget", priority=True, show=False),
         binding("settings", "settings", "Settings", priority=True, show=False),
         binding("tools", "tools", "Tools", priority=True, show=False),
         binding("engine", "engine", "Engine", priority=True, show=False),

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+import dataclasses
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
-from edger1.messages import Event, Message
+from edger1.errors import EdgeR1Error
+from edger1.messages import Event, Failed, Message, ToolCall
 from edger1.tui.settings import Settings
+from edger1.tui.tree import new_id
 
 
 class Backend(Protocol):
@@ -40,10 +43,13 @@ class Backend(Protocol):
     ) -> AsyncIterator[Event]:
         """Answer the whole conversation: `Progress`, `Thought`, `Text`, `Running` ..., then `Done` or `Failed`.
 
-        Of `settings` all but the system prompt counts, which is among the messages. `tools` are functions as OpenAI's
-        schemas describe them; for each one that the model calls a `ToolCall` comes before a `Done` with finish_reason
-        "tools". With `continue_last` the last message is an assistant's, and only what goes on from its end is told;
-        where it was cut in the middle of its thought, that is its "thought" and its content is empty.
+        Of `settings` all counts but the number of samples and the system prompt, which is among the messages. `tools`
+        are functions as OpenAI's schemas describe them; for each one that the model calls a `ToolCall` comes before a
+        `Done` with finish_reason "tools". With `continue_last` the last message is an assistant's, and only what goes
+        on from its end is told; where it was cut in the middle of its thought, that is its "thought" and its content
+        is empty.
+
+        Several may be asked at once; their answers come side by side.
         """
 
     def use_adapter(self, folder: str | None) -> AsyncIterator[Event]:
@@ -53,7 +59,28 @@ class Backend(Protocol):
         """Return how many tokens the model makes of `text`, or None while no model is loaded."""
 
     def cancel(self) -> None:
-        """Stop the running answer within one token; its `Done` still comes. Does nothing where none is running."""
+        """Stop all running answers within one token; their `Done` still come. Does nothing where none is running."""
 
     async def close(self) -> None:
         """Stop the engine. May be called more than once."""
+
+
+async def to_the_end(events: AsyncIterator[Event], ending: type) -> AsyncGenerator[Event, None]:
+    """Pass events on up to the first of type `ending` or Failed; make up a Failed where neither comes."""
+    try:
+        async for event in events:
+            if isinstance(event, ToolCall) and not event.call_id:
+                event = dataclasses.replace(event, call_id=new_id())
+            yield event
+            if isinstance(event, ending | Failed):
+                return
+        yield Failed("", "EngineError", "The engine went away in the middle of its work.")
+    except EdgeR1Error as error:
+        yield Failed("", type(error).__name__, str(error))
+    except Exception as error:
+        # The chat outlives whatever goes wrong below it: the user's conversation is in this process.
+        yield Failed("", "EngineError", f"The engine failed unexpectedly ({type(error).__name__}: {error}).")
+    finally:
+        close = getattr(cast(Any, events), "aclose", None)
+        if close is not None:
+            await close()

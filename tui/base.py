@@ -19,6 +19,7 @@ from edger1.tui.backend import Backend
 from edger1.tui.belongings import Belongings
 from edger1.tui.engine_history import History
 from edger1.tui.fetches import Fetches
+from edger1.tui.figures import held
 from edger1.tui.recorder import Recorder
 from edger1.tui.session import Session, SessionEvent, State
 from edger1.tui.settings import Settings
@@ -260,11 +261,12 @@ class ChatBase(App[None], inherit_bindings=False):
             self.belongings.approvals.forget_conversation()
 
     def head(self) -> None:
-        """Bring the line above the conversation up to date."""
+        """Bring the line above the conversation up to date, and what is said of its settings."""
         heading = self.query_one(Heading)
         heading.title = self.session.talk.title or ""
         adapter = f" + {Path(self.session.adapter).name}" if self.session.adapter else ""
         heading.model = (self.session.model or "no model") + adapter
+        self.stage.status.held = held(self.session.talk.settings)
 
     def greet(self, loaded: float | None = None) -> None:
         """Bring the empty conversation's words up to date, where it is still empty."""

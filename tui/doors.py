@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edger1.errors import EdgeR1Error, UsageError
+from edger1.tui import dials
 from edger1.tui.base import ChatBase
 from edger1.tui.commands import DEEDS, Deed
 from edger1.tui.commands_provider import PaletteCommand
@@ -153,6 +154,7 @@ class Doors(ChatBase, inherit_bindings=False):
     def use_settings(self, settings: Settings, said: str) -> None:
         """Hold the conversation under other settings, and say so."""
         self.session.talk.change(settings)
+        self.head()
         self.notify(said, markup=False)
 
     def action_system(self, text: str = "") -> None:
@@ -163,10 +165,24 @@ class Doors(ChatBase, inherit_bindings=False):
         self.use_settings(dataclasses.replace(self.session.talk.settings, system=text), "The system prompt is set.")
 
     def action_think(self, what: str = "") -> None:
-        """Whether the model thinks before it answers."""
-        if what not in ("auto", "on", "off"):
-            raise UsageError(f"/think is {what!r}; expected auto, on or off.")
-        self.use_settings(dataclasses.replace(self.session.talk.settings, think=what), f"Thinking: {what}.")
+        """Whether the model thinks before it answers, and for how long; with nothing said the next choice."""
+        self._change(dials.think, what)
+
+    def action_budget(self, what: str = "") -> None:
+        """How many tokens a thought may have."""
+        self._change(dials.budget, what)
+
+    def action_samples(self, what: str = "") -> None:
+        """How many answers are drawn to a question."""
+        self._change(dials.samples, what)
+
+    def action_speculate(self, what: str = "") -> None:
+        """Where drafts come from."""
+        self._change(dials.speculate, what)
+
+    def _change(self, dial: dials.Dial, what: str) -> None:
+        settings = dial(self.session.talk.settings, what)
+        self.use_settings(settings, dials.said(dial, settings))
 
     # Conversations
 

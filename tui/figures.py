@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from edger1.messages import Figures, Usage
+from edger1.tui.settings import Settings
 
 SEPARATOR = " · "
 CONTEXT_NEARLY_FULL = 0.9
@@ -48,12 +49,41 @@ def fields(cost: Figures, usage: Usage | None = None, *, live: bool = False) -> 
     found = [
         _rate(cost.decode_tokens_per_s, live),
         _context(cost),
+        _drafts(cost.drafts, live),
         *_experts(cost, live),
         _first_token(cost.time_to_first_token_s, live),
         _memory(cost),
         _prompt(usage),
     ]
     return [field for field in found if field is not None]
+
+
+def held(settings: Settings) -> Field | None:
+    """What a conversation is held under that is not the usual: thinking, samples, drafts; None where all is."""
+    long, short = [], []
+    if settings.think != "auto":
+        long.append(f"thinking {settings.think}")
+        short.append(f"think {settings.think}")
+    if limits := thought_limits(settings):
+        long.append(f"{limits} tokens of thought")
+        short.append(limits.replace(" ", ""))
+    if settings.samples > 1:
+        long.append(f"{settings.samples} samples")
+        short.append(f"{settings.samples}×")
+    if settings.speculate != "off":
+        long.append(f"drafts {settings.speculate}")
+        short.append("drafts" if settings.speculate == "auto" else settings.speculate)
+    return Field(", ".join(long), " ".join(short)) if long else None
+
+
+def thought_limits(settings: Settings) -> str:
+    """How long a thought may and must be, in tokens: "≤ 500", "≥ 200", "200–500"; "" where nothing is said."""
+    least, most = settings.think_at_least, settings.think_budget
+    if least and most is not None:
+        return f"{least:,}–{most:,}"
+    if most is not None:
+        return f"≤ {most:,}"
+    return f"≥ {least:,}" if least else ""
 
 
 def fit(found: Sequence[Field], room: int) -> list[tuple[str, Mood]]:
@@ -96,6 +126,19 @@ def _context(cost: Figures) -> Field | None:
     elif used >= size * CONTEXT_NEARLY_FULL:
         remark, trouble = " nearly full", "warning"
     return Field(f"context {now} / {most}{remark}", f"ctx {now}/{most}{remark}", trouble)
+
+
+def _drafts(drafts: dict[str, Any] | None, live: bool) -> Field | None:
+    """What drafting came to; nothing where it was not asked for, and why where it could not be."""
+    if drafts is None or drafts["off"] == "switched off":
+        return None
+    if not drafts["drafted"] and (drafts["off"] or not live):
+        return Field(f"no drafts: {drafts['off']}", "no drafts") if drafts["off"] else None
+    share = f"{drafts['accepted'] / drafts['drafted']:4.0%}" if drafts["drafted"] else UNKNOWN.rjust(4)
+    if drafts["gain"] is None and not live:
+        return Field(f"drafts {share} stood", f"drafts {share}")
+    gain = UNKNOWN.rjust(4) if drafts["gain"] is None else f"{drafts['gain']:4.1f}"
+    return Field(f"drafts {share} stood, {gain} times as fast", f"drafts {share}, {gain}×")
 
 
 def _experts(cost: Figures, live: bool) -> list[Field]:

@@ -48,6 +48,8 @@ COMMANDS = (
     Command("next_branch", ("alt+right",), "Show the version after"),
     Command("copy_answer", ("f9",), "Copy the last answer"),
     Command("thoughts", ("ctrl+t",), "Fold or unfold the reasoning"),
+    Command("think", ("alt+t",), "Think first: auto, on, off"),
+    Command("budget", ("alt+b",), "Most tokens of thought: no limit, 500, 2,000, 8,000"),
     Command("messages", ("shift+tab", "ctrl+up"), "To the messages"),
     Command("scroll_up", ("pageup",), "Scroll the conversation up"),
     Command("scroll_down", ("pagedown",), "Scroll the conversation down"),

@@ -14,30 +14,20 @@ from __future__ import annotations
 
 import json
 import tomllib
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from edger1 import paths, sampling
+from edger1 import paths
 from edger1.errors import UsageError
 from edger1.fetch.place import write_atomically
 from edger1.messages import Sampling
-from edger1.tui.settings import Settings
+from edger1.tui.settings import Settings, check
 
-THINK = ("auto", "on", "off")
 _DRAWN = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
-_KEYS = ("system", *_DRAWN, "max_tokens", "think")
+_OTHERS = ("system", "max_tokens", "think", "think_budget", "think_at_least", "samples", "speculate")
+_KEYS = ("system", *_DRAWN, *_OTHERS[1:])
 _MOST_LETTERS = 60
-
-
-def check(settings: Settings) -> None:
-    """Raise UsageError for settings of a wrong type or out of range."""
-    sampling.check(settings.sampling)
-    sampling.check_count("max_tokens", settings.max_tokens)
-    if settings.think not in THINK:
-        raise UsageError(f'think is {settings.think!r}; expected "auto", "on" or "off".')
-    if settings.system is not None and not isinstance(settings.system, str):
-        raise UsageError(f"system is {settings.system!r:.100}; expected a text in quotes.")
 
 
 class Presets:
@@ -104,9 +94,9 @@ def to_toml(presets: dict[str, Settings]) -> str:
 
 
 def _values(settings: Settings) -> dict[str, Any]:
-    values = {"system": settings.system, **asdict(settings.sampling), "max_tokens": settings.max_tokens}
-    found = {key: value for key, value in values.items() if value is not None}
-    return found | ({"think": settings.think} if settings.think != "auto" else {})
+    usual = asdict(Settings())
+    values = {**asdict(settings), **asdict(settings.sampling)}
+    return {key: values[key] for key in _KEYS if values[key] is not None and values[key] != usual.get(key)}
 
 
 def _quoted(text: str) -> str:
@@ -143,10 +133,8 @@ def _settings(path: Path, name: str, table: Any) -> Settings:
     if unknown:
         raise UsageError(f"{path}: [{name}] has the unknown key {unknown[0]!r}. Known: {', '.join(_KEYS)}.")
     found = Settings(
-        system=table.get("system"),
-        sampling=replace(Sampling(), **{key: table[key] for key in _DRAWN if key in table}),
-        max_tokens=table.get("max_tokens"),
-        think=table.get("think", "auto"),
+        sampling=Sampling(**{key: table[key] for key in _DRAWN if key in table}),
+        **{key: table[key] for key in _OTHERS if key in table},
     )
     try:
         check(found)

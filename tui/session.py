@@ -7,28 +7,28 @@ rest of an answer, is a generator of events that ends with the engine free again
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection
 from contextlib import aclosing
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
-from edger1.errors import EdgeR1Error
-from edger1.messages import AdapterUsed, Done, Event, Failed, Loaded, Message, Sampling, Text, Thought, ToolCall
+from edger1.messages import AdapterUsed, Done, Event, Failed, Loaded, Message, Sampling, Text, Thought
 from edger1.tools import loop
 from edger1.tools.kinds import Result, Tool
 from edger1.tools.loop import Approve, CallState, RoundBegins, Rounds, RoundsEnd
-from edger1.tui.backend import Backend
+from edger1.tui.backend import Backend, to_the_end
 from edger1.tui.hearing import Hearing
 from edger1.tui.recorder import Recorder
+from edger1.tui.samples import FirstEnded, Sampled, Samples, Voted
 from edger1.tui.settings import Settings
 from edger1.tui.store import Stored
 from edger1.tui.talk import Talk
 from edger1.tui.title import TITLE_TOKENS, tidy, title_question
-from edger1.tui.tree import Node, Tree, new_id
+from edger1.tui.tree import Node, Tree
 
 
 class State(Enum):
@@ -65,7 +65,7 @@ class Ended:
     done: Done | None
 
 
-SessionEvent = Event | Begun | Rewound | Ended | CallState | RoundsEnd
+SessionEvent = Event | Begun | Rewound | Ended | CallState | RoundsEnd | Sampled | FirstEnded | Voted
 
 
 class Session:
@@ -92,6 +92,7 @@ class Session:
         self._tools = tools or _NoTools()
         self._approve = approve or _nothing_allowed
         self._rounds: Rounds | None = None
+        self._samples: Samples | None = None
         self.talk = Talk(recorder, settings or Settings())
         self.state = State.ASLEEP if model is not None else State.EMPTY
         self._clock = clock
@@ -134,12 +135,14 @@ class Session:
         self.backend.cancel()
         if self._rounds is not None:
             self._rounds.stop()
+        if self._samples is not None:
+            self._samples.stop()
         return True
 
     async def load(self) -> AsyncGenerator[Event, None]:
         """Load the model: progress, then exactly one Loaded or Failed."""
         self.state = State.LOADING
-        async with aclosing(_to_the_end(self.backend.load(), Loaded)) as events:
+        async with aclosing(to_the_end(self.backend.load(), Loaded)) as events:
             async for event in events:
                 if isinstance(event, Loaded):
                     self.state = State.READY
@@ -151,7 +154,7 @@ class Session:
         """Change the model's adapter: exactly one AdapterUsed or Failed. The conversation goes on."""
         await self._stop_naming()
         self.state = State.LOADING
-        async with aclosing(_to_the_end(self.backend.use_adapter(folder), AdapterUsed)) as events:
+        async with aclosing(to_the_end(self.backend.use_adapter(folder), AdapterUsed)) as events:
             async for event in events:
                 gone = isinstance(event, Failed) and event.error == "EngineError"
                 self.state = State.ASLEEP if gone else State.READY
@@ -201,7 +204,44 @@ class Session:
                 yield event
 
     async def _answer(self, talk: Talk, to: str, before: str | None) -> AsyncGenerator[SessionEvent, None]:
-        """Answer until no tool is asked for; show what was shown `before` where no word came."""
+        """Answer, by vote where the settings say so; show what was shown `before` where no word came."""
+        answering = self._by_vote if talk.settings.samples > 1 else self._by_rounds
+        async with aclosing(answering(talk, to, before)) as events:
+            async for event in events:
+                yield event
+
+    async def _by_vote(self, talk: Talk, to: str, before: str | None) -> AsyncGenerator[SessionEvent, None]:
+        """Let several samples decide on an answer. They are offered no tools: there is no voting on what these do."""
+        await self._stop_naming()
+        self.state = State.ANSWERING
+        messages = talk.tree.messages(talk.settings.system, to=to)
+        nodes = [Node("assistant", parent=to, model=self.model) for _ in range(talk.settings.samples)]
+
+        def ask(settings: Settings) -> AsyncIterator[Event]:
+            return to_the_end(self.backend.ask(messages, settings=settings), Done)
+
+        self._add(talk, nodes[0])
+        samples = Samples(talk.settings, nodes, ask, talk, partial(self._add, talk, shown=False), self._clock)
+        self._samples = samples
+        try:
+            yield Begun(nodes[0])
+            async with aclosing(samples.run()) as events:
+                async for event in events:
+                    if isinstance(event, Failed) and event.error == "EngineError":
+                        self.state = State.ASLEEP
+                    if isinstance(event, Voted) and talk.tree.head == nodes[0].id:
+                        talk.show(event.node.id)
+                    yield event
+        finally:
+            self._samples = None
+            if self.state in (State.ANSWERING, State.STOPPING):
+                self.state = State.READY
+        if samples.silent and talk.tree.head in [node.id for node in nodes]:
+            talk.show(before)
+            yield Rewound()
+
+    async def _by_rounds(self, talk: Talk, to: str, before: str | None) -> AsyncGenerator[SessionEvent, None]:
+        """Answer until no tool is asked for."""
         parent, hearing, silent = to, None, False
         await self._stop_naming()
         self.state = State.ANSWERING
@@ -269,7 +309,7 @@ class Session:
 
         def ask(messages: list[Message], tools: list[dict[str, Any]]) -> AsyncIterator[Event]:
             asked = self.backend.ask(messages, settings=talk.settings, tools=tools, continue_last=continue_last)
-            return _to_the_end(asked, Done)
+            return to_the_end(asked, Done)
 
         return ask
 
@@ -301,7 +341,7 @@ class Session:
         settings = Settings(sampling=Sampling(temperature=0.0), max_tokens=TITLE_TOKENS, think="off")
         try:
             asked = self.backend.ask(title_question(talk.tree, talk.settings.system), settings=settings)
-            async with aclosing(_to_the_end(asked, Done)) as events:
+            async with aclosing(to_the_end(asked, Done)) as events:
                 async for event in events:
                     if isinstance(event, Text):
                         said.append(event.text)
@@ -322,8 +362,8 @@ class Session:
             self.backend.cancel()
             await asyncio.shield(self._naming)
 
-    def _add(self, talk: Talk, node: Node) -> Node:
-        return talk.add(node, self.model, self.adapter)
+    def _add(self, talk: Talk, node: Node, *, shown: bool = True) -> Node:
+        return talk.add(node, self.model, self.adapter, shown=shown)
 
 
 class Tools(loop.Tools, Protocol):
@@ -348,24 +388,3 @@ class _NoTools:
 
 async def _nothing_allowed(call: object, tool: object) -> bool:
     return False
-
-
-async def _to_the_end(events: AsyncIterator[Event], ending: type) -> AsyncGenerator[Event, None]:
-    """Pass events on up to the first of type `ending` or Failed; make up a Failed where neither comes."""
-    try:
-        async for event in events:
-            if isinstance(event, ToolCall) and not event.call_id:
-                event = dataclasses.replace(event, call_id=new_id())
-            yield event
-            if isinstance(event, ending | Failed):
-                return
-        yield Failed("", "EngineError", "The engine went away in the middle of its work.")
-    except EdgeR1Error as error:
-        yield Failed("", type(error).__name__, str(error))
-    except Exception as error:
-        # The chat outlives whatever goes wrong below it: the user's conversation is in this process.
-        yield Failed("", "EngineError", f"The engine failed unexpectedly ({type(error).__name__}: {error}).")
-    finally:
-        close = getattr(cast(Any, events), "aclose", None)
-        if close is not None:
-            await close()

@@ -15,7 +15,8 @@ from edger1.tui.clean import clean
 from edger1.tui.engine_history import History
 from edger1.tui.figures import memory
 from edger1.tui.pacing import spare_collector
-from edger1.tui.session import Begun, Ended, Rewound, Session, SessionEvent
+from edger1.tui.samples import FirstEnded, Sampled, Voted
+from edger1.tui.session import Begun, Ended, Rewound, Session, SessionEvent, State
 from edger1.tui.talk import Talk
 from edger1.tui.widgets.notice import Notice
 from edger1.tui.widgets.question import Question
@@ -43,6 +44,8 @@ class Stage:
         self.failure: Failed | None = None
         """Why the last events ended as they did, where they failed."""
         self._calls: dict[str, CallView] = {}
+        self._samples = ""
+        """How many of several samples are over, in words."""
 
     @property
     def transcript(self) -> Transcript:
@@ -76,7 +79,7 @@ class Stage:
         """Draw until the events end. `waiting` is the question where it is on the screen already, `answer` the answer
         that goes on. What still comes once another conversation is shown is not drawn."""
         spare_collector()
-        self.failure, self.answer = None, answer
+        self.failure, self.answer, self._samples = None, answer, ""
         self.say("Reading")
         async for event in events:
             if not self._app.is_running:
@@ -117,10 +120,10 @@ class Stage:
             case Progress(total=total, done=done) if total > 0:
                 self.say(f"Reading · {done:,} of {total:,} tokens")
             case Thought(text=text) if self.answer is not None:
-                self.say("Thinking")
+                self.say(self._samples or "Thinking")
                 await self.answer.think(text)
             case Text(text=text) if self.answer is not None:
-                self.say("Writing")
+                self.say(self._samples or "Writing")
                 await self.answer.feed(text)
             case Running(figures=figures) as running:
                 self.status.show(figures, live=True)
@@ -131,6 +134,14 @@ class Stage:
                     await self.transcript.say(Notice.remark(note))
             case Failed() as failed:
                 self.failure = failed
+            case Sampled(done=done, of=of):
+                self._samples = f"{done} of {of} done"
+                if self._session.state is not State.STOPPING:
+                    self.say(self._samples)
+            case FirstEnded() if self.answer is not None:
+                await self.answer.finish()
+            case Voted():
+                await self.transcript.follow(self._session.tree)
             case Ended(node=node) if self.answer is not None:
                 await self.answer.finish()
                 self._calls = {call.id: CallView(call.name, call.arguments, clock=self._clock) for call in node.calls}

@@ -18,15 +18,19 @@ class Talk:
         self.id = None if stored is None else stored.id
         self.title = None if stored is None else stored.title
 
-    def add(self, node: Node, model: str | None, adapter: str | None) -> Node:
-        """Add a message and show it; `model` and `adapter` are those of the conversation that begins with it."""
+    def add(self, node: Node, model: str | None, adapter: str | None, *, shown: bool = True) -> Node:
+        """Add a message, and show it; `model` and `adapter` are those of the conversation that begins with it."""
+        head = self.tree.head
         self.tree.add(node)
+        if not shown:
+            self.tree.head = head
         if self._recorder is not None:
             if self.id is None:
                 self.id = new_id()
                 self._recorder.begin(self.id, model=model, adapter=adapter, settings=self.settings, title=self.title)
             self._recorder.add(self.id, node)
-            self._recorder.set_head(self.id, node.id)
+            if shown:
+                self._recorder.set_head(self.id, node.id)
         return node
 
     def grow(self, node: Node, text: str = "", thought: str = "") -> None:

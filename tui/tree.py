@@ -63,7 +63,8 @@ class Node:
     """How an answer ended: "stop", "length", "cancelled", "failed", "tools" (it waits for their results), "edited" (the
     user wrote it). None: it is being written, or the program died while it was."""
     figures: dict[str, Any] | None = None
-    """`edger1.messages.Done` without its id, as `dataclasses.asdict` gives it."""
+    """`edger1.messages.Done` without its id, as `dataclasses.asdict` gives it. One of several samples that has voted
+    has "vote" too: {"answer": its own, "tally": [[answer, how many gave it], ...], "voters": [id of each]}."""
     attachments: tuple[Attachment, ...] = ()
     calls: tuple[Call, ...] = ()
     call_id: str | None = None

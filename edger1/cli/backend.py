@@ -34,7 +34,7 @@ class ChildBackend:
 
     The child is started by the first `load`: before that its imports would take the time from those of the screen.
     Without a folder nothing is loaded until one has been chosen. `memory` is the ceiling that all models have in turn,
-    in bytes.
+    in bytes. `draft` is the folder of a model that drafts for the one in `folder`, and for no other.
     """
 
     def __init__(
@@ -47,17 +47,20 @@ class ChildBackend:
         expert_slots: str | None = None,
         adapter: str | None = None,
         kv_bits: int | None = None,
+        draft: Path | None = None,
     ) -> None:
         self._folder = folder
         self._load = (memory, context, precision, expert_slots)
         self._kv_bits = kv_bits
         self._adapter = adapter
+        # It speaks the vocabulary of this one model.
+        self._draft = (folder, draft)
         self._memory = memory
         self._connection: ChildConnection | None = None
         # Loaded, or perhaps so: a load that nobody waited for may have come to its end.
         self._held: str | None = None
         self._model: str | None = None
-        self._running: str | None = None
+        self._running: set[str] = set()
 
     @property
     def pid(self) -> int | None:
@@ -81,13 +84,18 @@ class ChildBackend:
         await self._drop_model()
         if self._connection is None:
             self._connection = ChildConnection(self._memory)
-        request = Load(next_id(), str(self._folder), *self._load, self._adapter, kv_bits=self._kv_bits)
+        request = Load(next_id(), str(self._folder), *self._load, self._adapter, self._drafting, kv_bits=self._kv_bits)
         self._held = request.id
         async with aclosing(self._events(request)) as events:  # type: ignore[type-var]
             async for event in events:
                 if isinstance(event, Loaded):
                     self._model = event.model
                 yield event
+
+    @property
+    def _drafting(self) -> str | None:
+        folder, draft = self._draft
+        return str(draft) if draft is not None and folder == self._folder else None
 
     async def _drop_model(self) -> None:
         held, self._held, self._model = self._held, None, None
@@ -129,17 +137,19 @@ class ChildBackend:
             max_tokens=settings.max_tokens,
             sampling=settings.sampling,
             think=settings.think,
+            think_budget=settings.think_budget,
+            think_at_least=settings.think_at_least,
+            speculate=settings.speculate,
             tools=list(tools),
             continue_last=continue_last,
         )
-        self._running = request.id
+        self._running.add(request.id)
         try:
             async with aclosing(self._events(request)) as events:  # type: ignore[type-var]
                 async for event in events:
                     yield event
         finally:
-            if self._running == request.id:
-                self._running = None
+            self._running.discard(request.id)
 
     async def count_tokens(self, text: str) -> int | None:
         """Return how many tokens the model makes of `text`, or None while there is no model that could tell."""
@@ -151,9 +161,10 @@ class ChildBackend:
         return None
 
     def cancel(self) -> None:
-        """Stop the running answer within one token; its Done still comes. Does nothing where none is running."""
-        if self._connection is not None and self._running is not None:
-            self._connection.send(Cancel(next_id(), self._running))
+        """Stop all running answers within one token; their Done still come. Does nothing where none is running."""
+        if self._connection is not None:
+            for running in self._running:
+                self._connection.send(Cancel(next_id(), running))
 
     async def close(self) -> None:
         """Stop the engine. May be called more than once."""

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from edger1.cli import options
+
+if TYPE_CHECKING:
+    from edger1.tui.settings import Settings
 
 SAMPLE_QUESTION = "What is the capital of France, and what is it famous for?"
 SAMPLE_TOKENS = 256
@@ -19,12 +22,18 @@ def chat_command(
         str | None, typer.Argument(metavar="MODEL", help="Alias, hub repository or folder. Default: the last one.")
     ] = None,
     system: options.System = None,
+    think: options.Think = "auto",
+    think_budget: options.ThinkBudget = None,
+    think_at_least: options.ThinkAtLeast = None,
+    samples: options.Samples = None,
     memory: options.Memory = None,
     context: options.Context = None,
     precision: options.Precision = "fast",
     expert_slots: options.ExpertSlots = None,
     adapter: options.Adapter = None,
     kv_bits: options.KvBits = None,
+    draft: options.Draft = None,
+    speculate: options.Speculate = None,
     plain: Annotated[
         bool, typer.Option("--plain", help="Talk in lines: for a screen reader, or a terminal without a full screen.")
     ] = False,
@@ -57,8 +66,19 @@ def chat_command(
     terminals = (sys.stdin.isatty(), sys.stdout.isatty())
     lines = plain or in_lines(os.environ, *terminals, configured=config.accessible)
     name = model or config.model or DEFAULT_MODEL
+    from edger1.tui.settings import Settings, check
+
+    settings = Settings(
+        system=system,
+        think=think,
+        think_budget=think_budget,
+        think_at_least=think_at_least,
+        samples=1 if samples is None else samples,
+        speculate=speculate or ("auto" if draft is not None else "off"),
+    )
+    check(settings)
     if not lines and not all(terminals):
-        _answer_once(name, system, memory, context, precision, expert_slots, adapter, kv_bits, offline)
+        _answer_once(name, settings, memory, context, precision, expert_slots, adapter, kv_bits, draft, offline)
         return
 
     from edger1.cli.loading import apply_threads
@@ -75,12 +95,13 @@ def chat_command(
         open_window(
             Wanted(
                 model,
-                system,
+                settings,
                 ceiling,
                 context,
                 precision,
                 expert_slots,
                 adapter,
+                draft,
                 offline,
                 resume=resume,
                 conversation=conversation,
@@ -94,7 +115,6 @@ def chat_command(
     from edger1.cli.loading import ensure_model, note_beyond_training
     from edger1.cli.plain_chat import Lines, PlainChat
     from edger1.model import adapter_folder
-    from edger1.tui.settings import Settings
 
     folder = ensure_model(name, offline or config.offline)
     context = context if context is not None else config.context
@@ -107,12 +127,13 @@ def chat_command(
         expert_slots=expert_slots,
         adapter=adapter_folder(adapter),
         kv_bits=quantized,
+        draft=None if draft is None else ensure_model(draft, offline or config.offline),
     )
     PlainChat(
         backend,
         name,
         Lines(sys.stdin, sys.stdout, colour=not colourless(os.environ)),
-        settings=Settings(system=system),
+        settings=settings,
         adapter=adapter,
         store=_store(),
         # Read aloud, reasoning takes minutes; /thoughts on has it written out.
@@ -129,13 +150,14 @@ def _store() -> Any:
 
 def _answer_once(
     name: str,
-    system: str | None,
+    settings: Settings,
     memory: str | None,
     context: int | None,
     precision: str,
     expert_slots: str | None,
     adapter: str | None,
     kv_bits: str | None,
+    draft: str | None,
     offline: bool,
 ) -> None:
     from edger1.cli.loading import open_model
@@ -153,12 +175,20 @@ def _answer_once(
         expert_slots=expert_slots,
         adapter=adapter,
         kv_bits=kv_bits,
+        draft=draft,
         offline=offline,
     ) as loaded:
         typer.echo(f"> {question}\n")
         done = None
-        for event in loaded.chat(system).stream(
-            question, max_tokens=None if piped else SAMPLE_TOKENS, temperature=None if piped else 0.0
+        for event in loaded.chat(settings.system).stream(
+            question,
+            max_tokens=None if piped else SAMPLE_TOKENS,
+            temperature=None if piped else 0.0,
+            think=settings.think,
+            think_budget=settings.think_budget,
+            think_at_least=settings.think_at_least,
+            samples=settings.samples,
+            speculate=settings.speculate,
         ):
             if isinstance(event, Text):
                 typer.echo(options.printable(event.text) if terminal else event.text, nl=False)

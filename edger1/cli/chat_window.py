@@ -14,6 +14,7 @@ from edger1.config import DEFAULT_MODEL, Config, load_config
 from edger1.errors import EdgeR1Error, UsageError
 
 if TYPE_CHECKING:
+    from edger1.tui.settings import Settings
     from edger1.tui.store import Store
 
 
@@ -22,12 +23,13 @@ class Wanted:
     """What the command line asks for; None leaves a choice to the user's config.toml or the program."""
 
     model: str | None
-    system: str | None = None
+    settings: Settings | None = None
     memory_bytes: int | None = None
     context: int | None = None
     precision: str = "fast"
     expert_slots: str | None = None
     adapter: str | None = None
+    draft: str | None = None
     offline: bool = False
     resume: bool = False
     conversation: str | None = None
@@ -64,7 +66,6 @@ def open_window(wanted: Wanted, config: Config) -> None:
     from edger1.tui.keymap import read_keymap
     from edger1.tui.looks import remembered
     from edger1.tui.presets import Presets
-    from edger1.tui.settings import Settings
     from edger1.tui.store import Store
     from edger1.tui.terminal import colourless, terminfo_colours
     from edger1.tui.themes import COLOURLESS, THEMES
@@ -89,6 +90,7 @@ def open_window(wanted: Wanted, config: Config) -> None:
         expert_slots=wanted.expert_slots,
         adapter=None if wanted.adapter is None else _adapter(wanted.adapter),
         kv_bits=wanted.kv_bits,
+        draft=None if wanted.draft is None else ensure_model(wanted.draft, offline),
     )
     plain = colourless(os.environ, terminfo_colours())
     keymap = read_keymap(paths.user_keys())
@@ -124,7 +126,7 @@ def open_window(wanted: Wanted, config: Config) -> None:
     run_chat(
         backend,
         name,
-        settings=Settings(system=wanted.system),
+        settings=wanted.settings,
         adapter=wanted.adapter,
         theme=config.theme or remembered(),
         belongings=belongings,

@@ -84,6 +84,17 @@ RepetitionPenalty = Annotated[
 Seed = Annotated[int | None, typer.Option(metavar="N", help="The same seed gives the same answer.")]
 Stop = Annotated[list[str] | None, typer.Option(metavar="TEXT", help="End the answer before this text; repeatable.")]
 Think = Annotated[str, typer.Option(metavar="auto|on|off", help="Reasoning, where the model's template can switch it.")]
+ThinkBudget = Annotated[
+    int | None,
+    typer.Option("--think-budget", metavar="N", help="Most tokens of a thought; then the answer follows. 0: none."),
+]
+ThinkAtLeast = Annotated[
+    int | None, typer.Option("--think-at-least", metavar="N", help="A thought goes on until it has so many tokens.")
+]
+Samples = Annotated[
+    int | None,
+    typer.Option(metavar="N", help="Draw so many answers; what most of them come to is the answer. Default: 1."),
+]
 Offline = Annotated[bool, typer.Option("--offline", help="Ask no hub or package index for anything.")]
 
 

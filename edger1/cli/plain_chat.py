@@ -12,24 +12,27 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import aclosing
 from dataclasses import asdict, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TextIO
 
+from edger1.cli.plain_vote import REMARKS, PlainVote
+from edger1.errors import UsageError
 from edger1.messages import Done, Failed, Loaded, Progress, Text, Thought
+from edger1.tui import dials
 from edger1.tui.backend import Backend
 from edger1.tui.clean import clean
-from edger1.tui.figures import SEPARATOR, duration, fields, memory
+from edger1.tui.figures import SEPARATOR, duration, fields, held, memory
 from edger1.tui.settings import Settings
 from edger1.tui.tree import Node, Tree
+from edger1.tui.votes import tally_of, voters_with
 
 SAVE_EVERY_S = 0.5
 PROGRESS_EVERY_S = 10.0
 QUOTES = '"""'
-REMARKS = {"cancelled": "Stopped. What was said is kept.", "length": "Stopped at the limit of length."}
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 YOU = "You: "
 
@@ -38,7 +41,12 @@ COMMANDS = {
     "stop": ("", "Ctrl-C stops an answer"),
     "retry": ("", "ask for another answer to the last message"),
     "new": ("", "begin a new conversation"),
+    "others": ("", "write out the other samples of the last answer"),
     "system": ("[TEXT|none]", "show or set the system prompt"),
+    "think": ("[auto|on|off|TOKENS]", "whether the model thinks first, and for how many tokens"),
+    "budget": ("[TOKENS|LEAST-MOST|none]", "how many tokens of thought: at most, or from-to"),
+    "samples": ("[N]", "draw several answers, of which the majority decides"),
+    "speculate": ("[off|auto|lookup|mtp|draft]", "where drafts come from"),
     "thoughts": ("on|off", "whether the model's reasoning is written out"),
     "figures": ("", "what the last answer cost"),
     "save": ("[FILE]", "write the conversation to a Markdown file"),
@@ -146,6 +154,8 @@ class PlainChat:
         """Hold the conversation until its user ends it; the backend is closed then."""
         say = self._lines.say
         say(f"Chat with {self._name}. /help lists the commands; Ctrl-C stops an answer; Ctrl-D ends.")
+        if (unusual := held(self._settings)) is not None:
+            say(f"With {unusual.long}.")
         for notice in getattr(self._store, "notices", ()):
             say(notice)
         history = self._store.history() if self._store is not None else []
@@ -206,6 +216,10 @@ class PlainChat:
                 say("A new conversation.")
             case "system":
                 self._set_system(argument)
+            case "think" | "budget" | "samples" | "speculate":
+                self._dial(getattr(dials, name), argument)
+            case "others":
+                self._write_others()
             case "thoughts":
                 if argument in ("on", "off"):
                     self._thoughts = argument == "on"
@@ -229,11 +243,32 @@ class PlainChat:
 
     def _set_system(self, text: str) -> None:
         if text:
-            self._settings = replace(self._settings, system=None if text == "none" else text)
-            if self._store is not None and self._conversation is not None:
-                self._store.set_settings(self._conversation, self._settings)
+            self._use(replace(self._settings, system=None if text == "none" else text))
         system = self._settings.system
         self._lines.say(f"System prompt: {system}" if system else "There is no system prompt.")
+
+    def _use(self, settings: Settings) -> None:
+        self._settings = settings
+        if self._store is not None and self._conversation is not None:
+            self._store.set_settings(self._conversation, settings)
+
+    def _dial(self, dial: dials.Dial, words: str) -> None:
+        """Turn one of the dials, or, with no words, only say how it stands."""
+        try:
+            if words:
+                self._use(dial(self._settings, words))
+            self._lines.say(dials.said(dial, self._settings))
+        except UsageError as error:
+            self._lines.say(str(error))
+
+    def _write_others(self) -> None:
+        shown = None if self._tree.head is None else self._tree[self._tree.head]
+        others = [] if shown is None else [each for each in voters_with(shown) if each in self._tree]
+        if len(others) < 2:
+            self._lines.say("The last answer was not voted on; /samples 5 has five of them vote.")
+        for id_ in others:
+            if id_ != self._tree.head:
+                self._lines.say(f"{tally_of(self._tree[id_])[0]}: {self._tree[id_].text.strip()}")
 
     def _figures(self) -> str:
         if self._last is None:
@@ -286,6 +321,11 @@ class PlainChat:
                     case Failed(message=message):
                         say(f"The model could not be loaded. {message}")
 
+    @property
+    def _called(self) -> str:
+        """What the model is called: of a folder or a hub's repository the last part."""
+        return self._name.rstrip("/").rpartition("/")[2]
+
     async def _answer(self) -> None:
         """Answer the conversation up to the head of its tree; Ctrl-C stops it."""
         if not self._ready:
@@ -293,8 +333,10 @@ class PlainChat:
             if not self._ready:
                 return
         self._stopping = False
-        # Of a folder or a hub's repository, the last part is what it is called.
-        writer = _Answer(self._lines, self._name.rstrip("/").rpartition("/")[2], self._thoughts)
+        if self._settings.samples > 1:
+            await self._sample()
+            return
+        writer = _Answer(self._lines, self._called, self._thoughts)
         node = Node("assistant", parent=self._tree.head, model=self._name)
         messages = self._tree.messages(self._settings.system)
         saved_at = 0.0
@@ -324,9 +366,36 @@ class PlainChat:
         if node.text or node.thought:
             self._keep(node)
 
+    async def _sample(self) -> None:
+        """Answer by a vote of several samples."""
+        nodes = [Node("assistant", parent=self._tree.head, model=self._name) for _ in range(self._settings.samples)]
+        vote = PlainVote(self._lines, self._called, self._thoughts, self._keep)
+        samples = vote.samples(self._backend, self._settings, self._tree.messages(self._settings.system), nodes)
+        with self._interruptible(samples.stop):
+            try:
+                end = await vote.hold(samples)
+            except asyncio.CancelledError:
+                self._ended = True
+                self._lines.say("Ended.")
+                return
+        if isinstance(end, Done):
+            self._last = end
+        elif isinstance(end, Failed):
+            self._ready = end.error != "EngineError"
+        if vote.shown is not None:
+            self._show(vote.shown)
+
+    def _show(self, node: Node) -> None:
+        self._tree.head = node.id
+        if self._store is not None and self._conversation is not None:
+            self._store.set_head(self._conversation, node.id)
+
     @contextlib.contextmanager
-    def _interruptible(self) -> Any:
-        """Let Ctrl-C stop the answer, and a second one end the chat where the engine does not come to a stop."""
+    def _interruptible(self, stop: Callable[[], None] = lambda: None) -> Any:
+        """Let Ctrl-C stop the answer, and a second one end the chat where the engine does not come to a stop.
+
+        `stop` is called when it is stopped.
+        """
         loop, task = asyncio.get_running_loop(), asyncio.current_task()
         before = signal.getsignal(signal.SIGINT)
 
@@ -334,6 +403,7 @@ class PlainChat:
             if self._stopping and task is not None:
                 task.cancel()
             self._stopping = True
+            stop()
             self._backend.cancel()
 
         loop.add_signal_handler(signal.SIGINT, interrupt)

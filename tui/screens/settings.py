@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from textual import on, work
@@ -14,13 +14,12 @@ from textual.screen import ModalScreen
 from textual.widgets import Button, Input, Label, OptionList, Select, Static, TextArea
 from textual.widgets.option_list import Option
 
-from edger1 import sampling
 from edger1.errors import UsageError
 from edger1.messages import Sampling
 from edger1.tui.clean import clean
-from edger1.tui.presets import THINK, Presets
+from edger1.tui.presets import Presets
 from edger1.tui.screens.confirm import ConfirmScreen
-from edger1.tui.settings import Settings
+from edger1.tui.settings import SPECULATE, THINK, Settings, check
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class Field:
     whole: bool = False
 
 
-FIELDS = (
+DRAWING = (
     Field("temperature", "Temperature", "0 is greedy; more is more varied"),
     Field("top_p", "Top p", "the likeliest tokens that make up this share; 1 is all"),
     Field("top_k", "Top k", "so many of the likeliest tokens; 0 is all", whole=True),
@@ -42,9 +41,20 @@ FIELDS = (
     Field("seed", "Seed", "the same seed draws the same answer", whole=True),
     Field("max_tokens", "Max tokens", "an answer stops after so many", whole=True),
 )
+THINKING = (
+    Field("think_budget", "Think at most", "tokens; then the answer follows", whole=True),
+    Field("think_at_least", "Think at least", "tokens; until then a thought goes on", whole=True),
+    Field("samples", "Samples", "so many answers, of which the majority decides", whole=True),
+)
+FIELDS = (*DRAWING, *THINKING)
 _BY_NAME = {field.name: field for field in FIELDS}
 # What is drawn with where neither the user nor the model says anything.
-_PLAIN = {"temperature": "0", "top_p": "1", "top_k": "0", "min_p": "0", "repetition_penalty": "1"}
+_PLAIN = {
+    "temperature": "0", "top_p": "1", "top_k": "0", "min_p": "0", "repetition_penalty": "1", "seed": "random",
+    "max_tokens": "no limit", "think_budget": "no limit", "think_at_least": "0", "samples": "1",
+}  # fmt: skip
+_USUAL = Settings()
+_OF_SAMPLING = frozenset(vars(Sampling()))
 
 
 def parse(field: Field, text: str) -> float | int | None:
@@ -57,12 +67,25 @@ def parse(field: Field, text: str) -> float | int | None:
         value = int(text) if field.whole else float(text.replace(",", "."))
     except ValueError:
         value = text
-    if field.name == "max_tokens":
-        sampling.check_count(field.name, value)
-    else:
-        sampling.check(Sampling(**{field.name: value}))
+    check(with_value(_USUAL, field, value))
     number: float | int = value
     return number
+
+
+def with_value(settings: Settings, field: Field, value: float | int | None) -> Settings:
+    """Return settings with a number in the place of a field; None is the usual one."""
+    if field.name in _OF_SAMPLING:
+        return replace(settings, sampling=replace(settings.sampling, **{field.name: value}))
+    return replace(settings, **{field.name: getattr(_USUAL, field.name) if value is None else value})
+
+
+def value_of(settings: Settings, field: Field) -> float | int | None:
+    """Return the number of a field; None where it is the usual one."""
+    if field.name in _OF_SAMPLING:
+        drawn: float | int | None = getattr(settings.sampling, field.name)
+        return drawn
+    value: float | int | None = getattr(settings, field.name)
+    return None if value == getattr(_USUAL, field.name) else value
 
 
 def shown(value: float | int | None) -> str:
@@ -136,24 +159,27 @@ class SettingsScreen(ModalScreen[Settings | None]):
                 system = TextArea(placeholder="none", highlight_cursor_line=False, tab_behavior="focus")
                 system.cursor_blink = False
                 yield system
-                for field in FIELDS:
-                    with Horizontal(classes="row"):
-                        yield Label(field.label)
-                        number = Input(placeholder=self._placeholder(field), id=field.name)
-                        number.cursor_blink = False
-                        yield number
-                        yield Static(field.help, classes="help")
-                    yield Static(id=f"wrong-{field.name}", classes="wrong", markup=False)
-                with Horizontal(classes="row"):
-                    yield Label("Think first")
-                    yield Select([(each, each) for each in THINK], allow_blank=False, value="auto", compact=True)
-                    yield Static("where the model can reason or not", classes="help")
+                for field in DRAWING:
+                    yield from self._row(field)
+                yield from _choice("think", "Think first", THINK, "where the model can reason or not")
+                for field in THINKING:
+                    yield from self._row(field)
+                yield from _choice("speculate", "Drafts", SPECULATE, "guesses, verified together: the same, sooner")
                 with Horizontal(classes="buttons"):
                     yield Button("Take", id="take", variant="primary", compact=True)
                     yield Button("Presets", id="presets", compact=True)
                     yield Button("Save as preset", id="keep", compact=True)
                     yield Button("Reset", id="reset", compact=True)
             yield Static(id="said", markup=False)
+
+    def _row(self, field: Field) -> ComposeResult:
+        with Horizontal(classes="row"):
+            yield Label(field.label)
+            number = Input(placeholder=self._placeholder(field), id=field.name)
+            number.cursor_blink = False
+            yield number
+            yield Static(field.help, classes="help")
+        yield Static(id=f"wrong-{field.name}", classes="wrong", markup=False)
 
     def on_mount(self) -> None:
         """Show the settings as they are."""
@@ -164,36 +190,31 @@ class SettingsScreen(ModalScreen[Settings | None]):
 
     def _placeholder(self, field: Field) -> str:
         own = getattr(self._defaults, field.name, None)
-        if field.name == "seed":
-            return "random"
-        if field.name == "max_tokens":
-            return "no limit"
         return shown(own) if own is not None else _PLAIN[field.name]
 
     def _fill(self, settings: Settings) -> None:
         self.query_one(TextArea).text = settings.system or ""
         for field in FIELDS:
-            value = settings.max_tokens if field.name == "max_tokens" else getattr(settings.sampling, field.name)
-            self.query_one(f"#{field.name}", Input).value = shown(value)
-        self.query_one(Select).value = settings.think if settings.think in THINK else "auto"
+            self.query_one(f"#{field.name}", Input).value = shown(value_of(settings, field))
+        for name in ("think", "speculate"):
+            self.query_one(f"#{name}", Select).value = getattr(settings, name)
 
     def _read(self) -> Settings | None:
         """Return what is typed; None where something is wrong, which has the focus then."""
-        values: dict[str, Any] = {}
-        for field in FIELDS:
-            box = self.query_one(f"#{field.name}", Input)
-            try:
-                values[field.name] = parse(field, box.value)
-            except UsageError as error:
-                box.focus()
-                self._say(str(error), error=True)
-                self._refused = True
-                return None
-        limit = values.pop("max_tokens")
         system = self.query_one(TextArea).text
-        return Settings(
-            system if system.strip() else None, Sampling(**values), limit, str(self.query_one(Select).value)
-        )
+        chosen = {name: str(self.query_one(f"#{name}", Select).value) for name in ("think", "speculate")}
+        settings = replace(_USUAL, system=system if system.strip() else None, **chosen)
+        try:
+            for field in FIELDS:
+                box = self.query_one(f"#{field.name}", Input)
+                settings = with_value(settings, field, parse(field, box.value))
+                check(settings)
+        except UsageError as error:
+            box.focus()
+            self._say(str(error), error=True)
+            self._refused = True
+            return None
+        return settings
 
     @on(Input.Changed)
     def check(self, event: Input.Changed) -> None:
@@ -280,6 +301,13 @@ class SettingsScreen(ModalScreen[Settings | None]):
         said.update(Content(clean(text)))
         said.set_class(bool(text), "-shown")
         said.set_class(error, "-error")
+
+
+def _choice(name: str, label: str, choices: tuple[str, ...], help_: str) -> ComposeResult:
+    with Horizontal(classes="row"):
+        yield Label(label)
+        yield Select([(each, each) for each in choices], allow_blank=False, value=choices[0], compact=True, id=name)
+        yield Static(help_, classes="help")
 
 
 class NameScreen(ModalScreen[str | None]):
@@ -389,11 +417,13 @@ def in_words(settings: Settings) -> str:
     """Return what settings set, in one line."""
     words = []
     for field in FIELDS:
-        value = settings.max_tokens if field.name == "max_tokens" else getattr(settings.sampling, field.name)
+        value = value_of(settings, field)
         if value is not None:
             words.append(f"{field.label.lower()} {shown(value)}")
     if settings.think != "auto":
         words.append(f"think {settings.think}")
+    if settings.speculate != "off":
+        words.append(f"drafts {settings.speculate}")
     if settings.system:
         words.append(f"system {' '.join(clean(settings.system).split())!r:.40}")
     return ", ".join(words) or "nothing"

@@ -8,6 +8,7 @@ from dataclasses import fields
 from typing import Any
 
 from textual.app import ComposeResult
+from textual.content import Content
 from textual.geometry import Region
 from textual.strip import Strip
 from textual.widget import Widget
@@ -16,9 +17,11 @@ from edger1.messages import Done, Figures, Usage
 from edger1.tui.clean import clean
 from edger1.tui.figures import SEPARATOR
 from edger1.tui.figures import fields as figures_of
+from edger1.tui.hearing import thought_tokens
 from edger1.tui.markdown import code_blocks
 from edger1.tui.pacing import Pacer
 from edger1.tui.tree import Node
+from edger1.tui.votes import LONGEST, tally_of
 from edger1.tui.widgets.answer_text import AnswerText
 from edger1.tui.widgets.notice import Notice
 from edger1.tui.widgets.thinking import Thinking
@@ -92,6 +95,7 @@ class Answer(Turn):
                 opened=self._opened,
                 text=self.node.thought if over else None,
                 took_s=self.node.thought_s,
+                tokens=thought_tokens(self.node) if over else 0,
             )
             if not over:
                 self._thinking.feed(self.node.thought)
@@ -142,6 +146,8 @@ class Answer(Turn):
 
         May be repeated; the first call counts.
         """
+        if self._thinking is not None and self.node.finish:
+            self._thinking.count(thought_tokens(self.node))
         if self._finished:
             return
         self._finished = True
@@ -182,6 +188,8 @@ class Answer(Turn):
         elif self.node.figures:
             done = recalled(self.node.figures)
             words = SEPARATOR.join(" ".join(each.long.split()) for each in figures_of(done.figures, done.usage))
+            if votes := votes_of(self.node):
+                words = SEPARATOR.join([*filter(None, [words]), votes.plain])
             notice = Notice.remark(words or "Nothing was measured.")
             notice.add_class("-figures")
             await self.mount(notice, before=self.foot)
@@ -202,6 +210,10 @@ class Answer(Turn):
     def written(self) -> str:
         """Return the Markdown of the answer."""
         return self.text
+
+    def votes(self) -> Content | None:
+        """Return how the samples voted that this answer is one of."""
+        return votes_of(self.node, longest=18)
 
     def action_fold(self) -> None:
         """Fold or unfold the reasoning."""
@@ -231,3 +243,17 @@ def recalled(found: dict[str, Any]) -> Done:
         Usage(**known(Usage, found.get("usage"))),
         Figures(**known(Figures, found.get("figures"))),
     )
+
+
+def votes_of(node: Node, longest: int = LONGEST) -> Content | None:
+    """Return the votes that a message keeps, with its own in bold; None where there are none."""
+    own, tally = tally_of(node, longest)
+    parts = [(f"{answer}: {count}", "bold" if answer == own else "") for answer, count in tally]
+    return Content.assemble("votes ", *_between(parts)) if parts else None
+
+
+def _between(parts: list[tuple[str, str]]) -> Iterable[tuple[str, str]]:
+    for at, part in enumerate(parts):
+        if at:
+            yield (SEPARATOR, "")
+        yield part

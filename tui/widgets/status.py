@@ -25,6 +25,8 @@ class Status(Widget):
     """
 
     state: reactive[str] = reactive("")
+    held: reactive[Field | None] = reactive(None)
+    """What the conversation is held under, where that is not the usual."""
     _fields: reactive[tuple[Field, ...]] = reactive(())
 
     def show(self, figures: Figures | None, usage: Usage | None = None, *, live: bool = False) -> None:
@@ -37,7 +39,10 @@ class Status(Widget):
         state = self.state if len(self.state) <= room else self.state[: max(room - 1, 0)] + "…"
         parts: list[Content | str | tuple[str, str]] = []
         width = 0
-        for said, mood in fit(self._fields, room - max(len(state) + 1, STATE_ROOM)):
+        shown = self._fields if self.held is None else (self.held, *self._fields)
+        # Words beside words need more between them than words beside figures.
+        gap = 1 if self.held is None else 3
+        for said, mood in fit(shown, room - max(len(state) + gap, STATE_ROOM)):
             if parts:
                 parts.append(SEPARATOR)
                 width += len(SEPARATOR)

@@ -49,8 +49,8 @@ class ThinkingTitle(Static, can_focus=True):
 class Thinking(Growing):
     """A collapsible block of plain text. Reasoning is long and rough: it is shown as it comes, without Markdown.
 
-    The text of a folded block is laid out when it is opened. `text` and `took_s` are of reasoning that is over;
-    without them it is fed, and `opened` tells whether it is open meanwhile.
+    The text of a folded block is laid out when it is opened. `text`, `took_s` and `tokens` are of reasoning that is
+    over; without them it is fed, and `opened` tells whether it is open meanwhile.
     """
 
     DEFAULT_CSS = """
@@ -75,12 +75,14 @@ class Thinking(Growing):
         opened: bool = True,
         text: str | None = None,
         took_s: float | None = None,
+        tokens: int = 0,
     ) -> None:
         super().__init__()
         self._pacer = Pacer(self._show)
         self._clock = clock
         self._over = text is not None
         self._took_s = took_s
+        self._tokens = tokens
         self._began = 0.0 if self._over else clock()
         self._text = clean(text or "").strip()
         self._words = len(self._text.split())
@@ -125,6 +127,12 @@ class Thinking(Growing):
             self.folded = True
         self._retitle()
 
+    def count(self, tokens: int) -> None:
+        """Say how many tokens it has, once that is known; 0: nobody counted."""
+        if tokens != self._tokens:
+            self._tokens = tokens
+            self._retitle()
+
     def resume(self) -> None:
         """More of it is going to come; its time goes on from what it took so far."""
         self._began = self._clock() - (self._took_s or 0.0)
@@ -162,7 +170,8 @@ class Thinking(Growing):
         if not self._over:
             return Content(f"{mark} Thinking · {words}")
         took = "Thought" if self._took_s is None else f"Thought for {duration(self._took_s)}"
-        return Content(f"{mark} {took} · {words}")
+        tokens = f" · {self._tokens:,} token{'' if self._tokens == 1 else 's'}" if self._tokens else ""
+        return Content(f"{mark} {took} · {words}{tokens}")
 
     def _retitle(self) -> None:
         if self.is_mounted:

@@ -50,16 +50,24 @@ class TurnFoot(Static):
         super().__init__(markup=False)
         self.branch = (1, 1)
         """Which alternative this message is, counted from 1, and how many there are."""
+        self.votes: Content | None = None
+        """How several samples voted."""
         self.actions: Sequence[str] = ()
 
     def render(self) -> Content:
-        """As many whole actions as there is room for; the branches come first."""
+        """As many whole actions as there is room for; the branches come first, then the votes."""
         at, of = self.branch
         parts: list[Content | str] = []
         width = 0
         if of > 1:
             parts += [_word("‹", "previous"), f" {at}/{of} ", _word("›", "next")]
             width = len(f"‹ {at}/{of} ›")
+        if self.votes is not None:
+            gap = "   " if parts else ""
+            room = self.content_size.width // (2 if self.actions else 1) - width - len(gap)
+            votes = self.votes.truncate(max(room, 0), ellipsis=True)
+            parts += [gap, votes]
+            width += len(gap) + votes.cell_length
         for action in self.actions:
             key, word = KEYS[action]
             gap = "   " if parts else ""
@@ -191,10 +199,15 @@ class Turn(Growing, can_focus=True):
         return self.node.text
 
     def show_branch(self, at: int, of: int) -> None:
-        """Say which alternative this message is."""
-        if self.foot.branch != (at, of):
-            self.foot.branch = (at, of)
+        """Say which alternative this message is, and how the vote among them went."""
+        votes = self.votes()
+        if self.foot.branch != (at, of) or self.foot.votes != votes:
+            self.foot.branch, self.foot.votes = (at, of), votes
             self.foot.refresh()
+
+    def votes(self) -> Content | None:
+        """Return how several samples voted; None where there was no vote."""
+        return None
 
     def look(self) -> None:
         """Bring the line below up to date."""
