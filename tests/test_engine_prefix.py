@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tiny import spoken_ids, write_tiny_model, write_tokenizer
+from tiny import spoken_ids, write_mixture, write_tiny_model, write_tokenizer
 
 import edger1
 
@@ -148,6 +148,46 @@ def test_a_conversation_goes_on_from_a_window_that_is_full(windowed: Path) -> No
         alone = cold.generate([{"role": "system", "content": "s" * 200}, *messages], max_tokens=8, temperature=0)
     assert alone.usage.cached_tokens == 0
     assert alone.text == second.text
+
+
+def test_a_window_comes_back_from_a_file(windowed: Path, tmp_path: Path) -> None:
+    document = [{"role": "system", "content": "s" * 200}]
+    asked = [*document, {"role": "user", "content": "One"}]
+    with edger1.load(windowed, precision="exact") as model:
+        written = model.save_prompt_cache(tmp_path / "c", document)
+        here = model.generate(asked, max_tokens=8, temperature=0)
+    with edger1.load(windowed, precision="exact") as model:
+        model.load_prompt_cache(tmp_path / "c")
+        there = model.generate(asked, max_tokens=8, temperature=0)
+    assert (there.text, there.usage) == (here.text, here.usage)
+    assert there.usage.cached_tokens == written.tokens > 200
+
+
+def test_a_window_that_is_full_is_read_again_where_the_context_goes_on(windowed: Path) -> None:
+    with edger1.load(windowed, precision="exact", context=128) as model:
+        long = model.generate("Hello", raw=True, temperature=0, max_tokens=184, context_shift=True)
+    with edger1.load(windowed, precision="exact", context=400) as model:
+        first = model.generate("Hello", raw=True, temperature=0, max_tokens=123)
+        kept = "Hello" + first.text[123 // 2 :]
+        after = model.generate(kept, raw=True, temperature=0, max_tokens=128 - len(kept))
+    assert long.text.startswith(first.text + after.text)
+
+
+def test_streamed_experts_save_and_restore_what_resident_ones_do(tmp_path: Path) -> None:
+    (tmp_path / "m").mkdir()
+    folder = write_mixture(tmp_path / "m")
+    asked = "abcdefghij" * 8
+    said = set()
+    with edger1.load(folder, precision="exact", expert_slots="50%") as model:
+        model.save_prompt_cache(tmp_path / "c", asked, raw=True)
+        said.add(model.generate(asked + "x", raw=True, max_tokens=8, temperature=0).text)
+    for slots in ("50%", None):
+        with edger1.load(folder, precision="exact", expert_slots=slots) as model:
+            model.load_prompt_cache(tmp_path / "c")
+            answer = model.generate(asked + "x", raw=True, max_tokens=8, temperature=0)
+            assert answer.usage.cached_tokens == 80
+            said.add(answer.text)
+    assert len(said) == 1
 
 
 def test_a_models_own_text_keeps_its_tokens_in_every_branch(tmp_path: Path) -> None:
