@@ -14,7 +14,8 @@ Message = dict[str, Any]
 """A chat message: {"role": "system" | "user" | "assistant" | "tool" | "developer", "content": str}.
 
 An assistant's may have "tool_calls" as OpenAI writes them, the arguments as an object or as JSON; a tool's has the
-"tool_call_id" that it answers. "thought" is the reasoning of an assistant's message that is to be continued.
+"tool_call_id" that it answers. "thought" is the reasoning of an assistant's message that is to be continued, or that
+called tools; of earlier turns, where content may hold one in its markers too, it is left out of the prompt.
 """
 
 

@@ -15,7 +15,7 @@ from edger1 import tool_calls
 from edger1.errors import UsageError
 from edger1.loader import LiveModel
 from edger1.messages import Generate, Message
-from edger1.thinking import Markers, begins_in_thought
+from edger1.thinking import Markers, begins_in_thought, split_thought
 
 ROLES = ("system", "user", "assistant", "tool", "developer")
 
@@ -91,6 +91,31 @@ def check_messages(messages: Any) -> list[Message]:
     return checked
 
 
+_THOUGHT_KEYS = ("thought", "reasoning_content", "reasoning", "thinking")
+
+
+def _without_thoughts(messages: Sequence[Message], markers: Markers | None) -> list[Message]:
+    """Return messages without the thoughts of earlier turns, as R1's template drops them, for every family.
+
+    Those behind the last question, where tools were called, are left to the template, under the names that templates
+    have for them; those that know none drop them too.
+    """
+    last = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=-1)
+    kept = []
+    for i, message in enumerate(messages):
+        if message["role"] == "assistant":
+            thought, content = split_thought(message["content"], markers)
+            thought = next((message[key] for key in _THOUGHT_KEYS if message.get(key)), thought)
+            message = {key: value for key, value in message.items() if key not in _THOUGHT_KEYS} | {"content": content}
+            if i > last and thought and message.get("tool_calls"):
+                if markers is not None and markers.channels and content:
+                    # Its template takes a thought or a content beside calls, and has them in the same channel.
+                    message["content"], thought = "", f"{thought.rstrip()}\n\n{content}"
+                message |= {"reasoning_content": thought, "thinking": thought}
+        kept.append(message)
+    return kept
+
+
 def _switch(model: LiveModel, think: str) -> dict[str, Any]:
     """Return what turns the template's thinking on or off: DeepSeek-V3.1's has another name for it than the rest."""
     if think == "auto":
@@ -102,7 +127,7 @@ def _switch(model: LiveModel, think: str) -> dict[str, Any]:
 
 def _through_template(model: LiveModel, messages: Sequence[Message], tools: Sequence[Any], think: str) -> str:
     thinking = _switch(model, think)
-    messages = [{key: value for key, value in m.items() if key != "thought"} for m in messages]
+    messages = _without_thoughts(messages, model.markers)
     if model.calls.described:
         messages = tool_calls.described(messages, tools)
     elif tools:

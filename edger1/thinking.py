@@ -61,6 +61,31 @@ SOLUTION = Markers(
 )
 
 
+_USUAL = Markers("<think>", "</think>")
+
+
+def split_thought(content: str, markers: Markers | None) -> tuple[str, str]:
+    """Return the thought that an assistant's message begins with, and its answer, whatever family wrote it.
+
+    `markers` are those of the model that reads it; a thought that a template of its own had opened may lack the first.
+    A thought that is not closed has no answer.
+    """
+    text = content.lstrip()
+    for each in dict.fromkeys((markers or _USUAL, _USUAL, SOLUTION, HARMONY)):
+        if text.startswith(each.start):
+            thought, _, rest = text.removeprefix(each.start).partition(each.end)
+        elif each == markers and not each.channels and each.start not in text and each.end in text:
+            thought, _, rest = text.partition(each.end)
+        else:
+            continue
+        rest = rest.lstrip("\n").removeprefix(each.again.strip("\n"))
+        if each.answer and rest.startswith(each.answer):
+            rest = rest.removeprefix(each.answer)
+            rest = rest.rstrip().removesuffix(each.answer_end).rstrip("\n") if each.answer_end in rest else rest
+        return thought.strip("\n"), rest.lstrip("\n")
+    return "", content
+
+
 def begins_in_thought(prompt: str, markers: Markers | None) -> bool:
     """Whether a rendered prompt ends inside a thought, as templates do that write the opening marker themselves."""
     return markers is not None and prompt.rstrip().endswith(markers.start)

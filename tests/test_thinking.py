@@ -7,7 +7,7 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edger1.thinking import Markers, Splitter, begins_in_thought
+from edger1.thinking import SOLUTION, Markers, Splitter, begins_in_thought
 
 THINK = Markers("<think>", "</think>")
 
@@ -53,3 +53,24 @@ def test_stop_strings_do_not_count_inside_the_thought() -> None:
 
 def test_half_a_stop_string_is_text() -> None:
     assert split(["the EN"], stop=["END"]) == ("", "the EN", False)
+
+
+SOLVED = (
+    "<|begin_of_thought|>\n\nSo.\n\n<|end_of_thought|>\n\n"
+    "<|begin_of_solution|>\n\nYes\n\n<|end_of_solution|>\n\nEND more"
+)
+
+
+@given(st.lists(st.integers(1, len(SOLVED) - 1), max_size=12))
+def test_the_markers_of_a_solution_are_no_part_of_it(cuts: list[int]) -> None:
+    splitter = Splitter(SOLUTION, ["END"])
+    edges = [0, *sorted(set(cuts)), len(SOLVED)]
+    segments = [segment for a, b in pairwise(edges) for segment in splitter.feed(SOLVED[a:b])] + splitter.finish()
+    assert "".join(text for kind, text in segments if kind == "thought") == "So.\n\n"
+    assert "".join(text for kind, text in segments if kind == "answer") == "Yes\n\n"
+    assert splitter.stopped
+
+
+def test_a_solution_goes_on_behind_its_marker() -> None:
+    splitter = Splitter(SOLUTION, (), said=True)
+    assert splitter.feed("s.<|end_of_solution|>") + splitter.finish() == [("answer", "s.")]

@@ -13,7 +13,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from edger1.messages import Done, Event, Failed, Message, Text, ToolCall
+from edger1.messages import Done, Event, Failed, Message, Text, Thought, ToolCall
 from edger1.tools.kinds import Call, Result, Tool
 
 ROUNDS = 16
@@ -107,6 +107,7 @@ class Rounds:
                 offered = self._tools.list(self._off)
                 yield RoundBegins(number)
                 text: list[str] = []
+                thought: list[str] = []
                 calls: list[Call] = []
                 end: Done | Failed | None = None
                 answer = self._ask(list(self.messages), [tool.to_openai() for tool in offered])
@@ -114,6 +115,8 @@ class Rounds:
                     async for event in events:
                         if isinstance(event, Text):
                             text.append(event.text)
+                        elif isinstance(event, Thought):
+                            thought.append(event.text)
                         elif isinstance(event, ToolCall):
                             calls.append(Call(_id_of(event, calls), event.name, event.arguments))
                         elif isinstance(event, Done | Failed):
@@ -121,7 +124,7 @@ class Rounds:
                         yield event
                 if not calls or not isinstance(end, Done) or end.finish_reason == "cancelled":
                     return
-                self.messages.append(_asking("".join(text), calls))
+                self.messages.append(_asking("".join(text), "".join(thought), calls))
                 async for state in self._run_calls(calls, offered):
                     yield state
                 if self._stopped:
@@ -180,10 +183,10 @@ def _id_of(event: ToolCall, before: Sequence[Call]) -> str:
     return given if given and all(given != each.id for each in before) else f"call_{uuid.uuid4().hex[:12]}"
 
 
-def _asking(text: str, calls: Sequence[Call]) -> Message:
-    """Return the assistant's message with its calls."""
+def _asking(text: str, thought: str, calls: Sequence[Call]) -> Message:
+    """Return the assistant's message with its calls, and the thought that led to them: some families go on from it."""
     asked = [
         {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
         for call in calls
     ]
-    return {"role": "assistant", "content": text, "tool_calls": asked}
+    return {"role": "assistant", "content": text, "tool_calls": asked} | ({"thought": thought} if thought else {})
