@@ -14,7 +14,7 @@ import collections
 import queue
 import sys
 import traceback
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -225,7 +225,7 @@ class Scheduler:
                 self._count(request)
             else:
                 model = "" if isinstance(request, Load) else request.model
-                self._jobs.append((request.id, model, self._start(request)))
+                self._jobs.extend((request.id, model, job) for job in self._start(request))
         except Exception as error:
             self._fail(request.id, error)
 
@@ -239,24 +239,30 @@ class Scheduler:
         ids = self._model(request.model).tokenizer.encode(request.text, add_special_tokens=False)
         self.emit(Counted(request.id, len(ids)))
 
-    def _start(self, request: Load | Generate | Score | SaveCache | RestoreCache | UseAdapter) -> Job:
+    def _start(self, request: Load | Generate | Score | SaveCache | RestoreCache | UseAdapter) -> Sequence[Job]:
         if isinstance(request, Load):
             _check_load(request)
-            return LoadJob(self, request)
+            return [LoadJob(self, request)]
         model = self._model(request.model)
         if isinstance(request, UseAdapter):
-            return AdapterJob(model, request, self.emit, {id_ for id_, name, _ in self._jobs if name == request.model})
+            return [
+                AdapterJob(model, request, self.emit, {id_ for id_, name, _ in self._jobs if name == request.model})
+            ]
         if isinstance(request, Score):
             from edger1.score import Scoring
 
-            return Scoring(model, request, self.emit)
+            return [Scoring(model, request, self.emit)]
         if isinstance(request, SaveCache | RestoreCache):
-            return _cache_job(model, request, self.emit)
+            return [_cache_job(model, request, self.emit)]
         from edger1.generate import Generation, RandomTurn
 
         _check_generate(request)
         self._turn = self._turn or RandomTurn()
-        return Generation(model, request, self.emit, self._turn)
+        if request.samples > 1:
+            from edger1.samples import Samples
+
+            return Samples(model, request, self.emit, self._turn).jobs
+        return [Generation(model, request, self.emit, self._turn)]
 
     def _advance(self) -> None:
         """Give the job in front one step, with those that are decoded together with it, and put them to the back."""
@@ -361,8 +367,7 @@ class Scheduler:
             if entry[0] == target:
                 self._jobs.remove(entry)
                 entry[2].cancel()
-                return
-        # It has ended already, and said so.
+        # Where there was none, it has ended already, and said so.
 
     def _unload(self, request: Unload) -> None:
         for id_, model, _ in list(self._jobs):

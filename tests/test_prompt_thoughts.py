@@ -57,7 +57,8 @@ WITH_CALLS = (
     "{% for m in messages %}{% if m.get('tool_calls') %}"
     "{% if m.content and m.thinking %}{{ raise_exception('Not both.') }}{% endif %}"
     "{% if m.content or m.thinking %}{{ '<|channel|>analysis<|message|>' + (m.content or m.thinking) + '<|end|>' }}"
-    "{% endif %}<|channel|>commentary to=functions.add<|call|>{% else %}{{ '[' + m.role + ']' + m.content }}{% endif %}{% endfor %}"
+    "{% endif %}<|channel|>commentary to=functions.add<|call|>"
+    "{% else %}{{ '[' + m.role + ']' + m.content }}{% endif %}{% endfor %}"
 )
 
 

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edger1.errors import UsageError
-from edger1.train.rewards.answers import exact, last_number, numeric, vote_key
+from edger1.final_answers import boxed, fenced, final_answer, last_number, vote_key
+from edger1.train.rewards.answers import exact, numeric
 from edger1.train.rewards.completion import Completion, split_thought
-from edger1.train.rewards.extract import boxed, fenced, final_answer
 
 
 def said(text: str, **columns: object) -> Completion:

@@ -79,7 +79,7 @@ class Hearing:
 
 def kept(done: Done) -> dict[str, Any]:
     """Return what a message keeps of the end of its answer."""
-    return {key: value for key, value in dataclasses.asdict(done).items() if key != "id"}
+    return {key: value for key, value in dataclasses.asdict(done).items() if key not in ("id", "votes", "samples")}
 
 
 def thought_tokens(node: Node) -> int:

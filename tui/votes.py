@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from edger1.final_answers import final_answer, vote_key
 from edger1.tui.clean import clean
 from edger1.tui.tree import Node
 
@@ -48,7 +49,7 @@ def shown(answer: str, longest: int = LONGEST) -> str:
 
 @dataclass(frozen=True)
 class Vote:
-    """What came of a vote: which text won, the answer that each gave, and how often each answer was given."""
+    """What came of a vote: which text won, the answer that each gave ("" for none), and how many gave each answer."""
 
     winner: int
     answers: tuple[str, ...]
@@ -56,7 +57,13 @@ class Vote:
 
 
 def majority(texts: Sequence[str]) -> Vote:
-    """Let texts vote by what they say; of those that tie the first one wins."""
-    answers = tuple(" ".join(text.casefold().split()) for text in texts)
-    tally = tuple(Counter(answers).most_common())
-    return Vote(answers.index(tally[0][0]), answers, tally)
+    """Let texts vote by their final answers, as the engine's own samples do (`edger1.final_answers`).
+
+    Of answers that tie, that of the earliest text wins; it is shown as the earliest text with it has it.
+    """
+    keys = [vote_key(text) for text in texts]
+    counts = Counter(key for key in keys if key is not None)
+    words = {key: final_answer(texts[keys.index(key)]) for key in counts}
+    ranked = counts.most_common()
+    answers = tuple("" if key is None else words[key] for key in keys)
+    return Vote(keys.index(ranked[0][0]) if ranked else 0, answers, tuple((words[key], n) for key, n in ranked))

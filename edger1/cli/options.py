@@ -85,15 +85,14 @@ Seed = Annotated[int | None, typer.Option(metavar="N", help="The same seed gives
 Stop = Annotated[list[str] | None, typer.Option(metavar="TEXT", help="End the answer before this text; repeatable.")]
 Think = Annotated[str, typer.Option(metavar="auto|on|off", help="Reasoning, where the model's template can switch it.")]
 ThinkBudget = Annotated[
-    int | None,
-    typer.Option("--think-budget", metavar="N", help="Most tokens of a thought; then the answer follows. 0: none."),
+    int | None, typer.Option("--think-budget", metavar="N", help="Close the thought after N tokens; 0 is no thought.")
 ]
 ThinkAtLeast = Annotated[
-    int | None, typer.Option("--think-at-least", metavar="N", help="A thought goes on until it has so many tokens.")
+    int | None, typer.Option("--think-at-least", metavar="N", help='Let the thought go on ("Wait") for N tokens.')
 ]
 Samples = Annotated[
     int | None,
-    typer.Option(metavar="N", help="Draw so many answers; what most of them come to is the answer. Default: 1."),
+    typer.Option("--samples", metavar="N", help="Draw N answers, and give the one that most of them come to."),
 ]
 Offline = Annotated[bool, typer.Option("--offline", help="Ask no hub or package index for anything.")]
 
@@ -119,8 +118,10 @@ def figures_line(usage: Usage, figures: Figures) -> str:
     from edger1.units import format_bytes
 
     parts = [f"{usage.completion_tokens} tokens"]
+    thought = f", {usage.thought_tokens} of them thought" if usage.thought_tokens else ""
     if figures.decode_tokens_per_s is not None:
         parts[0] += f" at {figures.decode_tokens_per_s:.1f}/s"
+    parts[0] += thought
     prefill = f"prompt {usage.prefilled_tokens} tokens"
     if figures.prefill_tokens_per_s is not None:
         prefill += f" at {figures.prefill_tokens_per_s:.0f}/s"
@@ -136,6 +137,12 @@ def figures_line(usage: Usage, figures: Figures) -> str:
     parts.append(f"context {figures.context_used}/{figures.context_size}")
     parts.append(f"peak memory {format_bytes(figures.peak_memory_bytes)}")
     return " · ".join(parts)
+
+
+def votes_line(votes: dict[str, int], samples: int) -> str:
+    """Put the votes of several samples into one line."""
+    said = [f"{printable(' '.join(answer.split()))[:60]}: {count}" for answer, count in votes.items()]
+    return f"{samples} samples · " + (" · ".join(said) or "no answer")
 
 
 def experts_line(experts: dict[str, Any]) -> str:

@@ -64,6 +64,9 @@ def run_command(
     seed: options.Seed = None,
     stop: options.Stop = None,
     think: options.Think = "auto",
+    think_budget: options.ThinkBudget = None,
+    think_at_least: options.ThinkAtLeast = None,
+    samples: options.Samples = None,
     memory: options.Memory = None,
     context: options.Context = None,
     precision: options.Precision = "fast",
@@ -90,6 +93,8 @@ def run_command(
       edger1 run smollm2-135m --raw "Once upon a time" --max-tokens 50 --temperature 0.8 --seed 1
 
       edger1 run smollm2-135m "Name three rivers." --json
+
+      edger1 run qwen3-0.6b "What is 17 * 23?" --think-budget 500 --samples 8
     """
     from edger1.cli.loading import open_model
     from edger1.messages import Done, Text, Thought, ToolCall
@@ -137,6 +142,9 @@ def run_command(
             seed=seed,
             stop=stop,
             think=think,
+            think_budget=think_budget,
+            think_at_least=think_at_least,
+            samples=1 if samples is None else samples,
             speculate=speculate or ("auto" if draft is not None else "off"),
             context_shift=context_shift,
         ):
@@ -173,6 +181,9 @@ def run_command(
             "cached_tokens": usage.cached_tokens,
             "prefilled_tokens": usage.prefilled_tokens,
             "completion_tokens": usage.completion_tokens,
+            "thought_tokens": usage.thought_tokens,
+            "votes": done.votes,
+            "samples": done.samples,
             "prefill_tokens_per_s": cost.prefill_tokens_per_s,
             "decode_tokens_per_s": cost.decode_tokens_per_s,
             "time_to_first_token_s": cost.time_to_first_token_s,
@@ -189,6 +200,8 @@ def run_command(
         typer.echo(json.dumps(answer, ensure_ascii=False))
         return
     typer.echo()
+    if len(done.samples) > 1:
+        typer.echo(options.votes_line(done.votes, len(done.samples)), err=True)
     for note in done.notes:
         typer.echo(f"edger1: {note}", err=True)
     if figures:

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from edger1.final_answers import vote_key
 from edger1.tasks.asking import Sample, Settings
 from edger1.tasks.estimates import Difference, Estimate, difference, maj_at_k, mean, pass_at_k
 from edger1.tasks.task import Question
-from edger1.train.rewards.answers import vote_key
 from edger1.train.rewards.completion import Completion
 
 

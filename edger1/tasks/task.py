@@ -158,7 +158,7 @@ def _column(row: dict[str, Any], asked: str | None, usual: Sequence[str], place:
 
 def _fitting(questions: Sequence[Question], given: bool) -> str:
     """Return the reward that fits the rows' answers. Raises FormatError where a row has none."""
-    from edger1.train.rewards.answers import last_number
+    from edger1.final_answers import last_number
 
     if given:
         return "exact"

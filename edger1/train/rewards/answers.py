@@ -2,25 +2,12 @@
 
 from __future__ import annotations
 
-import re
-import unicodedata
 from fractions import Fraction
 from typing import Any
 
 from edger1.errors import UsageError
+from edger1.final_answers import final_answer, last_number, plain
 from edger1.train.rewards.completion import Completion
-from edger1.train.rewards.extract import final_answer
-
-_MOST_CHARACTERS = 400
-_NUMBER = re.compile(
-    r"""(?P<sign>[-+]?)[ ]?(?P<currency>[$€£¥]?)[ ]?
-        (?:(?P<whole>\d+)[ ](?P<mixed_top>\d+)/(?P<mixed_bottom>\d+)
-          |(?P<top>\d+)[ ]?/[ ]?(?P<bottom>\d+)
-          |(?P<digits>\d[\d.,_' ]*\d|\d|[.]\d+)(?:[eE](?P<exponent>[-+]?\d{1,3})(?!\d))?)
-        [ ]?(?P<percent>%?)""",
-    re.VERBOSE,
-)
-_GROUPED = re.compile(r"\d{1,3}([,_' ])\d{3}(?:\1\d{3})*")
 
 
 def right_answers(completion: Completion, column: str) -> list[str]:
@@ -40,8 +27,8 @@ def right_answers(completion: Completion, column: str) -> list[str]:
 
 def exact(completion: Completion, *, column: str = "answer", case: bool = False) -> float:
     """Give 1 where the final answer equals the right one, blanks, a final full stop and quotes apart; else 0."""
-    answer = _plain(final_answer(completion.answer), case)
-    return float(any(answer == _plain(right, case) for right in right_answers(completion, column)))
+    answer = plain(final_answer(completion.answer), case)
+    return float(any(answer == plain(right, case) for right in right_answers(completion, column)))
 
 
 def numeric(completion: Completion, *, column: str = "answer", relative: float = 1e-6, absolute: float = 0.0) -> float:
@@ -64,51 +51,6 @@ def numeric(completion: Completion, *, column: str = "answer", relative: float =
     return float(any(_close(found, right, relative, absolute) for right in numbers if right is not None))
 
 
-def last_number(text: str) -> tuple[Fraction, bool] | None:
-    """Return the last number of a text, and whether a percent sign follows it; None where there is none."""
-    text = _unlatexed(text[-_MOST_CHARACTERS:])
-    found = None
-    for match in _NUMBER.finditer(text):
-        before = text[: match.start()]
-        # The minus of "3-4" or "x-4" is an operator; only what stands alone is a sign.
-        signed = match["sign"] == "-" and not re.search(r"[\w)\]]$", before)
-        if (value := _value(match)) is not None:
-            found = (-value if signed else value), bool(match["percent"])
-    return found
-
-
-def _value(match: re.Match[str]) -> Fraction | None:
-    for top, bottom, whole in (("mixed_top", "mixed_bottom", "whole"), ("top", "bottom", None)):
-        if match[top] is not None:
-            if int(match[bottom]) == 0:
-                return None
-            return int(match[whole] if whole else 0) + Fraction(int(match[top]), int(match[bottom]))
-    try:
-        number = Fraction(_undivided(match["digits"]))
-    except ValueError:
-        return None
-    return number * Fraction(10) ** int(match["exponent"] or 0)
-
-
-def _undivided(digits: str) -> str:
-    """Take separators of thousands out of a number, and make its decimal mark a point."""
-    comma, point = digits.rfind(","), digits.rfind(".")
-    mark = "," if comma > point else "."
-    if comma >= 0 and point >= 0:
-        whole, _, rest = digits.rpartition(mark)
-        return f"{re.sub(r'[^0-9]', '', whole)}.{rest}"
-    if _GROUPED.fullmatch(digits) or digits.count(mark) > 1:
-        return re.sub(r"[^0-9]", "", digits)
-    if comma >= 0:
-        whole, _, rest = digits.partition(",")
-        # 1,234 is a thousand and more; a comma with other than three digits after it is a decimal comma.
-        return re.sub(r"[^0-9]", "", digits) if len(rest) == 3 and len(whole) <= 3 else f"{whole}.{rest}"
-    whole, dot, rest = digits.partition(".")
-    grouped = _GROUPED.fullmatch(whole)
-    # Blanks between numbers that are no groups of three: the last one counts.
-    return f"{re.sub(r'[^0-9]', '', whole) if grouped else re.split(r'[^0-9]', whole)[-1]}{dot}{rest}"
-
-
 def _close(found: tuple[Fraction, bool], right: tuple[Fraction, bool], relative: float, absolute: float) -> bool:
     (value, percent), (wanted, wanted_percent) = found, right
     readings = [value] if percent == wanted_percent else [value, value / 100 if percent else value * 100]
@@ -118,26 +60,3 @@ def _close(found: tuple[Fraction, bool], right: tuple[Fraction, bool], relative:
 def _within(value: Fraction, wanted: Fraction, relative: float, absolute: float) -> bool:
     room = max(Fraction(relative) * abs(wanted), Fraction(absolute))
     return abs(value - wanted) <= room
-
-
-def _unlatexed(text: str) -> str:
-    text = unicodedata.normalize("NFKC", text).replace("−", "-").replace("–", "-").replace("⁄", "/")
-    text = re.sub(r"\\[dt]?frac\s*\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}", r" \1/\2", text)
-    text = re.sub(r"\\([%$])", r"\1", text)
-    text = re.sub(r"\\(?:[,;!: ]|quad\b|text\b|mathrm\b)|\{,\}", lambda m: "," if m[0] == "{,}" else "", text)
-    return re.sub(r"(?<=\d)\{?,\}?(?=\d{3}(?!\d))", ",", text)
-
-
-def _plain(text: str, case: bool) -> str:
-    text = " ".join(unicodedata.normalize("NFKC", text).split())
-    quotes = "\"'`“”‘’ "
-    text = text.strip(quotes).rstrip(".").strip(quotes)
-    return text if case else text.casefold()
-
-
-def vote_key(answer: str) -> str | None:
-    """Return what equal final answers have in common: a number's value or the plain text; None where there is none."""
-    text = _plain(final_answer(answer), case=False)
-    if not any(character.isalpha() for character in text) and (found := last_number(text)) is not None:
-        return f"{found[0]}{'%' * found[1]}" if _NUMBER.fullmatch(_unlatexed(text).strip()) else text
-    return text or None

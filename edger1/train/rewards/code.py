@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from edger1.errors import UsageError
+from edger1.final_answers import fenced
 from edger1.train.rewards.completion import Completion
-from edger1.train.rewards.extract import fenced
 from edger1.train.rewards.sandbox import Limits, run
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from edger1.errors import UsageError
+from edger1.final_answers import boxed, fenced
 from edger1.train.rewards.completion import THINK, Completion
-from edger1.train.rewards.extract import boxed, fenced
 
 
 def form(

@@ -7,8 +7,8 @@ from functools import lru_cache
 from typing import Any
 
 from edger1.errors import UsageError
+from edger1.final_answers import final_answer
 from edger1.train.rewards.completion import Completion
-from edger1.train.rewards.extract import final_answer
 
 
 def dataset(task: str, *, size: int = 1, seed: int = 0, options: Mapping[str, Any] | None = None) -> Any:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from edger1.errors import UsageError
+from edger1.final_answers import final_answer
 from edger1.train.rewards.answers import right_answers
 from edger1.train.rewards.completion import Completion
-from edger1.train.rewards.extract import final_answer
 
 
 def maths(completion: Completion, *, column: str = "answer", digits: int = 6) -> float:
