@@ -240,3 +240,11 @@ def test_requests_of_other_bounds_are_answered_as_alone(context: int, monkeypatc
         handles = [model.submit(prompt, **options) for prompt, options in asked]
         assert [said(handle.result(120)) for handle in handles] == expected
     assert max(rows) >= (4 if context > 800 else 2)
+
+
+def test_thinking_that_is_off_is_closed_where_it_begins_nonetheless(model: edger1.Model, markers: Markers) -> None:
+    found = model.generate("Hi", think="off")
+    assert (found.thinking.strip(), found.text, found.usage.thought_tokens) == ("", "Yes", 0)
+    assert found.notes == ()
+    raw = model.generate("[user]Hi[assistant]", raw=True, think="off")
+    assert raw.thinking == "abc def. a"
