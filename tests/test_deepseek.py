@@ -16,6 +16,7 @@ from mlx_lm.models.cache import make_prompt_cache  # noqa: E402
 
 import edger1  # noqa: E402
 from edger1 import kernels, loader  # noqa: E402
+from edger1.experts.figures import MISSES  # noqa: E402
 
 TOLERANCE = 1e-4
 """Relative RMS of logits in f32."""
@@ -37,8 +38,10 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     kernels._load.cache_clear()
 
 
-def live_model(folder: Path) -> loader.LiveModel:
-    steps = loader.load(folder.name, folder, ceiling_bytes=4 << 30, context=512, precision="exact")
+def live_model(folder: Path, expert_slots: str | None = None) -> loader.LiveModel:
+    steps = loader.load(
+        folder.name, folder, ceiling_bytes=4 << 30, context=512, precision="exact", expert_slots=expert_slots
+    )
     while True:
         try:
             next(steps)
@@ -139,3 +142,34 @@ def test_weights_in_fp8_are_those_that_they_stand_for(tmp_path: Path) -> None:
     assert error(found, reference.logits(config, rounded, TOKENS)) <= 0.02
     # FP8 keeps three bits behind the leading one.
     assert error(found, reference.logits(config, weights, TOKENS)) > 0.02
+
+
+def test_experts_of_a_streamed_models_mtp_layer_are_read_through_a_bank_of_their_own() -> None:
+    from mlx_lm.models.cache import KVCache
+
+    from edger1 import installed
+
+    folder = installed.resolve("nano-moe")
+    tokens = mx.array([TOKENS[:12]])
+    states, given = [], None
+    for slots in (None, "25%"):
+        live = live_model(folder, expert_slots=slots)
+        try:
+            assert live.ahead is not None
+            if given is None:
+                given = np.array(live.ahead.forward(tokens, make_prompt_cache(live.model))[0])
+            hidden = mx.array(given)
+            following = live.ahead.base.embed(mx.array([TOKENS[1:13]]))
+            cache = KVCache()
+            rows = [live.ahead.predictor(hidden[:, i : i + 1], following[:, i : i + 1], cache) for i in range(12)]
+            states.append(np.array(mx.concatenate(rows, axis=1)))
+            if slots:
+                (bank,) = live.ahead.streaming.banks
+                assert bank.usable_slots * 4 == bank.layer.experts
+                # Twelve tokens ask for more experts than there are slots.
+                assert live.ahead.streaming.figures[0, MISSES] > bank.usable_slots
+            else:
+                assert live.ahead.streaming is None
+        finally:
+            live.close()
+    assert np.array_equal(*states)
