@@ -7,8 +7,8 @@
 512 tokens pass the layer at 4 bits (128 heads, latent of 512, rope 64, nope and value 128, queries of rank 1,536) after
 4,096 and after 16,384 others: projections and what the cache grows by included, the mask not, which a model's layers
 share (a byte for a token and key). Two figures: the peak of MLX's allocator over what it held before, and that of the
-process's resident memory, in which the kernels' own scratch memory counts too. Each reading has a process of its own, so
-that nothing is left of an earlier one.
+process's resident memory, in which the kernels' own scratch memory counts too. Each reading has a process of its own,
+so that nothing is left of an earlier one.
 
 kernels   on the CPU kernels, in both precisions
 plain     attention in MLX's own operations, as on a GPU or with EDGER1_KERNELS=0. Its products run on the kernels'
