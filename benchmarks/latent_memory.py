@@ -1,6 +1,6 @@
 """Memory that a chunk of a prompt takes in DeepSeek-R1's attention, beside weights and cache: one layer.
 
-    python -m benchmarks.latent_memory                  # everything; two readings each
+    python -m benchmarks.latent_memory                  # everything; one or two readings each
     python -m benchmarks.latent_memory --only kernels   # one part: kernels, plain
     python -m benchmarks.latent_memory --quick          # short contexts, to see that all of it runs
 
@@ -29,7 +29,7 @@ QUICK_TOKENS, QUICK_SHORT, QUICK_LONG = 24, 256, 512
 BAR_MB, GROWTH_BAR = 400.0, 1.05
 METRICS = {"MLX's": "mlx_mb", "resident": "resident_mb"}
 RANK, ROPE, HIDDEN = 512, 64, 7168
-ROUNDS = 2
+ROUNDS = {"kernels": 2, "plain": 1}
 """Readings differ by what the system hands out at a time; more say nothing more."""
 
 
@@ -81,10 +81,10 @@ def prefill(precision: str, plain: bool = False) -> Prefill:
     return Prefill(precision, plain)
 
 
-def _readings(run: Bench, cached: int, **arguments: Any) -> list[dict[str, float]]:
+def _readings(run: Bench, part: str, cached: int, **arguments: Any) -> list[dict[str, float]]:
     """Take each reading in a process of its own."""
     found = []
-    for _ in range(min(run.rounds, ROUNDS)):
+    for _ in range(min(run.rounds, ROUNDS[part])):
         worker = run.worker("latent_memory:prefill", arguments)
         found.append(worker.measure(tokens=_sizes(run)[0], cached=cached))
         print(f"  {arguments}, after {cached}: {found[-1]}", flush=True)
@@ -127,7 +127,7 @@ def kernels(run: Bench) -> list[Comparison]:
     _, few, many = _sizes(run)
     made: list[Comparison] = []
     for precision in PRECISIONS:
-        short, long = (_readings(run, cached, precision=precision) for cached in (few, many))
+        short, long = (_readings(run, "kernels", cached, precision=precision) for cached in (few, many))
         made += _compared(precision, short, long, run)
     return made
 
@@ -135,7 +135,7 @@ def kernels(run: Bench) -> list[Comparison]:
 def plain(run: Bench) -> list[Comparison]:
     """In MLX's own operations."""
     _, few, many = _sizes(run)
-    short, long = (_readings(run, cached, precision="exact", plain=True) for cached in (few, many))
+    short, long = (_readings(run, "plain", cached, precision="exact", plain=True) for cached in (few, many))
     return _compared("MLX's own operations", short, long, run)
 
 
