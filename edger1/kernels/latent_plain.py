@@ -56,8 +56,6 @@ def attend(
     for first in range(0, keys, tile):
         last = min(first + tile, keys)
         part, part_pe = c[:, :, first:last], k_pe[:, :, first:last]
-        if state is not None:
-            part, part_pe = mx.depends([part, part_pe], list(state))
         scores = rows.scores(part, part_pe)
         seen = _causal(length, keys, first, last) if causal else _columns(mask, first, last)
         if seen is not None:
