@@ -99,7 +99,7 @@ def _compared(name: str, short: list[dict[str, float]], long: list[dict[str, flo
         after_many = side("EdgeR1", name, long, metric, "MB")
         made += [
             Comparison(
-                f"{what} extra memory, {tokens} tokens after {many} / the bar, {name}",
+                f"{what} extra memory, {tokens} tokens after {many}, {name} / the bar",
                 after_many,
                 Side("the bar", "", "MB", (BAR_MB,)),
                 1.0,
@@ -107,7 +107,7 @@ def _compared(name: str, short: list[dict[str, float]], long: list[dict[str, flo
                 form="share",
             ),
             Comparison(
-                f"{what} extra memory, {tokens} tokens after {many} / after {few}, {name}",
+                f"{what} extra memory, {tokens} tokens after {many}, {name} / after {few}",
                 after_many,
                 side("EdgeR1", f"{name}, after {few}", short, metric, "MB"),
                 GROWTH_BAR,
