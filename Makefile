@@ -37,6 +37,7 @@ bench: $(VENV)/.installed-dev ## Run the benchmarks, EdgeR1 beside its peers (ov
 	$(BIN)/python -m benchmarks.chat
 	$(BIN)/python -m benchmarks.speed
 	$(BIN)/python -m benchmarks.blocks
+	$(BIN)/python -m benchmarks.latent_memory
 	$(BIN)/python -m benchmarks.kernels
 	$(BIN)/python -m benchmarks.pretrain
 	$(BIN)/python -m benchmarks.finetune

@@ -1,17 +1,18 @@
 """Memory that a chunk of a prompt takes in DeepSeek-R1's attention, beside weights and cache: one layer.
 
-    python -m benchmarks.latent_memory                  # everything; some twenty minutes
+    python -m benchmarks.latent_memory                  # everything; one or two readings each
     python -m benchmarks.latent_memory --only kernels   # one part: kernels, plain
     python -m benchmarks.latent_memory --quick          # short contexts, to see that all of it runs
 
 512 tokens pass the layer at 4 bits (128 heads, latent of 512, rope 64, nope and value 128, queries of rank 1,536) after
-4,096 and after 16,384 others: projections, the mask and what the cache grows by included. Two figures: the peak of
-MLX's allocator over what it held before, and that of the process's resident memory, in which the kernels' own scratch
-memory counts too. Each reading has a process of its own, so that nothing is left of an earlier one.
+4,096 and after 16,384 others: projections and what the cache grows by included, the mask not, which a model's layers
+share (a byte for a token and key). Two figures: the peak of MLX's allocator over what it held before, and that of the
+process's resident memory, in which the kernels' own scratch memory counts too. Each reading has a process of its own,
+so that nothing is left of an earlier one.
 
 kernels   on the CPU kernels, in both precisions
-plain     in MLX's own operations, as on a GPU or with EDGER1_KERNELS=0, and mlx-lm as shipped after 4,096; one reading
-          each, since MLX's own kernels take minutes for it on a CPU
+plain     attention in MLX's own operations, as on a GPU or with EDGER1_KERNELS=0. Its products run on the kernels'
+          functions, which give arrays of the same sizes: on MLX's own this takes a quarter of an hour on a CPU
 """
 
 from __future__ import annotations
@@ -28,12 +29,15 @@ QUICK_TOKENS, QUICK_SHORT, QUICK_LONG = 24, 256, 512
 BAR_MB, GROWTH_BAR = 400.0, 1.05
 METRICS = {"MLX's": "mlx_mb", "resident": "resident_mb"}
 RANK, ROPE, HIDDEN = 512, 64, 7168
+ROUNDS = {"kernels": 2, "plain": 1}
+"""Readings differ by what the system hands out at a time; more say nothing more."""
 
 
 class Prefill:
     """A chunk of a prompt through the layer's attention over a cache of random latents: extra megabytes at the peak."""
 
-    def __init__(self, precision: str | None, plain: bool) -> None:
+    def __init__(self, precision: str, plain: bool) -> None:
+        from edger1.kernels import latent
         from edger1.kernels.install import install
         from edger1.mlx_runtime import prepare
 
@@ -41,9 +45,11 @@ class Prefill:
         from benchmarks.sides_blocks import MLA
         from benchmarks.sides_blocks import layer as one_layer
 
-        layer = one_layer(MLA, precision)
-        if plain and install(layer, "exact").latents.plain != 1:
-            raise RuntimeError("attention over latents is not in place")
+        layer = one_layer(MLA, None if plain else precision)
+        if plain:
+            install(layer, "exact", fuse=False)
+            if latent.install(layer, precision, None).plain != 1:
+                raise RuntimeError("attention over latents is not in place")
         self._attention = layer.self_attn
 
     def __call__(self, tokens: int, cached: int) -> dict[str, float]:
@@ -56,13 +62,13 @@ class Prefill:
         cache = KVCache()
         mx.eval(cache.update_and_fetch(*(mx.random.normal((1, 1, cached, size)) for size in (RANK, ROPE))))
         x = mx.random.normal((1, tokens, HIDDEN))
-        mx.eval(x)
+        mask = create_attention_mask(x, cache, return_array=True)
+        mx.eval(x, mask)
         mx.clear_cache()
         # Lets the kernel count the largest resident set from here on.
         Path("/proc/self/clear_refs").write_text("5")
         held, resident = mx.get_active_memory(), resident_of().rss
         mx.reset_peak_memory()
-        mask = create_attention_mask(x, cache, return_array=True)
         mx.eval(self._attention(x, mask, cache), cache.keys, cache.values)
         return {
             "mlx_mb": (mx.get_peak_memory() - held) / 1e6,
@@ -70,20 +76,18 @@ class Prefill:
         }
 
 
-def prefill(precision: str | None, plain: bool = False) -> Prefill:
+def prefill(precision: str, plain: bool = False) -> Prefill:
     """Set up the layer."""
     return Prefill(precision, plain)
 
 
-def _readings(
-    run: Bench, arguments: dict[str, Any], cached: int, rounds: int, **variables: str
-) -> list[dict[str, float]]:
+def _readings(run: Bench, part: str, cached: int, **arguments: Any) -> list[dict[str, float]]:
     """Take each reading in a process of its own."""
     found = []
-    for _ in range(rounds):
-        worker = run.worker("latent_memory:prefill", arguments, **variables)
-        found.append(worker.measure(tokens=QUICK_TOKENS if run.quick else TOKENS, cached=cached))
-        print(f"  {arguments}, {cached}: {found[-1]}", flush=True)
+    for _ in range(min(run.rounds, ROUNDS[part])):
+        worker = run.worker("latent_memory:prefill", arguments)
+        found.append(worker.measure(tokens=_sizes(run)[0], cached=cached))
+        print(f"  {arguments}, after {cached}: {found[-1]}", flush=True)
         worker.close()
     return found
 
@@ -95,7 +99,7 @@ def _compared(name: str, short: list[dict[str, float]], long: list[dict[str, flo
         after_many = side("EdgeR1", name, long, metric, "MB")
         made += [
             Comparison(
-                f"{what} extra memory, {tokens} tokens after {many} / the bar, {name}",
+                f"{what} extra memory, {tokens} tokens after {many}, {name} / the bar",
                 after_many,
                 Side("the bar", "", "MB", (BAR_MB,)),
                 1.0,
@@ -103,7 +107,7 @@ def _compared(name: str, short: list[dict[str, float]], long: list[dict[str, flo
                 form="share",
             ),
             Comparison(
-                f"{what} extra memory, {tokens} tokens after {many} / after {few}, {name}",
+                f"{what} extra memory, {tokens} tokens after {many}, {name} / after {few}",
                 after_many,
                 side("EdgeR1", f"{name}, after {few}", short, metric, "MB"),
                 GROWTH_BAR,
@@ -123,28 +127,16 @@ def kernels(run: Bench) -> list[Comparison]:
     _, few, many = _sizes(run)
     made: list[Comparison] = []
     for precision in PRECISIONS:
-        short, long = (_readings(run, {"precision": precision}, cached, run.rounds) for cached in (few, many))
+        short, long = (_readings(run, "kernels", cached, precision=precision) for cached in (few, many))
         made += _compared(precision, short, long, run)
     return made
 
 
 def plain(run: Bench) -> list[Comparison]:
-    """In MLX's own operations, and as mlx-lm has it."""
-    tokens, few, many = _sizes(run)
-    own = {"precision": None, "plain": True}
-    short, long = (_readings(run, own, cached, 1, EDGER1_KERNELS="0") for cached in (few, many))
-    shipped = _readings(run, {"precision": None}, few, 1, EDGER1_KERNELS="0")
-    made = _compared("MLX's own operations", short, long, run)
-    for what, metric in METRICS.items():
-        made.append(
-            Comparison(
-                f"{what} extra memory, {tokens} tokens after {few}, MLX's own operations / mlx-lm",
-                side("EdgeR1", "MLX's own operations", short, metric, "MB"),
-                side("mlx-lm", "as shipped", shipped, metric, "MB"),
-                less_is_better=True,
-            )
-        )
-    return made
+    """In MLX's own operations."""
+    _, few, many = _sizes(run)
+    short, long = (_readings(run, "plain", cached, precision="exact", plain=True) for cached in (few, many))
+    return _compared("MLX's own operations", short, long, run)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ BENCHMARKS = (
     ("chat", "The chat: SmolLM2-135M, or a script of 50 tokens a second"),
     ("speed", "A whole model: SmolLM2-135M at 4 bits, and a llama of 1B"),
     ("blocks", "Blocks of large models, random weights at 4 bits"),
+    ("latent_memory", "Memory of a prompt in DeepSeek-R1's attention: one layer, 512 tokens"),
     ("kernels", "Single kernels"),
     ("streaming", "Experts streamed from disk: Qwen3-30B-A3B's widths, 24 layers, random weights at 4 bits"),
     ("caches", "KV caches at 8 and 4 bits: what they lose, and decoding with them"),

@@ -56,10 +56,10 @@ def sanitized(args: deepseek_v3.ModelArgs, weights: Weights, first: int, count: 
         if layer is None:
             groups.setdefault(None, {})[name] = value
         elif first <= layer < first + count:
-            start = layer - (layer - first) % _AT_ONCE
-            groups.setdefault(start, {})[_numbered(name, layer, layer - start)] = value
+            before = layer - (layer - first) % _AT_ONCE
+            groups.setdefault(before, {})[_numbered(name, layer, layer - before)] = value
+    shape = _Shape(replace(args, num_hidden_layers=_AT_ONCE))
     for start, own in groups.items():
-        shape = _Shape(replace(args, num_hidden_layers=_AT_ONCE))
         for name, value in deepseek_v3.Model.sanitize(shape, own).items():
             layer = layer_of(name)
             found[name if layer is None or start is None else _numbered(name, layer, layer + start)] = value

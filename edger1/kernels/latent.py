@@ -48,6 +48,8 @@ _PARTS = ("embed_q", "unembed_out", "kv_a_proj_with_mqa", "kv_a_layernorm")
 _SAME = 1e-4
 """Largest difference of the two results, relative to the largest element, that rounding explains."""
 _WHOLE_ROWS = 16
+_LARGE = 1 << 22
+"""Bytes of cached latents."""
 
 
 @dataclass
@@ -254,7 +256,7 @@ def _between_projections(
         c, k_pe = main.append(c, k_pe)
         codes = dict(zip(("bits", "group"), main.format, strict=True))
     elif main is not None:
-        c, k_pe = main.update_and_fetch(c, k_pe)
+        c, k_pe = _cached(main, c, k_pe)
     if indexer is not None:
         mask, c, k_pe = _choose_keys(indexer, x, low, mask, cache, c, k_pe)
     causal = isinstance(mask, str)
@@ -266,6 +268,21 @@ def _between_projections(
         out = out * gate
     result: mx.array = layer[output_of(layer)](out)
     return result
+
+
+def _cached(cache: Any, c: mx.array, k_pe: mx.array) -> tuple[mx.array, mx.array]:
+    """Cache latents and keys, and return all that are cached.
+
+    A large cache that outgrew its buffer is computed at once: as long as it is not, its old buffer lies beside it.
+    """
+    old = cache.keys
+    room = None if old is None else old.shape[2]
+    del old
+    few = c.shape[2] <= _WHOLE_ROWS
+    c, k_pe = cache.update_and_fetch(c, k_pe)
+    if not few and room is not None and cache.keys.shape[2] != room and c.nbytes >= _LARGE:
+        mx.eval(c, k_pe)
+    return c, k_pe
 
 
 def _choose_keys(

@@ -19,7 +19,7 @@ from edger1.kernels.latent_parts import Shape
 _FEW_ROWS = 16
 _LEAST_KEYS = 64
 _AT_ONCE = 4
-"""Tiles up to which the whole is left to whoever evaluates the result; more would all be begun at once."""
+"""Tiles up to which the whole is left to whoever evaluates the result: all that is begun has its memory at once."""
 
 
 def is_absorbed(shape: Shape, length: int) -> bool:
@@ -56,17 +56,13 @@ def attend(
     for first in range(0, keys, tile):
         last = min(first + tile, keys)
         part, part_pe = c[:, :, first:last], k_pe[:, :, first:last]
-        before = None if state is None else state[1]
-        if state is not None:
-            part, part_pe = mx.depends([part, part_pe], list(state))
         scores = rows.scores(part, part_pe)
         seen = _causal(length, keys, first, last) if causal else _columns(mask, first, last)
         if seen is not None:
             scores = mx.where(seen, scores, mx.finfo(mx.float32).min)
         state = _added(state, scores, rows, part)
         if keys > _AT_ONCE * tile:
-            mx.async_eval(state)
-            mx.eval(before)
+            mx.eval(state)
     assert state is not None
     _, total, summed = state
     return rows.result(summed / total).astype(dtype).transpose(0, 2, 1, 3).reshape(batch, length, -1)
