@@ -19,8 +19,8 @@ Keys = list[tuple[int, int]]
 class Pass:
     """A pass over the last token of a text of `length` tokens, and `count` drafts of what follows.
 
-    `drafts` (uint32, [count]) and `drawn` (uint32, [count + 1]), what the model says at their places and behind, are not
-    read yet; `hidden` [1, count + 1, D] are its states there.
+    `drafts` (uint32, [count]) and `drawn` (uint32, [count + 1]), what the model says at their places and behind, are
+    not read yet; `hidden` [1, count + 1, D] are its states there.
     """
 
     length: int
