@@ -41,8 +41,8 @@ _AGREEMENTS = ((10, 0.85), (6, 0.7), (4, 0.55), (3, 0.4), (2, 0.3))
 _EXPECTED = {"mtp": 0.7, "draft": 0.6}
 _EACH = {"lookup": 0.15, "mtp": 0.35, "draft": 0.5}
 """What one draft more may cost before it was measured, as a share of what a plain step computes."""
-_TRIAL = {"lookup": 3, "mtp": 1, "draft": 2}
-"""Drafts of a trial of a source that loses."""
+_TRIAL = {"lookup": (3, 1), "mtp": (1, 4), "draft": (2, 2)}
+"""Drafts of a trial of a source that loses, and steps with so many: a model's first step catches up on the text."""
 
 
 @dataclass
@@ -91,14 +91,15 @@ class Speculation:
         """Why nothing is drafted; empty where drafts are made."""
         pace = model.pace
         sources = [("lookup", MOST_ROWS - 1), ("mtp", _MOST_AHEAD), ("draft", _MOST_AHEAD)]
-        self._lengths = {name: Length(name, pace, most, _EACH[name], _TRIAL[name]) for name, most in sources}
+        self._lengths = {name: Length(name, pace, most, _EACH[name], *_TRIAL[name]) for name, most in sources}
         self._agreed = [Acceptance(share) for _, share in _AGREEMENTS]
         self._accepted = {name: Acceptance(share) for name, share in _EXPECTED.items()}
         self._choice: _Choice | None = None
         self._counts: dict[str, _Counts] = {}
         self._began: float | None = None
         self._before = (0.0, 0.0)
-        self._plain_before = False
+        # Where the drafts of the step before came from, "" if it was a plain one, None before any.
+        self._source_before: str | None = None
         self._is_usual = True
         # How many tokens the next step may say but one, how many the last one said, and a pass that was begun early.
         self._room = self._said = 0
@@ -326,14 +327,16 @@ class Speculation:
         stall, nbytes = self._read()
         cost = Cost(seconds, min(seconds, stall - self._before[0]), nbytes - self._before[1])
         if drafted and choice is not None and self._is_usual:
-            self._model.pace.note(choice.source, choice.count, cost)
             counts = self._counts[choice.source]
             counts.said += said
             counts.seconds += seconds
-        elif choice is None and self._plain_before:
-            # The first plain step after others is not as those that follow are: nothing was begun ahead.
+            # The MTP layer's first step after others is not as those that follow, whose passes were built ahead.
+            if choice.source != "mtp" or self._source_before == "mtp":
+                self._model.pace.note(choice.source, choice.count, cost)
+        elif choice is None and self._source_before == "":
+            # Nor is the first plain step after others.
             self._model.pace.note_plain(cost)
-        self._plain_before = choice is None
+        self._source_before = "" if choice is None else choice.source
 
     def _read(self) -> tuple[float, float]:
         """Return the seconds that were lost to reads of experts, and their bytes, since loading."""

@@ -92,6 +92,16 @@ def test_drafting_ends_where_it_loses_and_is_tried_again_later() -> None:
     assert tried == [23, 71], "after 24 tokens, and after twice as many"
 
 
+def test_a_trial_may_take_several_steps() -> None:
+    length = Length("mtp", _pace(1.0, {1: 2.5, 7: 9.0}), 7, 0.2, 1, 3)
+    tried = []
+    for i in range(100):
+        if length.choose(Acceptance(0.9, 1e6), 7)[0]:
+            tried.append(i)
+            length.taken()
+    assert tried == [23, 24, 25, 73, 74, 75]
+
+
 def test_rejected_drafts_end_drafting_and_accepted_ones_bring_it_back() -> None:
     pace, acceptance = _pace(1.0, {1: 1.5}), Acceptance(0.7)
     assert _length(pace).choose(acceptance, 1)[0] == 1

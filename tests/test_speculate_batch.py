@@ -69,10 +69,10 @@ def test_drafts_end_while_others_are_answered_too_and_begin_again(
     assert trace.steps == ""
     with edger1.load(tiny_folder, precision=precision, context=ROOM) as model:
         handle = model.submit(PROMPT, speculate="lookup", **LONG, **settings)
-        assert trace.drafted.wait(60)
+        assert trace.drafted.wait(200)
         events = model.stream("Who is there", **short)
         assert "".join(event.text for event in events if isinstance(event, Text)) == other
-        found = handle.result(60)
+        found = handle.result(200)
     assert found.text == expected
     before, _, rest = trace.steps.partition("b")
     together, after = rest[: rest.rindex("b") + 1], rest[rest.rindex("b") + 1 :]
@@ -95,7 +95,7 @@ def test_drafts_of_several_requests_leave_their_answers_as_they_are(tiny_folder:
     for drafts in ("off", "lookup"):
         with edger1.load(tiny_folder, precision="fast", context=ROOM) as model:
             handles = [model.submit(prompt, speculate=drafts, **options) for prompt, options in asked]
-            answers.append([handle.result(60).text for handle in handles])
+            answers.append([handle.result(200).text for handle in handles])
     assert answers[0] == answers[1]
     assert "b" in trace.steps
     assert trace.steps.rindex("d") > trace.steps.rindex("b"), "the last one is alone in the end"

@@ -136,7 +136,7 @@ class Length:
     """The choice for one source in one request.
 
     `each` is what a draft may cost before that was measured, as a share of what a plain step computes; `trial` is how
-    many are drafted to see whether a source that loses would win.
+    many are drafted to see whether a source that loses would win, in `trial_steps` steps one after the other.
     """
 
     source: str
@@ -144,6 +144,8 @@ class Length:
     most: int
     each: float
     trial: int = 2
+    trial_steps: int = 1
+    _tried: int = 0
     _interval: int = _FIRST_TRIAL
     _waited: int = 0
     _drafted: int = 0
@@ -179,5 +181,8 @@ class Length:
         """Note that drafts are made as chosen."""
         self._drafted += 1
         if self._waited >= self._interval:
+            self._tried += 1
+            if self._tried < self.trial_steps:
+                return
             self._interval = min(2 * self._interval, _LAST_TRIAL)
-        self._waited = 0
+        self._waited = self._tried = 0
