@@ -14,7 +14,7 @@ chat: $(VENV)/.installed ## Talk to the default model
 
 test: $(VENV)/.installed-dev ## Run the tests (fetches the 98 MB test model once)
 	@$(BIN)/edger1 pull smollm2-135m
-	$(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -q --ignore tests/parity --numprocesses auto --maxprocesses 4 --dist worksteal
 
 lint: $(VENV)/.installed-dev ## Run the linters, and the type checker on the installed package
 	$(BIN)/ruff check .

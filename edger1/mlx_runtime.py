@@ -6,8 +6,10 @@ import contextlib
 import ctypes
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
 
 # From glibc's malloc.h; 128 KiB is the value that it begins with.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
@@ -20,7 +22,7 @@ def prepare() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     _fix_mmap_threshold()
-    with _open_files_kept():
+    with _open_files_kept(), _sources_read_once():
         import mlx_lm.utils  # noqa: F401
 
     import mlx.core as mx
@@ -93,6 +95,51 @@ def _open_files_kept() -> Iterator[None]:
         yield
     finally:
         resource.setrlimit = set_limit
+
+
+class _WiderCache:
+    """Widens the cache of what transformers reads of its models' folders once the module that holds it is there."""
+
+    NAME = "transformers.utils.import_utils"
+
+    def __init__(self) -> None:
+        self.clear = lambda: None
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if name != self.NAME:
+            return None
+        spec = PathFinder.find_spec(name, path, target)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_widen(module: ModuleType) -> None:
+                execute(module)
+                read = getattr(getattr(module, "create_import_structure_from_path", None), "__wrapped__", None)
+                if read is not None:
+                    widened = cache(read)
+                    module.create_import_structure_from_path = widened  # type: ignore[attr-defined]
+                    self.clear = widened.cache_clear
+
+            spec.loader.exec_module = execute_and_widen  # type: ignore[method-assign]
+        return spec
+
+
+@contextlib.contextmanager
+def _sources_read_once() -> Iterator[None]:
+    """Let transformers read the sources of its models once while it is imported.
+
+    It reads all 1,700 of them to learn their names, and then again: its cache holds 128 of 549 folders. That was a
+    quarter of the time that importing mlx-lm takes.
+    """
+    wider = _WiderCache()
+    sys.meta_path.insert(0, wider)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(wider)
+        wider.clear()
 
 
 def on_gpu() -> bool:

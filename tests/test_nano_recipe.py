@@ -142,6 +142,7 @@ def make(folder: Path) -> dict[str, Any]:
     """Make a small corpus, whose tokenizer is trained on four times as many documents as it has."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(corpus, "TOKENIZER_DOCUMENTS", 8000)
+        patch.setattr(corpus, "SHARD_DOCUMENTS", 2000)
         return corpus.make(folder, tokens=150_000, seed=5)
 
 

@@ -12,7 +12,6 @@ from rich.text import Text
 from textual import on
 from textual.app import App, ComposeResult
 from textual.binding import Binding
-from textual.widgets import Footer
 
 from edger1.tui.acts import Acts
 from edger1.tui.backend import Backend
@@ -25,6 +24,7 @@ from edger1.tui.session import State
 from edger1.tui.themes import COLOURLESS_CSS
 from edger1.tui.tree import Node
 from edger1.tui.widgets.heading import Heading
+from edger1.tui.widgets.key_row import KeyRow
 from edger1.tui.widgets.prompt import Prompt
 from edger1.tui.widgets.prompt_area import PromptArea
 from edger1.tui.widgets.question import Question
@@ -94,7 +94,7 @@ class ChatApp(Doors, Acts, inherit_bindings=False):
             yield Welcome(self.session.model or "")
         yield PromptArea()
         yield Status()
-        yield Footer(show_command_palette=False, compact=True)
+        yield KeyRow()
 
     async def on_mount(self) -> None:
         """Begin to load at once; the text box can be used meanwhile."""

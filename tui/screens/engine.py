@@ -11,7 +11,7 @@ from textual.containers import Vertical
 from textual.content import Content
 from textual.screen import ModalScreen
 from textual.timer import Timer
-from textual.widgets import Footer, Static
+from textual.widgets import Static
 
 from edger1.tui.clean import clean
 from edger1.tui.engine_history import History
@@ -19,6 +19,7 @@ from edger1.tui.figures import memory
 from edger1.tui.keymap import binding
 from edger1.tui.widgets.chart import Chart
 from edger1.tui.widgets.heat_map import DIGITS, EMPTY, SHADES, HeatMap, Map
+from edger1.tui.widgets.key_row import KeyRow
 
 REDRAW_S = 1.5
 MISSES = (0.0, 0.05, 0.15, 0.4)
@@ -88,7 +89,7 @@ class EngineScreen(ModalScreen[None]):
             yield HeatMap(plain=self._plain)
             yield Static(id="legend", markup=False)
             yield Static(id="cell", markup=False)
-            yield Footer(show_command_palette=False, compact=True)
+            yield KeyRow()
 
     def on_mount(self) -> None:
         """Follow the history."""
