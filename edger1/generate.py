@@ -547,7 +547,7 @@ class Generation:
     def _keep_cache(self) -> None:
         self._model.kv.release(self)
         if self._fed and self._caches is not None:
-            caches = self._drafts.leave(self._caches, len(self._fed))
+            caches, self._caches = self._drafts.leave(self._caches, len(self._fed)), None
             if self._shift is not None and self._shift.times:
                 self._prompt_text = self._shift.text
             text = "" if self._raw or not self._prompt_text else self._fed_text()

@@ -263,10 +263,12 @@ class PrefixCache:
 
 
 def _apart(caches: list[Any]) -> tuple[list[Any], Any]:
-    """Return the model's own caches, and what its MTP layer knows or None."""
+    """Return the model's own caches, in the same list, and what its MTP layer knows or None."""
     from edger1.drafting.mtp import Kept
 
-    return (caches[:-1], caches[-1]) if caches and isinstance(caches[-1], Kept) else (caches, None)
+    # Of another list nobody could let go of a layer at a time.
+    extra = caches.pop() if caches and isinstance(caches[-1], Kept) else None
+    return caches, extra
 
 
 def _trimmable(caches: list[Any]) -> bool:

@@ -403,6 +403,11 @@ def test_run_saves_where_there_is_no_file_and_restores_where_there_is(folder: Pa
     second = json.loads(run(*command).stdout)
     assert first["text"] == second["text"]
     assert second["prefilled_tokens"] < 20 < second["cached_tokens"]
+    assert [first["prompt_cache"]["restored"], second["prompt_cache"]["restored"]] == [False, True]
+    assert not [note for note in second["notes"] if "shares" in note]
+    other = run(*(word if word != "Be brief. " * 30 else "Speak long. " * 30 for word in command if word != "--json"))
+    assert other.returncode == 0
+    assert f"tokens in {path}" in other.stderr
     path.write_bytes(path.read_bytes()[:-1])
     broken = run(*command)
     told_plainly(broken, 1, "no prompt cache, or is damaged")

@@ -7,7 +7,7 @@ import os
 import stat
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,6 +15,7 @@ from edger1.cli import options
 from edger1.errors import UsageError
 
 if TYPE_CHECKING:
+    from edger1.messages import Done
     from edger1.model import Model, Prompt
 
 
@@ -35,12 +36,25 @@ def read_stdin() -> str:
         raise UsageError(f"Standard input is not UTF-8 text ({error.reason} at byte {error.start}).") from None
 
 
-def _restore_or_save(model: Model, path: Path, prompt: Prompt, *, raw: bool, think: str) -> None:
-    """Restore the prompt cache in `path`, or read the prompt and save its cache there where that is no file yet."""
-    if path.exists():
-        model.load_prompt_cache(path)
-    else:
-        model.save_prompt_cache(path, prompt, raw=raw, think=think)
+def _restore_or_save(model: Model, path: Path, prompt: Prompt, *, raw: bool, think: str) -> dict[str, Any]:
+    """Restore the prompt cache in `path`, or read the prompt and save its cache there where that is no file yet.
+
+    Returns what the JSON says of it.
+    """
+    restored = path.exists()
+    done = model.load_prompt_cache(path) if restored else model.save_prompt_cache(path, prompt, raw=raw, think=think)
+    return {"file": str(path), "restored": restored, "tokens": done.tokens}
+
+
+def _notes(done: Done, cache: dict[str, Any] | None) -> list[str]:
+    """Return what an answer has to note, and whether a restored cache was of no use."""
+    if cache is None or not cache["restored"] or done.usage.cached_tokens >= cache["tokens"] // 2:
+        return done.notes
+    return [
+        *done.notes,
+        f"The prompt shares {done.usage.cached_tokens} of the {cache['tokens']} tokens in {cache['file']}. Name "
+        f"another file to save this one, and put what stays the same at its beginning (--system).",
+    ]
 
 
 def run_command(
@@ -128,8 +142,9 @@ def run_command(
     ) as loaded:
         # A model without a chat template continues a plain prompt.
         plain = raw or (system is None and not loaded.info["has_chat_template"])
+        cache = None
         if prompt_cache is not None:
-            _restore_or_save(loaded, prompt_cache, asked if plain else messages, raw=plain, think=think)
+            cache = _restore_or_save(loaded, prompt_cache, asked if plain else messages, raw=plain, think=think)
         for event in loaded.stream(
             asked if plain else messages,
             raw=plain,
@@ -176,7 +191,7 @@ def run_command(
             "thinking": "".join(thinking),
             "tool_calls": [{"id": c.call_id, "name": c.name, "arguments": c.arguments} for c in calls],
             "finish_reason": done.finish_reason,
-            "notes": done.notes,
+            "notes": _notes(done, cache),
             "prompt_tokens": usage.prompt_tokens,
             "cached_tokens": usage.cached_tokens,
             "prefilled_tokens": usage.prefilled_tokens,
@@ -196,13 +211,14 @@ def run_command(
             "adapter": loaded.info["adapter"],
             "experts": cost.experts,
             "drafts": cost.drafts,
+            "prompt_cache": cache,
         }
         typer.echo(json.dumps(answer, ensure_ascii=False))
         return
     typer.echo()
     if len(done.samples) > 1:
         typer.echo(options.votes_line(done.votes, len(done.samples)), err=True)
-    for note in done.notes:
+    for note in _notes(done, cache):
         typer.echo(f"edger1: {note}", err=True)
     if figures:
         line = options.figures_line(done.usage, done.figures)
