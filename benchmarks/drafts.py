@@ -2,7 +2,7 @@
 
     python -m benchmarks.drafts                       # all parts, ten minutes
     python -m benchmarks.drafts --only mtp
-    python -m benchmarks.drafts --only statistics-mtp    # chi-square of 100,000 draws; -lookup and -draft too
+    python -m benchmarks.drafts --only statistics-mtp-0.6    # chi-square of 100,000 draws; 1.0, 1.5; lookup, draft
 
 Both sides are EdgeR1, greedy, in a process each, and answer the same questions in turns; a part fails where one word
 differs.
@@ -83,29 +83,20 @@ def unhelped(run: Bench) -> list[Comparison]:
     return _compared(run, what, None, ("auto",), "questions", model=str(peers.smollm2_folder()))
 
 
-def statistics(run: Bench, source: str) -> list[Comparison]:
+def statistics(run: Bench, source: str, temperature: float) -> list[Comparison]:
     """Chi-square of what is drawn with drafts of one source against the model's own distribution."""
     from benchmarks import drafts_statistics
 
     draws = 2000 if run.quick else DRAWS
-    lines = []
     with drafts_statistics.kernels():
-        for temperature in TEMPERATURES:
-            live, table = drafts_statistics.model()
-            found = drafts_statistics.compare(live, table, source, Sampling(temperature=temperature), draws, 1)
-            run.notes.append(
-                f"{source} at {temperature}: chi-square {found.statistic:.1f}, {found.freedom} degrees of "
-                f"freedom, {found.draws:,} draws, {found.accepted:.0%} of the drafts stood"
-            )
-            lines.append(
-                Comparison(
-                    f"p of {source} at temperature {temperature} / level of rejection",
-                    Side("EdgeR1", source, "", (found.p,)),
-                    Side("level", "", "", (SIGNIFICANCE,)),
-                    1.0,
-                )
-            )
-    return lines
+        live, table = drafts_statistics.model()
+        found = drafts_statistics.compare(live, table, source, Sampling(temperature=temperature), draws, 1)
+    run.notes.append(
+        f"{source} at {temperature}: chi-square {found.statistic:.1f}, {found.freedom} degrees of freedom, "
+        f"{found.draws:,} draws, {found.accepted:.0%} of the drafts stood"
+    )
+    ours, level = Side("EdgeR1", source, "", (found.p,)), Side("level", "", "", (SIGNIFICANCE,))
+    return [Comparison(f"p of {source} at temperature {temperature} / level of rejection", ours, level, 1.0)]
 
 
 PARTS = {
@@ -114,7 +105,11 @@ PARTS = {
     "lookup": lookup,
     "unhelped": unhelped,
     "draft": draft,
-    **{f"statistics-{source}": partial(statistics, source=source) for source in ("lookup", "draft", "mtp")},
+    **{
+        f"statistics-{source}-{temperature}": partial(statistics, source=source, temperature=temperature)
+        for source in ("lookup", "draft", "mtp")
+        for temperature in TEMPERATURES
+    },
 }
 
 

@@ -163,6 +163,7 @@ class Sampler:
             # mlx-lm refuses a top_k of the vocabulary or more, which keeps every token anyhow.
             "top_k": top_k if top_k < vocabulary else 0,
         }
+        self._filters = 0 < self._settings["top_p"] < 1 or self._settings["min_p"] > 0 or self._settings["top_k"] > 0
         temperature = float(sampling.temperature or 0.0)
         self._inverse_temperature = 1.0 / temperature if temperature else 0.0
         self._draw: Callable[[mx.array], mx.array] = make_sampler(temp=temperature, **self._settings)
@@ -223,8 +224,11 @@ class Sampler:
         if self._processors:
             rows = [self.penalized(logits[i : i + 1], list(tokens)) for i, tokens in enumerate(contexts)]
             logits = mx.concatenate(rows)
-        kept = self._filtered(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
-        found = np.array(mx.softmax(kept * self._inverse_temperature, axis=-1)).astype(np.float64)
+        if self._filters:
+            logits = self._filtered(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
+        scores = np.array(logits)
+        found = np.exp((scores - scores.max(axis=-1, keepdims=True)) * np.float32(self._inverse_temperature))
+        found = found.astype(np.float64)
         return found / found.sum(axis=-1, keepdims=True)
 
     def _filtered(self, logprobs: mx.array) -> mx.array:

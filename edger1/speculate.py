@@ -36,7 +36,7 @@ MOST_ROWS = 16
 """Rows of a pass up to which the kernels give each the bits that it has alone."""
 _MOST_AHEAD = 7
 """Drafts of models: fewer and fewer of those further on stand."""
-_AGREEMENTS = ((10, 0.85), (6, 0.7), (4, 0.55), (3, 0.4), (2, 0.3))
+_AGREEMENTS = ((10, 0.9), (6, 0.75), (4, 0.55), (3, 0.4), (2, 0.3))
 """Tokens that agree where look-up found its drafts, and the share of those that is expected to stand."""
 _EXPECTED = {"mtp": 0.7, "draft": 0.6}
 _EACH = {"lookup": 0.15, "mtp": 0.35, "draft": 0.5}

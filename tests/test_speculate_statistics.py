@@ -1,6 +1,6 @@
 """Drafts change nothing about what is said: counted over a small vocabulary, for each drafter and temperature.
 
-`python -m benchmarks.drafts --only statistics-mtp` (or `-draft`, `-lookup`) does the same with 100,000 draws.
+`python -m benchmarks.drafts --only statistics-mtp-0.6` (or `-draft-1.0`, and so on) does the same with 100,000 draws.
 """
 
 from __future__ import annotations

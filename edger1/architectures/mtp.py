@@ -18,8 +18,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models import deepseek_v3
-from mlx_lm.models.base import create_attention_mask
+from mlx_lm.models import base, deepseek_v3
 
 from edger1.architectures.deepseek_v3 import raised
 
@@ -49,7 +48,7 @@ class Predictor(nn.Module):
         halves = [self.enorm(embedded), self.hnorm(hidden)]
         x = self.eh_proj(mx.concatenate(halves if self._embedding_first else halves[::-1], axis=-1))
         # Latent attention adds its mask to scores that it makes itself, so it wants an array.
-        mask = create_attention_mask(x, cache, return_array=self._masks_with_arrays)
+        mask = base.create_attention_mask(x, cache, return_array=self._masks_with_arrays)
         states: mx.array = self.norm(self.block(x, mask, cache))
         return states
 

@@ -18,6 +18,7 @@ import mlx.nn as nn
 from mlx.nn.layers import activations as nn_activations
 from mlx_lm.models import activations as lm_activations
 from mlx_lm.models import base as lm_base
+from mlx_lm.models.cache import KVCache
 
 from edger1.kernels import quantized
 
@@ -43,6 +44,8 @@ class Patch:
     restores: list[Restore] = field(default_factory=list)
     replaced: dict[int, tuple[Any, Callable[..., mx.array]]] = field(default_factory=dict)
     extension: ModuleType | None = None
+    causal: mx.array | None = None
+    """The last mask that a model has asked for as an array, where it hides what comes later and nothing else."""
 
     def put(self, owner: Any, name: str, value: Any) -> None:
         """Set an attribute and remember what it was."""
@@ -71,7 +74,7 @@ def release() -> None:
             setattr(owner, name, value)
         _patch.restores.clear()
         _patch.replaced.clear()
-        _patch.extension = None
+        _patch.extension = _patch.causal = None
 
 
 def in_place() -> bool:
@@ -82,6 +85,11 @@ def in_place() -> bool:
 def installed() -> ModuleType | None:
     """Return the extension whose functions stand in MLX's places, or None."""
     return _patch.extension
+
+
+def is_causal(mask: Any) -> bool:
+    """Whether a mask is one that a model has just made, and hides what comes later and nothing else."""
+    return mask is not None and mask is _patch.causal
 
 
 def replacement(value: Any) -> Callable[..., mx.array] | None:
@@ -110,6 +118,10 @@ def _replace_named(extension: ModuleType) -> None:
     ours = _quantized_attention(extension, attention)
     _patch.replaced[id(attention)] = (attention, ours)
     _patch.put(lm_base, attention.__name__, ours)
+    masks = lm_base.create_attention_mask
+    ours = _attention_mask(masks)
+    _patch.replaced[id(masks)] = (masks, ours)
+    _patch.put(lm_base, masks.__name__, ours)
     _patch.put(mx.array, "__setitem__", _assignment(extension.assign_rows, mx.array.__setitem__))
     _patch.put(mx.array, "__matmul__", _operator(extension.matmul, mx.array.__matmul__))
 
@@ -215,6 +227,19 @@ def _quantized_attention(extension: ModuleType, original: Callable[..., mx.array
         return original(queries, q_keys, q_values, scale, mask, group_size, bits)
 
     return quantized_scaled_dot_product_attention
+
+
+def _attention_mask(original: Callable[..., Any]) -> Callable[..., Any]:
+    def create_attention_mask(
+        h: mx.array, cache: Any = None, window_size: int | None = None, return_array: bool = False
+    ) -> Any:
+        """Keep in mind which mask it is: who computes it without an array need not have it made, nor read it."""
+        mask = original(h, cache, window_size, return_array)
+        if return_array and window_size is None and isinstance(mask, mx.array) and type(cache) is KVCache:
+            _patch.causal = mask
+        return mask
+
+    return create_attention_mask
 
 
 def _replace_imported() -> None:

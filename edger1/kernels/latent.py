@@ -29,6 +29,7 @@ import mlx.nn as nn
 from mlx_lm.models.base import create_attention_mask
 from mlx_lm.models.cache import CacheList, KVCache
 
+from edger1.kernels import functions
 from edger1.kernels import latent_expanding as expanding
 from edger1.kernels import latent_plain as plain
 from edger1.kernels.latent_parts import (
@@ -186,6 +187,8 @@ def _narrowed_class(original: Any) -> type:
 def _run(layer: Any, x: mx.array, mask: Any, cache: Any) -> mx.array | None:
     """Run a layer on its operation; None, and the cache as it was, where that does not apply."""
     latent = layer._latent
+    if functions.is_causal(mask) and "indexer" not in layer:
+        mask = "causal"
     if latent is None or not _usable(x, mask, cache):
         return None
     if latent.call is not None and latent.call.applies(layer, x):
