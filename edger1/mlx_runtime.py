@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
+from typing import Any
 
 # From glibc's malloc.h; 128 KiB is the value that it begins with.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
@@ -22,7 +23,7 @@ def prepare() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     _fix_mmap_threshold()
-    with _open_files_kept(), _sources_read_once():
+    with _open_files_kept(), _sources_read_quickly():
         import mlx_lm.utils  # noqa: F401
 
     import mlx.core as mx
@@ -97,13 +98,13 @@ def _open_files_kept() -> Iterator[None]:
         resource.setrlimit = set_limit
 
 
-class _WiderCache:
-    """Widens the cache of what transformers reads of its models' folders once the module that holds it is there."""
+class _QuickerReading:
+    """Changes how transformers reads the sources of its models, as soon as the module that does so is there."""
 
     NAME = "transformers.utils.import_utils"
 
     def __init__(self) -> None:
-        self.clear = lambda: None
+        self.forget = lambda: None
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
@@ -114,32 +115,37 @@ class _WiderCache:
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
-            def execute_and_widen(module: ModuleType) -> None:
+            def execute_and_change(module: ModuleType) -> None:
                 execute(module)
-                read = getattr(getattr(module, "create_import_structure_from_path", None), "__wrapped__", None)
-                if read is not None:
-                    widened = cache(read)
-                    module.create_import_structure_from_path = widened  # type: ignore[attr-defined]
-                    self.clear = widened.cache_clear
+                self._change(module)
 
-            spec.loader.exec_module = execute_and_widen  # type: ignore[method-assign]
+            spec.loader.exec_module = execute_and_change  # type: ignore[method-assign]
         return spec
+
+    def _change(self, module: Any) -> None:
+        read = getattr(getattr(module, "create_import_structure_from_path", None), "__wrapped__", None)
+        names = getattr(module, "fetch__all__", None)
+        # Another release may do otherwise: it is left as it is.
+        if read is not None and names is not None:
+            module.create_import_structure_from_path = cache(read)
+            self.forget = module.create_import_structure_from_path.cache_clear
+            module.fetch__all__ = lambda content: names(content[content.rfind("\n__all__") + 1 :])
 
 
 @contextlib.contextmanager
-def _sources_read_once() -> Iterator[None]:
-    """Let transformers read the sources of its models once while it is imported.
+def _sources_read_quickly() -> Iterator[None]:
+    """Let transformers read the sources of its models once, and look for the last `__all__` from their end.
 
-    It reads all 1,700 of them to learn their names, and then again: its cache holds 128 of 549 folders. That was a
-    quarter of the time that importing mlx-lm takes.
+    It reads all 1,700 of them on import to learn their names, line by line, and then again: its cache holds 128 of 549
+    folders. That was half of the time that importing mlx-lm takes.
     """
-    wider = _WiderCache()
-    sys.meta_path.insert(0, wider)
+    quicker = _QuickerReading()
+    sys.meta_path.insert(0, quicker)
     try:
         yield
     finally:
-        sys.meta_path.remove(wider)
-        wider.clear()
+        sys.meta_path.remove(quicker)
+        quicker.forget()
 
 
 def on_gpu() -> bool:

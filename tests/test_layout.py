@@ -7,6 +7,7 @@ import resource
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,12 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
-def imports(folder: str) -> Iterator[tuple[Path, str]]:
+@cache
+def imports(folder: str) -> tuple[tuple[Path, str], ...]:
+    return tuple(_imports(folder))
+
+
+def _imports(folder: str) -> Iterator[tuple[Path, str]]:
     for path in sorted((ROOT / folder).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):
