@@ -79,6 +79,8 @@ class Generate:
     """Tokens of thought before which the model cannot end it: "Wait" comes instead."""
     samples: int = 1
     """How many answers are drawn, sample i with the seed + i; what most of them say is the answer."""
+    each_sample: bool = False
+    """Tell what each of several samples says as it comes, in OfSample, and not the one that won at the end."""
     context_shift: bool = False
     """Where the context is full, drop the oldest turns' tokens, or others in its middle, and go on."""
 
@@ -277,6 +279,15 @@ class Sampled:
 
 
 @dataclass(frozen=True)
+class OfSample:
+    """What the sample `number` says, from 0, how it is coming along, or its Done; where that was asked for."""
+
+    id: str
+    number: int
+    event: Progress | Thought | Text | ToolCall | Running | Done
+
+
+@dataclass(frozen=True)
 class Counted:
     """The answer to CountTokens."""
 
@@ -347,8 +358,8 @@ class Failed:
 
 
 Event = (
-    Loaded | AdapterUsed | Unloaded | Progress | Text | Thought | ToolCall | Running | Sampled | Counted | Scores
-    | CacheSaved | CacheRestored | Done | Failed
+    Loaded | AdapterUsed | Unloaded | Progress | Text | Thought | ToolCall | Running | Sampled | OfSample | Counted
+    | Scores | CacheSaved | CacheRestored | Done | Failed
 )  # fmt: skip
 
 _NESTED = {"sampling": Sampling, "usage": Usage, "figures": Figures}
@@ -356,32 +367,44 @@ _KINDS: dict[str, type] = {
     kind.__name__: kind
     for kind in (
         Load, Generate, CountTokens, Score, SaveCache, RestoreCache, UseAdapter, Cancel, Unload,
-        Loaded, AdapterUsed, Unloaded, Progress, Text, Thought, ToolCall, Running, Sampled, Counted, Scores,
-        CacheSaved, CacheRestored, Done, Failed,
+        Loaded, AdapterUsed, Unloaded, Progress, Text, Thought, ToolCall, Running, Sampled, OfSample, Counted,
+        Scores, CacheSaved, CacheRestored, Done, Failed,
     )
 }  # fmt: skip
 
 
 def encode(message: Request | Event) -> str:
     """Write a message as one line of JSON, without the newline."""
-    fields = {"kind": type(message).__name__, **vars(message)}
-    for name in _NESTED.keys() & fields.keys():
-        # Of plain values all through, which are not copied for it.
-        fields[name] = vars(fields[name])
-    return json.dumps(fields, ensure_ascii=True)
+    return json.dumps(_fields(message), ensure_ascii=True)
 
 
 def decode(line: str) -> Request | Event:
     """Read a message back from a line that `encode` wrote. Raises ValueError for anything else."""
     try:
-        fields = json.loads(line)
-        kind = _KINDS[fields.pop("kind")]
-        for name, nested in _NESTED.items():
-            if name in fields:
-                fields[name] = nested(**fields[name])
-        for layer in fields.get("layers") or ():
-            # JSON makes strings of an object's keys.
-            layer["experts"] = {int(expert): uses for expert, uses in layer["experts"].items()}
-        return kind(**fields)
+        return _made(json.loads(line))
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"not a message of the engine: {line[:200]!r}") from error
+
+
+def _fields(message: Request | Event) -> dict[str, Any]:
+    fields = {"kind": type(message).__name__, **vars(message)}
+    for name in _NESTED.keys() & fields.keys():
+        # Of plain values all through, which are not copied for it.
+        fields[name] = vars(fields[name])
+    if isinstance(message, OfSample):
+        fields["event"] = _fields(message.event)
+    return fields
+
+
+def _made(fields: dict[str, Any]) -> Request | Event:
+    kind = _KINDS[fields.pop("kind")]
+    for name, nested in _NESTED.items():
+        if name in fields:
+            fields[name] = nested(**fields[name])
+    for layer in fields.get("layers") or ():
+        # JSON makes strings of an object's keys.
+        layer["experts"] = {int(expert): uses for expert, uses in layer["experts"].items()}
+    if kind is OfSample:
+        fields["event"] = _made(fields["event"])
+    made: Request | Event = kind(**fields)
+    return made

@@ -20,7 +20,7 @@ from edger1 import sampling
 from edger1.cache import Entry
 from edger1.final_answers import final_answer, plain, vote_key
 from edger1.generate import Generation, RandomTurn
-from edger1.messages import Done, Event, Generate, Progress, Running, Sampled, Text, Thought, ToolCall
+from edger1.messages import Done, Event, Generate, OfSample, Progress, Running, Sampled, Text, Thought, ToolCall
 
 if TYPE_CHECKING:
     from edger1.loader import LiveModel
@@ -96,6 +96,8 @@ class Samples:
         """Take an event of a sample."""
         if self._over:
             return
+        if self._request.each_sample and isinstance(event, Progress | Thought | Text | ToolCall | Running | Done):
+            self._emit(OfSample(self._request.id, number, event))
         if isinstance(event, Text | Thought | ToolCall):
             self._said[number].add(event)
         elif isinstance(event, Done):
@@ -103,7 +105,7 @@ class Samples:
             self._count()
         elif isinstance(event, Progress | Running):
             running = next(i for i, each in enumerate(self._said) if each.done is None)
-            if number == running:
+            if number == running and not self._request.each_sample:
                 self._emit(event)
 
     def give_up(self) -> None:
@@ -125,7 +127,7 @@ class Samples:
         votes, chosen = count(self._said)
         said = self._said[chosen]
         assert said.done is not None
-        for event in said.events:
+        for event in () if self._request.each_sample else said.events:
             self._emit(event)
         ends = [each.done for each in self._said if each.done is not None]
         cancelled = any(done.finish_reason == "cancelled" for done in ends)

@@ -7,7 +7,21 @@ from collections.abc import AsyncIterator, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from edger1.messages import AdapterUsed, Done, Event, Failed, Figures, Loaded, Message, Progress, Text, Thought, Usage
+from edger1.messages import (
+    AdapterUsed,
+    Done,
+    Event,
+    Failed,
+    Figures,
+    Loaded,
+    Message,
+    OfSample,
+    Progress,
+    Sampled,
+    Text,
+    Thought,
+    Usage,
+)
 from edger1.tui.settings import Settings
 
 HOLD = "hold"
@@ -63,6 +77,7 @@ class FakeBackend:
         self.cancel_count = 0
         self.closed = False
         self._go = asyncio.Event()
+        self._played = 0
 
     def release(self) -> None:
         """Let a script that holds go on, up to the next hold."""
@@ -91,13 +106,43 @@ class FakeBackend:
         tools: Sequence[dict[str, Any]] = (),
         continue_last: bool = False,
     ) -> AsyncIterator[Event]:
-        script = self.answers[min(len(self.asked), len(self.answers) - 1)]
+        scripts = [self._next_script() for _ in range(settings.samples)]
         self.asked.append(messages)
         self.settings.append(settings)
         self.tools.append(list(tools))
         self.continued.append(continue_last)
-        async for event in self._play(script):
+        async for event in self._play(scripts[0]) if len(scripts) == 1 else self._together(scripts):
             yield event
+
+    def _next_script(self) -> list[Step]:
+        self._played += 1
+        return self.answers[min(self._played, len(self.answers)) - 1]
+
+    async def _together(self, scripts: list[list[Step]]) -> AsyncIterator[Event]:
+        """Play several scripts as samples; one that fails ends all of them, and the last Done is that of all."""
+        heard: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        cancels = self.cancel_count
+
+        async def play(number: int, script: list[Step]) -> None:
+            async for event in self._play(script, cancels):
+                heard.put_nowait((number, event))
+
+        tasks = [asyncio.create_task(play(*each)) for each in enumerate(scripts)]
+        done = 0
+        try:
+            while done < len(scripts):
+                number, event = await heard.get()
+                if isinstance(event, Failed):
+                    yield event
+                    return
+                yield OfSample("", number, event)  # type: ignore[arg-type]
+                if isinstance(event, Done):
+                    done += 1
+                    yield Sampled("", done, len(scripts))
+            yield event
+        finally:
+            for task in tasks:
+                task.cancel()
 
     async def use_adapter(self, folder: str | None) -> AsyncIterator[Event]:
         self.adapters.append(folder)
@@ -110,8 +155,8 @@ class FakeBackend:
     async def close(self) -> None:
         self.closed = True
 
-    async def _play(self, script: list[Step]) -> AsyncIterator[Event]:
-        cancels = self.cancel_count
+    async def _play(self, script: list[Step], cancels: int | None = None) -> AsyncIterator[Event]:
+        cancels = self.cancel_count if cancels is None else cancels
         for step in script:
             if isinstance(step, str):
                 await self._go.wait()

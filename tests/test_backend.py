@@ -15,7 +15,7 @@ import pytest
 from tiny import write_tiny_model
 
 from edger1.cli.backend import ChildBackend
-from edger1.messages import Done, Event, Failed, Loaded, Progress, Sampling, Text
+from edger1.messages import Done, Event, Failed, Loaded, OfSample, Progress, Sampled, Sampling, Text
 from edger1.tui.backend import Backend
 from edger1.tui.settings import Settings
 
@@ -222,6 +222,32 @@ def test_several_are_answered_at_once_and_stopped_together(loaded: ChildBackend)
         assert await asyncio.gather(*(ask(seed, 8) for seed in range(3))) == alone
         ended.clear()
         await asyncio.gather(*(ask(seed, 40_000) for seed in range(3)))
+        assert ended == ["cancelled"] * 3
+
+    asyncio.run(scenario(loaded))
+
+
+def test_samples_are_told_as_they_come_and_stopped_together(loaded: ChildBackend) -> None:
+    async def scenario(backend: ChildBackend) -> None:
+        hot = Settings(sampling=Sampling(temperature=2.0, seed=5), max_tokens=8)
+        alone = [await text_of(backend, replace(hot, sampling=Sampling(2.0, seed=5 + at))) for at in range(3)]
+        said = [""] * 3
+        events = [event async for event in backend.ask(ASKED, settings=replace(hot, samples=3))]
+        for event in events:
+            if isinstance(event, OfSample) and isinstance(event.event, Text):
+                said[event.number] += event.event.text
+        assert said == alone
+        assert [event.done for event in events if isinstance(event, Sampled)] == [1, 2, 3]
+        # What was told of each is not said again.
+        assert not [event for event in events if isinstance(event, Text)]
+        assert isinstance(events[-1], Done)
+        ended: list[str] = []
+        many = Settings(sampling=Sampling(temperature=2.0), max_tokens=40_000, samples=3)
+        async for event in backend.ask(ASKED, settings=many):
+            if isinstance(event, OfSample) and isinstance(event.event, Text):
+                backend.cancel()
+            elif isinstance(event, OfSample) and isinstance(event.event, Done):
+                ended.append(event.event.finish_reason)
         assert ended == ["cancelled"] * 3
 
     asyncio.run(scenario(loaded))

@@ -51,8 +51,8 @@ def test_a_limit_of_thought_is_no_wish_to_have_none() -> None:
 @pytest.mark.parametrize(
     ("dial", "words", "reason"),
     [
-        (dials.think, "hard", "auto, on, off"),
-        (dials.think, "-3", "auto, on, off"),
+        (dials.think, "hard", "auto, on or off"),
+        (dials.think, "-3", "auto, on or off"),
         (dials.budget, "much", "200-2000"),
         (dials.budget, "-", "200-2000"),
         (dials.budget, "300-200", "at most that"),

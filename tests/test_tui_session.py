@@ -8,14 +8,12 @@ from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
-import pytest
 from fake_backend import FIGURES, GONE, HOLD, FakeBackend, Step, words
 
-from edger1.messages import Done, Failed, Figures, Running, Sampling, Text, Thought, ToolCall
+from edger1.messages import Done, Failed, Figures, Running, Sampled, Text, Thought, ToolCall
 from edger1.tools import Result, Tool
 from edger1.tui.hearing import thought_tokens
 from edger1.tui.recorder import Recorder
-from edger1.tui.samples import Sampled
 from edger1.tui.session import Begun, Ended, Rewound, Session, State
 from edger1.tui.settings import Settings
 from edger1.tui.store import Store
@@ -378,8 +376,7 @@ def test_another_model_answers_in_the_middle_of_a_conversation() -> None:
 # Several samples
 
 
-def sampled(**given: Any) -> Settings:
-    return Settings(samples=3, **given)
+SAMPLED = Settings(samples=3)
 
 
 def test_the_majority_of_several_samples_is_shown_and_the_others_are_kept(tmp_path: Path) -> None:
@@ -392,14 +389,9 @@ def test_the_majority_of_several_samples_is_shown_and_the_others_are_kept(tmp_pa
             [Text("", "So."), FIGURES],
         )
         recorder = Recorder(store, lambda said: None)
-        session = await ready(backend, settings=sampled(sampling=Sampling(seed=7)), recorder=recorder)
+        session = await ready(backend, settings=SAMPLED, recorder=recorder)
         events = await ask(session, "2 + 2?")
-        assert [(each.done, each.of) for each in events if isinstance(each, Sampled)] == [
-            (0, 3),
-            (1, 3),
-            (2, 3),
-            (3, 3),
-        ]
+        assert [each for each in events if isinstance(each, Sampled)] == [Sampled("", done, 3) for done in range(4)]
         # Only the first one is told as it comes.
         assert "".join(each.text for each in events if isinstance(each, Text)) == "It is 5."
         winner = session.tree.path()[-1]
@@ -409,14 +401,14 @@ def test_the_majority_of_several_samples_is_shown_and_the_others_are_kept(tmp_pa
         first, second, third = session.tree.siblings(winner.id)
         assert [each.text for each in (first, second, third)] == ["It is 5.", "It is 4.", "it is  4."]
         assert tally_of(first)[0] != tally_of(second)[0] == tally_of(third)[0]
-        assert [each.sampling.seed for each in backend.settings] == [7, 8, 9]
-        done = next(each for each in events if isinstance(each, Done))
-        assert done.figures.decode_tokens_per_s == pytest.approx(3 * 48.26)
+        assert tally_of(winner)[1] == [("It is 4.", 2), ("It is 5.", 1)]
+        assert backend.settings == [SAMPLED]
+        assert isinstance(events[-1], Done)
         assert session.state is State.READY
         # What follows goes on from the winner.
         session.talk.change(Settings())
         await ask(session, "and then?")
-        assert [each["content"] for each in backend.asked[3]] == ["2 + 2?", "It is 4.", "and then?"]
+        assert [each["content"] for each in backend.asked[1]] == ["2 + 2?", "It is 4.", "and then?"]
         await recorder.settled()
         stored = store.load(store.list()[0].id)
         assert [node.text for node in stored.tree.path()] == said(session)
@@ -433,7 +425,7 @@ def test_stopping_stops_all_samples_and_those_that_are_whole_vote() -> None:
             [*words("Whole."), FIGURES],
             [HOLD, *words("Never"), FIGURES],
         )
-        session = await ready(backend, settings=sampled())
+        session = await ready(backend, settings=SAMPLED)
         events = []
         async for event in session.ask(Node("user", "a")):
             events.append(event)
@@ -453,7 +445,7 @@ def test_stopping_stops_all_samples_and_those_that_are_whole_vote() -> None:
 
 def test_samples_that_were_stopped_before_a_word_leave_the_question_to_be_asked_again() -> None:
     async def run() -> None:
-        session = await ready(FakeBackend([HOLD, FIGURES]), settings=sampled())
+        session = await ready(FakeBackend([HOLD, FIGURES]), settings=SAMPLED)
         async for event in session.ask(Node("user", "a")):
             if isinstance(event, Begun) and event.node.role == "assistant":
                 asyncio.get_running_loop().call_soon(session.stop)
@@ -463,21 +455,33 @@ def test_samples_that_were_stopped_before_a_word_leave_the_question_to_be_asked_
     asyncio.run(asyncio.wait_for(run(), timeout=90))
 
 
-def test_samples_that_fail_leave_the_vote_to_the_others_and_a_dead_engine_is_told() -> None:
+def test_samples_that_are_whole_when_the_engine_dies_have_voted() -> None:
     async def run() -> None:
-        broken = Failed("", "MemoryCeilingError", "No room.")
-        backend = FakeBackend([broken], [*words("Four."), FIGURES], [*words("Four."), FIGURES])
-        session = await ready(backend, settings=sampled())
-        events = await ask(session, "a")
-        assert said(session) == ["a", "Four."]
-        (done,) = [each for each in events if isinstance(each, Done)]
-        assert done.notes == ["1 of 3 samples failed. No room."]
-        backend.answers = [[*words("Half"), GONE]]
-        events = await ask(session, "b")
+        backend = FakeBackend([*words("Half"), HOLD, GONE], [*words("Four."), FIGURES], [*words("Four."), FIGURES])
+        session = await ready(backend, settings=SAMPLED)
+        events = []
+        async for event in session.ask(Node("user", "a")):
+            events.append(event)
+            if isinstance(event, Sampled) and event.done == 2:
+                backend.release()
         assert isinstance(events[-1], Failed)
         assert session.state is State.ASLEEP
-        assert said(session) == ["a", "Four.", "b", "Half"]
-        assert session.tree.path()[-1].finish == "failed"
+        assert said(session) == ["a", "Four."]
+        assert tally_of(session.tree.path()[-1])[1] == [("Four.", 2)]
+        assert session.tree.siblings(session.tree.path()[-1].id)[0].finish == "failed"
+
+    asyncio.run(asyncio.wait_for(run(), timeout=90))
+
+
+def test_an_answer_that_goes_on_is_one() -> None:
+    async def run() -> None:
+        backend = FakeBackend([*words("One, "), Done("", "length")], [*words("two."), FIGURES])
+        session = await ready(backend)
+        await ask(session, "a")
+        session.talk.change(SAMPLED)
+        await play(session.go_on(session.tree.path()[-1].id))
+        assert said(session) == ["a", "One, two."]
+        assert backend.settings[-1].samples == 1
 
     asyncio.run(asyncio.wait_for(run(), timeout=90))
 

@@ -43,13 +43,12 @@ class Backend(Protocol):
     ) -> AsyncIterator[Event]:
         """Answer the whole conversation: `Progress`, `Thought`, `Text`, `Running` ..., then `Done` or `Failed`.
 
-        Of `settings` all counts but the number of samples and the system prompt, which is among the messages. `tools`
-        are functions as OpenAI's schemas describe them; for each one that the model calls a `ToolCall` comes before a
+        Of `settings` all counts but the system prompt, which is among the messages. Where these ask for several
+        samples, what each says, and its Done, come in `OfSample`, and `Sampled` whenever one is over. `tools` are
+        functions as OpenAI's schemas describe them; for each one that the model calls a `ToolCall` comes before a
         `Done` with finish_reason "tools". With `continue_last` the last message is an assistant's, and only what goes
         on from its end is told; where it was cut in the middle of its thought, that is its "thought" and its content
         is empty.
-
-        Several may be asked at once; their answers come side by side.
         """
 
     def use_adapter(self, folder: str | None) -> AsyncIterator[Event]:

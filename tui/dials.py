@@ -31,7 +31,7 @@ def think(settings: Settings, words: str) -> Settings:
     if word in THINK:
         return _with_think(settings, word)
     if not word[0].isdigit():
-        raise UsageError(f"/think is {words!r}; expected auto, on, off, or the most tokens of a thought.")
+        raise UsageError(f"/think is {words!r}; expected auto, on or off, or the most tokens of a thought.")
     return budget(settings, words)
 
 

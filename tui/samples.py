@@ -6,27 +6,15 @@ when all are over, each that voted knows the tally, and the winner is told. Know
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Any
 
-from edger1.messages import Done, Event, Failed, Progress, Running, Text, Thought
+from edger1.messages import Done, Event, Failed, OfSample, Progress, Running, Sampled, Text, Thought
 from edger1.tui.hearing import Hearing, Pages
-from edger1.tui.settings import Settings
 from edger1.tui.tree import Node
 from edger1.tui.votes import keep, majority
-
-Ask = Callable[[Settings], AsyncIterator[Event]]
-
-
-@dataclass(frozen=True)
-class Sampled:
-    """So many of the samples are over."""
-
-    done: int
-    of: int
 
 
 @dataclass(frozen=True)
@@ -43,22 +31,19 @@ class Voted:
     node: Node
 
 
-SampleEvent = Event | Sampled | FirstEnded | Voted
+SampleEvent = Event | FirstEnded | Voted
 
 
 class Samples:
     """The samples of one answer. Iterate over `run` once; `stop` may be called meanwhile.
 
     `nodes` are empty messages with one parent. `begin` makes one of them a part of the conversation, at its first word;
-    with `first_begun` the first one is. `ask` asks the engine under given settings, and its events end with Done or
-    Failed.
+    with `first_begun` the first one is.
     """
 
     def __init__(
         self,
-        settings: Settings,
         nodes: Sequence[Node],
-        ask: Ask,
         pages: Pages,
         begin: Callable[[Node], object],
         clock: Callable[[], float],
@@ -66,16 +51,14 @@ class Samples:
         first_begun: bool = True,
     ) -> None:
         self.nodes = list(nodes)
-        self._settings = settings
-        self._ask = ask
         self._pages = pages
         self._begin = begin
-        self._hearings: list[Hearing | None] = [None] * len(nodes)
         self._clock = clock
         self._began = clock()
+        self._hearings: dict[int, Hearing] = {}
         if first_begun:
             self._hearings[0] = Hearing(pages, nodes[0], clock, began=self._began)
-        self._ends: dict[int, Done | Failed] = {}
+        self._ends: dict[int, Done] = {}
         self._stopped = False
         self._running: dict[int, Running] = {}
         self._layers: dict[int, dict[str, Any]] = {}
@@ -89,43 +72,29 @@ class Samples:
         """Keep no word that comes after this. Stopping the engine is the caller's."""
         self._stopped = True
 
-    async def run(self) -> AsyncGenerator[SampleEvent, None]:
-        """Yield what the first one says, how many are over, the figures of all, and what came of the vote.
+    async def run(self, asked: AsyncIterator[Event]) -> AsyncGenerator[SampleEvent, None]:
+        """Yield what the first one says, how many are over, the figures of all, what came of the vote, and the end.
 
-        Ends with Failed where no sample came to an end of its own and the engine said why, else with the Done of the
-        one that is shown.
+        `asked` are the engine's events, which end with Done or Failed.
         """
-        heard: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
-
-        async def listen(at: int) -> None:
-            if self._stopped:
-                heard.put_nowait((at, Done("", "cancelled")))
-                return
-            async with aclosing(self._ask(self._drawn(at))) as events:  # type: ignore[type-var]
-                async for event in events:
-                    heard.put_nowait((at, event))
-
-        listeners = [asyncio.create_task(listen(at)) for at in range(len(self.nodes))]
+        # Where it was stopped before anything could be asked, nothing is.
+        end: Done | Failed = Done("", "cancelled")
         try:
-            yield Sampled(0, len(self.nodes))
-            while len(self._ends) < len(self.nodes):
-                for event in self._take(*await heard.get()):
-                    yield event
+            yield Sampled("", 0, len(self.nodes))
+            async with aclosing(asked if not self._stopped else _nothing()) as events:  # type: ignore[type-var]
+                async for event in events:
+                    if isinstance(event, OfSample) and event.number < len(self.nodes):
+                        for each in self._take(event.number, event.event):
+                            yield each
+                    elif isinstance(event, Done | Failed):
+                        end = event
+                    elif isinstance(event, Sampled):
+                        yield event
         finally:
-            for listener in listeners:
-                listener.cancel()
-            await asyncio.gather(*listeners, return_exceptions=True)
-            for hearing in self._hearings:
-                if hearing is not None:
-                    hearing.end()
-        for last in self._decide():
-            yield last
-
-    def _drawn(self, at: int) -> Settings:
-        """Return what a sample is asked under: with a seed, each has one of its own."""
-        seed = self._settings.sampling.seed
-        sampling = self._settings.sampling
-        return self._settings if seed is None else replace(self._settings, sampling=replace(sampling, seed=seed + at))
+            for hearing in self._hearings.values():
+                hearing.end()
+        yield Voted(self.nodes[self._vote()])
+        yield end
 
     def _take(self, at: int, event: Event) -> list[SampleEvent]:
         if isinstance(event, Running):
@@ -133,20 +102,17 @@ class Samples:
         if isinstance(event, Text | Thought):
             if self._stopped:
                 return []
-            hearing = self._hearings[at]
-            if hearing is None:
+            if at not in self._hearings:
                 self._begin(self.nodes[at])
-                hearing = self._hearings[at] = Hearing(self._pages, self.nodes[at], self._clock, began=self._began)
-            hearing.hear(event)
+                self._hearings[at] = Hearing(self._pages, self.nodes[at], self._clock, began=self._began)
+            self._hearings[at].hear(event)
             return [event] if at == 0 else []
-        if isinstance(event, Done | Failed) and at not in self._ends:
-            self._ends[at] = event
+        if isinstance(event, Done):
+            self._ends.setdefault(at, event)
             self._running.pop(at, None)
-            hearing = self._hearings[at]
-            if hearing is not None:
-                hearing.hear(event)
-            first: list[SampleEvent] = [FirstEnded(self.nodes[0])] if at == 0 else []
-            return [*first, Sampled(len(self._ends), len(self.nodes))]
+            if at in self._hearings:
+                self._hearings[at].hear(event)
+            return [FirstEnded(self.nodes[0])] if at == 0 else []
         return [event] if at == 0 and isinstance(event, Progress) else []
 
     def _told(self, at: int, running: Running) -> list[SampleEvent]:
@@ -161,26 +127,12 @@ class Samples:
         figures = replace(running.figures, decode_tokens_per_s=rate or None)
         return [Running(self.nodes[0].id, figures, None if running.layers is None else layers)]
 
-    def _decide(self) -> list[SampleEvent]:
-        best = self._vote()
-        node, end = self.nodes[best], self._ends[best]
-        failures = [each for each in self._ends.values() if isinstance(each, Failed)]
-        gone = [each for each in failures if each.error == "EngineError"]
-        if gone or isinstance(end, Failed):
-            return [Voted(node), (gone or failures)[0]]
-        rates = [each.figures.decode_tokens_per_s or 0.0 for each in self._ends.values() if isinstance(each, Done)]
-        notes = list(end.notes)
-        if failures:
-            notes.append(f"{len(failures)} of {len(self.nodes)} samples failed. {failures[0].message}")
-        figures = replace(end.figures, decode_tokens_per_s=sum(rates) or None)
-        return [Voted(node), replace(end, figures=figures, notes=notes)]
-
     def _vote(self) -> int:
         """Have the samples that came to their end vote, and keep that with each; returns which one is shown."""
-        ended = {at: end.finish_reason for at, end in self._ends.items() if isinstance(end, Done)}
+        said = [at for at in sorted(self._ends) if self.nodes[at].text.strip()]
         # What was cut at its length may have had its answer still before it.
-        voters = [at for at in sorted(ended) if ended[at] == "stop" and self.nodes[at].text.strip()]
-        voters = voters or [at for at in sorted(ended) if ended[at] == "length" and self.nodes[at].text.strip()]
+        voters = [at for at in said if self._ends[at].finish_reason == "stop"]
+        voters = voters or [at for at in said if self._ends[at].finish_reason == "length"]
         if not voters:
             return next((at for at, node in enumerate(self.nodes) if node.text.strip()), 0)
         vote = majority([self.nodes[at].text for at in voters])
@@ -195,3 +147,8 @@ def _add(total: dict[str, Any], layer: dict[str, Any]) -> None:
     total["misses"] += layer["misses"]
     for expert, uses in layer["experts"].items():
         total["experts"][expert] = total["experts"].get(expert, 0) + uses
+
+
+async def _nothing() -> AsyncGenerator[Event, None]:
+    return
+    yield

@@ -10,7 +10,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from edger1.tools.loop import Approve, CallState, RoundBegins, Rounds, RoundsEnd
 from edger1.tui.backend import Backend, to_the_end
 from edger1.tui.hearing import Hearing
 from edger1.tui.recorder import Recorder
-from edger1.tui.samples import FirstEnded, Sampled, Samples, Voted
+from edger1.tui.samples import FirstEnded, Samples, Voted
 from edger1.tui.settings import Settings
 from edger1.tui.store import Stored
 from edger1.tui.talk import Talk
@@ -65,7 +65,7 @@ class Ended:
     done: Done | None
 
 
-SessionEvent = Event | Begun | Rewound | Ended | CallState | RoundsEnd | Sampled | FirstEnded | Voted
+SessionEvent = Event | Begun | Rewound | Ended | CallState | RoundsEnd | FirstEnded | Voted
 
 
 class Session:
@@ -216,16 +216,13 @@ class Session:
         self.state = State.ANSWERING
         messages = talk.tree.messages(talk.settings.system, to=to)
         nodes = [Node("assistant", parent=to, model=self.model) for _ in range(talk.settings.samples)]
-
-        def ask(settings: Settings) -> AsyncIterator[Event]:
-            return to_the_end(self.backend.ask(messages, settings=settings), Done)
-
         self._add(talk, nodes[0])
-        samples = Samples(talk.settings, nodes, ask, talk, partial(self._add, talk, shown=False), self._clock)
+        samples = Samples(nodes, talk, partial(self._add, talk, shown=False), self._clock)
         self._samples = samples
         try:
             yield Begun(nodes[0])
-            async with aclosing(samples.run()) as events:
+            asked = to_the_end(self.backend.ask(messages, settings=talk.settings), Done)
+            async with aclosing(samples.run(asked)) as events:
                 async for event in events:
                     if isinstance(event, Failed) and event.error == "EngineError":
                         self.state = State.ASLEEP
@@ -308,7 +305,8 @@ class Session:
         """Return what asks the engine under the conversation's settings."""
 
         def ask(messages: list[Message], tools: list[dict[str, Any]]) -> AsyncIterator[Event]:
-            asked = self.backend.ask(messages, settings=talk.settings, tools=tools, continue_last=continue_last)
+            settings = replace(talk.settings, samples=1)
+            asked = self.backend.ask(messages, settings=settings, tools=tools, continue_last=continue_last)
             return to_the_end(asked, Done)
 
         return ask

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 
 from textual.app import App
 
-from edger1.messages import Done, Failed, Progress, Running, Text, Thought
+from edger1.messages import Done, Failed, Progress, Running, Sampled, Text, Thought
 from edger1.tools.loop import CallState, RoundsEnd
 from edger1.tui.clean import clean
 from edger1.tui.engine_history import History
 from edger1.tui.figures import memory
 from edger1.tui.pacing import spare_collector
-from edger1.tui.samples import FirstEnded, Sampled, Voted
+from edger1.tui.samples import FirstEnded, Voted
 from edger1.tui.session import Begun, Ended, Rewound, Session, SessionEvent, State
 from edger1.tui.talk import Talk
 from edger1.tui.widgets.notice import Notice
@@ -134,7 +134,7 @@ class Stage:
                     await self.transcript.say(Notice.remark(note))
             case Failed() as failed:
                 self.failure = failed
-            case Sampled(done=done, of=of):
+            case Sampled(done=done, total=of):
                 self._samples = f"{done} of {of} done"
                 if self._session.state is not State.STOPPING:
                     self.say(self._samples)

@@ -140,6 +140,8 @@ class ChildBackend:
             think_budget=settings.think_budget,
             think_at_least=settings.think_at_least,
             speculate=settings.speculate,
+            samples=settings.samples,
+            each_sample=settings.samples > 1,
             tools=list(tools),
             continue_last=continue_last,
         )

@@ -370,10 +370,11 @@ class PlainChat:
         """Answer by a vote of several samples."""
         nodes = [Node("assistant", parent=self._tree.head, model=self._name) for _ in range(self._settings.samples)]
         vote = PlainVote(self._lines, self._called, self._thoughts, self._keep)
-        samples = vote.samples(self._backend, self._settings, self._tree.messages(self._settings.system), nodes)
+        samples = vote.samples(nodes)
+        asked = self._backend.ask(self._tree.messages(self._settings.system), settings=self._settings)
         with self._interruptible(samples.stop):
             try:
-                end = await vote.hold(samples)
+                end = await vote.hold(samples, asked)
             except asyncio.CancelledError:
                 self._ended = True
                 self._lines.say("Ended.")

@@ -7,11 +7,10 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from typing import TYPE_CHECKING
 
-from edger1.messages import Done, Event, Failed, Message
-from edger1.tui.backend import Backend, to_the_end
+from edger1.messages import Done, Event, Failed, Sampled
+from edger1.tui.backend import to_the_end
 from edger1.tui.figures import duration
-from edger1.tui.samples import Sampled, Samples, Voted
-from edger1.tui.settings import Settings
+from edger1.tui.samples import Samples, Voted
 from edger1.tui.tree import Node
 from edger1.tui.votes import tally_of
 
@@ -30,13 +29,9 @@ class PlainVote:
         self.shown: Node | None = None
         """The message that won, or that is the best of those that were stopped; None where there is no word of one."""
 
-    def samples(self, backend: Backend, settings: Settings, messages: list[Message], nodes: Sequence[Node]) -> Samples:
+    def samples(self, nodes: Sequence[Node]) -> Samples:
         """Return samples that are ready to be drawn."""
-
-        def ask(drawn: Settings) -> AsyncIterator[Event]:
-            return to_the_end(backend.ask(messages, settings=drawn), Done)
-
-        return Samples(settings, nodes, ask, self, self._keep, time.monotonic, first_begun=False)
+        return Samples(nodes, self, self._keep, time.monotonic, first_begun=False)
 
     def grow(self, node: Node, text: str = "", thought: str = "") -> None:
         """Add a piece to a message; it is saved with its end."""
@@ -47,13 +42,13 @@ class PlainVote:
         """Save a message."""
         self._keep(node)
 
-    async def hold(self, samples: Samples) -> Done | Failed | None:
-        """Draw the samples and write what came of the vote; returns how it ended."""
+    async def hold(self, samples: Samples, asked: AsyncIterator[Event]) -> Done | Failed | None:
+        """Draw the samples and write what came of the vote; `asked` is the engine's answer. Returns how it ended."""
         end: Done | Failed | None = None
-        async with aclosing(samples.run()) as events:
+        async with aclosing(samples.run(to_the_end(asked, Done))) as events:
             async for event in events:
                 match event:
-                    case Sampled(done=done, of=of):
+                    case Sampled(done=done, total=of):
                         self._lines.say(f"{done} of {of} done.")
                     case Voted(node=node) if node.text.strip() or node.thought:
                         self.shown = node
