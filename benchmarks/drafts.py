@@ -22,7 +22,7 @@ MTP_BAR, STREAMED_BAR, LOOKUP_BAR = 1.3, 1.0, 1.5
 SIGNIFICANCE = 0.001
 TEMPERATURES = (0.6, 1.0, 1.5)
 DRAWS = 100_000
-TOKENS = {"questions": 200, "quoting": 160}
+TOKENS = {"questions": 200, "quoting": 120}
 
 
 def _compared(

@@ -38,10 +38,11 @@ _PASSAGES = (
     "years. The council will vote on it in June, after the citizens have been heard.",
 )
 QUOTING = tuple(
-    f"Summarise the following text in one sentence. Then quote the whole text word for word.\n\n{passage}"
+    f"{task}\n\n{passage}"
     for passage in _PASSAGES
+    for task in ("Summarise the following text in one sentence.", "Quote the following text word for word.")
 )
-"""A text to be summed up and quoted."""
+"""Texts to be summed up and quoted: two questions each, since SmolLM2-135M does only the first of two things asked."""
 
 PROMPTS = {"questions": QUESTIONS, "quoting": QUOTING}
 
