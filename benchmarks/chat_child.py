@@ -144,10 +144,11 @@ class Kept(ChildBackend):
     async def ask(self, messages: list[Message], *, settings: Settings, **given: Any) -> AsyncIterator[Event]:
         """Answer, and keep the figures of what was no title."""
         async for event in super().ask(messages, settings=settings, **given):
-            yield event
+            # Before it is passed on: whoever has the last event asks for no more.
             if isinstance(event, Done) and settings.max_tokens != TITLE_TOKENS:
                 rate, tokens = event.figures.decode_tokens_per_s, event.usage.completion_tokens
                 tell(self._told, {"rate": rate or 0.0, "tokens": float(tokens)})
+            yield event
 
 
 def tell(path: Path, found: dict[str, float]) -> None:

@@ -245,6 +245,13 @@ def test_a_tiny_terminal_without_colour(tmux: Tmux) -> None:
     window.type("half a thought")
     window.shows("half a thought")
     assert COLOUR.search(window.screen("-e")) is None
+    window.press("F1")
+    window.shows("Send the message")
+    window.press("Escape")
+    # Back at the text box: what is typed at once after an Escape would be an Alt key to any program.
+    window.until(lambda: "half a thought" in window.screen() and "Send the message" not in window.screen())
+    for size in ((20, 5), (120, 40), (60, 15)):
+        window.resize(*size)
     window.type(", and more")
     window.shows("half a thought, and more")
     assert COLOUR.search(window.screen("-e")) is None

@@ -5,11 +5,16 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from edger1.tui.backend import Backend
 
 __all__ = ["Backend", "run_chat"]
+
+# Textual draws what a key has changed at its next tick, or the one after where something else was drawn before. With 60
+# ticks a second that is most of the time that a key takes. It reads this once, when it is imported.
+os.environ.setdefault("TEXTUAL_FPS", "120")
 
 
 def run_chat(backend: Backend, model_name: str | None, **given: Any) -> None:

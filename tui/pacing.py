@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import time
 from collections.abc import Awaitable, Callable
 
 INTERVAL_S = 0.05
 LONGEST_S = 1.0
-CPU_SHARE = 0.10
+CPU_SHARE = 0.10 if (os.cpu_count() or 1) > 2 else 0.05
+"""On two cores the engine computes on both of them: what the screen takes of one, the other waits for as well."""
 CPU_BURST_S = 0.3
 """Time that may be used at once: the first lines of an answer build widgets and must not wait for that."""
 

@@ -24,11 +24,11 @@ from textual.highlight import (
 from textual.selection import Selection
 from textual.strip import Strip
 from textual.style import Style
-from textual.widget import Widget
 
 from edger1.tui.clean import clean
 from edger1.tui.drawing import Drawing, Line
 from edger1.tui.markdown import parser, top_blocks, weight
+from edger1.tui.widgets.growing import Rows
 from edger1.tui.widgets.plain_text import TAB, rows_of
 from edger1.tui.widgets.turn import CodeCopied
 
@@ -40,7 +40,7 @@ SETTLED_LINES = 2
 """Whole lines after which nothing that follows can make a block part of the one before it (a table's head has two)."""
 
 
-class AnswerText(Widget):
+class AnswerText(Rows):
     """Markdown from a model: nothing in it is executed, and a link only tells its address.
 
     The selection is the text as it is read: without marks, and without the line ends that wrapping made.
@@ -62,8 +62,6 @@ class AnswerText(Widget):
         self._tail_at = 0  # where what is not settled begins in `source`
         self._drawing: Drawing | None = None
         self._rows: list[tuple[int, int, int]] = []  # of each row: the line, and where it begins and ends
-        self._strips: dict[int, Strip] = {}
-        self._drawn_for: object = None
         self._inks: dict[str, Content] = {}  # colours of code that is not settled, or of the beginning of it
         self._wanted: tuple[str, str, bool] | None = None
         """The first code that waits for its colours, its language, and whether more of it may come."""
@@ -133,8 +131,7 @@ class AnswerText(Widget):
             self._settled_lines = len(drawing.lines)
         drawing.add(self._tail)
         self._wrap(lines)
-        for row in [row for row in self._strips if row >= first]:
-            del self._strips[row]
+        self.forget(first)
         return first
 
     def _lay_out(self, width: int) -> None:
@@ -143,7 +140,7 @@ class AnswerText(Widget):
             self._drawing.add(self._settled)
             self._settled_lines = len(self._drawing.lines)
             self._rows.clear()
-            self._strips.clear()
+            self.forget()
             self._wrap(0)
             self._draw_tail()
 
@@ -210,34 +207,9 @@ class AnswerText(Widget):
 
     # How it is drawn
 
-    def render_lines(self, crop: Region) -> list[Strip]:
-        """Draw some rows. There is no border or padding here, and rows that were drawn before are kept with their
-        filters: Textual would make all of them anew whenever the answer has grown."""
-        if not self.is_attached:
-            # Taken off the screen between the layout and the drawing of it.
-            return [Strip.blank(crop.width)] * crop.height
-        strips = [self.render_line(y).crop(crop.x, crop.right) for y in crop.line_range]
-        background = self.background_colors[1]
-        for each in self.get_line_filters():
-            strips = [strip.apply_filter(each, background) for strip in strips]
-        return strips
-
-    def render_line(self, y: int) -> Strip:
-        """Draw one row of the screen."""
-        width = self.content_size.width
+    def draw(self, y: int, width: int, selection: Selection | None) -> Strip:
+        """Draw a row of the layout."""
         self._lay_out(width)
-        selection = self.text_selection
-        drawn_for = (width, self.visual_style)
-        if drawn_for != self._drawn_for:
-            self._strips.clear()
-            self._drawn_for = drawn_for
-        if selection is not None:
-            return self._draw(y, width, selection)
-        if y not in self._strips:
-            self._strips[y] = self._draw(y, width, None)
-        return self._strips[y]
-
-    def _draw(self, y: int, width: int, selection: Selection | None) -> Strip:
         if y >= len(self._rows) or self._drawing is None:
             return Strip.blank(width, self.rich_style)
         number, begin, end = self._rows[y]
@@ -256,11 +228,6 @@ class AnswerText(Widget):
             body = body.apply_offsets(begin, number)
         outer = base if line.ground else self.visual_style
         return Strip.join([before, body]).adjust_cell_length(width, outer.rich_style)
-
-    def notify_style_update(self) -> None:
-        """Another theme has other colours."""
-        super().notify_style_update()
-        self._strips.clear()
 
     # What the user does
 

@@ -13,22 +13,32 @@ from textual.geometry import Size
 from textual.selection import Selection
 from textual.strip import Strip
 from textual.style import Style
-from textual.widget import Widget
 
 from edger1.tui.clean import tame
+from edger1.tui.widgets.growing import Rows
 
 TAB = 4
+BAR = "│ "
 
 
-class PlainText(Widget):
-    """Shows cleaned text without any markup. The selection is the text without the line ends that wrapping made."""
+class PlainText(Rows):
+    """Shows cleaned text without any markup, with `bar` behind a bar at its left.
 
-    DEFAULT_CSS = """
-    PlainText { width: 1fr; height: auto; }
+    The selection is the text without the line ends that wrapping made.
     """
 
-    def __init__(self, text: str = "", *, classes: str | None = None) -> None:
-        super().__init__(classes=classes)
+    COMPONENT_CLASSES = {"plain-text--bar"}  # noqa: RUF012
+    DEFAULT_CSS = """
+    PlainText {
+        width: 1fr;
+        height: auto;
+        & > .plain-text--bar { color: $accent 40%; text-style: none; }
+    }
+    """
+
+    def __init__(self, text: str = "", *, bar: bool = False) -> None:
+        super().__init__()
+        self._bar = BAR if bar else ""
         self._lines: list[str] = []
         self._rows: list[tuple[int, int, int]] = []  # of each row of the screen: the line, and where it begins and ends
         self._wrapped_at = 0
@@ -42,12 +52,14 @@ class PlainText(Widget):
     def append(self, text: str) -> None:
         """Add to the end."""
         rows = len(self._rows)
+        self.forget(max(rows - 1, 0))
         self._take(text)
         self.refresh(layout=not self._wrapped_at or len(self._rows) != rows)
 
     def replace(self, text: str) -> None:
         """Show another text."""
         self._lines, self._rows = [], []
+        self.forget()
         self._take(text)
         self.refresh(layout=True)
 
@@ -60,16 +72,19 @@ class PlainText(Widget):
         self._wrap(width)
         return len(self._rows)
 
-    def render_line(self, y: int) -> Strip:
-        """Draw one row of the screen."""
-        width, style = self.content_size.width, self.rich_style
+    def draw(self, y: int, width: int, selection: Selection | None) -> Strip:
+        """Draw a row of the text."""
         self._wrap(width)
+        style = self.rich_style
         if y >= len(self._rows):
             return Strip.blank(width, style)
         number, begin, end = self._rows[y]
         text = self._lines[number][begin:end]
-        strip = Strip(self._marked(text, number, begin)).adjust_cell_length(width, style)
-        return strip.apply_offsets(begin, number)
+        body = Strip(self._marked(text, number, begin, selection)).apply_offsets(begin, number)
+        if self._bar:
+            look = self.get_component_rich_style("plain-text--bar")
+            body = Strip.join([Strip([Segment(self._bar, look)]), body])
+        return body.adjust_cell_length(width, style)
 
     def get_selection(self, selection: Selection) -> tuple[str, str] | None:
         """Return the selected text."""
@@ -78,9 +93,9 @@ class PlainText(Widget):
         except IndexError:
             return None
 
-    def _marked(self, text: str, number: int, begin: int) -> list[Segment]:
+    def _marked(self, text: str, number: int, begin: int, selection: Selection | None) -> list[Segment]:
         style = self.rich_style
-        span = None if self.text_selection is None else self.text_selection.get_span(number)
+        span = None if selection is None else selection.get_span(number)
         if span is None:
             return [Segment(text, style)]
         chosen = Style.from_styles(self.screen.get_component_styles("screen--selection"))
@@ -111,7 +126,7 @@ class PlainText(Widget):
             self._wrap_from(0, 0)
 
     def _wrap_from(self, number: int, begin: int) -> None:
-        width = max(self._wrapped_at, 1)
+        width = max(self._wrapped_at - len(self._bar), 1)
         for at, line in enumerate(self._lines[number:], number):
             if len(line) <= width and line.isascii():
                 self._rows.append((at, begin if at == number else 0, len(line)))

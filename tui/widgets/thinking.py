@@ -9,12 +9,12 @@ from textual.binding import Binding
 from textual.content import Content
 from textual.reactive import reactive
 from textual.selection import Selection
-from textual.widget import Widget
 from textual.widgets import Static
 
 from edger1.tui.clean import clean
 from edger1.tui.figures import duration
 from edger1.tui.pacing import Pacer
+from edger1.tui.widgets.growing import Growing
 from edger1.tui.widgets.plain_text import PlainText
 
 
@@ -46,7 +46,7 @@ class ThinkingTitle(Static, can_focus=True):
         self.query_ancestor(Thinking).toggle()
 
 
-class Thinking(Widget):
+class Thinking(Growing):
     """A collapsible block of plain text. Reasoning is long and rough: it is shown as it comes, without Markdown.
 
     The text of a folded block is laid out when it is opened. `text`, `took_s` and `tokens` are of reasoning that is
@@ -59,8 +59,6 @@ class Thinking(Widget):
         margin-bottom: 1;
         & > PlainText {
             margin-top: 1;
-            padding-left: 1;
-            border-left: solid $accent 40%;
             color: $text-muted;
             text-style: italic;
         }
@@ -107,7 +105,7 @@ class Thinking(Widget):
         """The title, and the text where it is open."""
         yield ThinkingTitle(self._title())
         if not self.folded:
-            yield PlainText(self._text)
+            yield PlainText(self._text, bar=True)
 
     def feed(self, text: str) -> None:
         """Take a piece of the reasoning."""
@@ -150,7 +148,7 @@ class Thinking(Widget):
         """Follow the fold."""
         self.set_class(folded, "-folded")
         if self.is_mounted and not folded and not self.query(PlainText):
-            self.mount(PlainText(self._text))
+            self.mount(PlainText(self._text, bar=True))
         self._retitle()
 
     async def _show(self, text: str) -> None:

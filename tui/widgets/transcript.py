@@ -18,6 +18,7 @@ from textual.containers import VerticalScroll
 from textual.geometry import Size
 from textual.layout import DockArrangeResult
 from textual.message import Message
+from textual.reactive import Reactive
 from textual.scrollbar import ScrollBar
 from textual.widget import Widget
 
@@ -54,6 +55,8 @@ class Transcript(VerticalScroll, can_focus=False):
         .-short & { padding-top: 0; }
     }
     """
+    # Its scroll bar, where one comes or goes, asks for the layout that this would ask for each time.
+    virtual_size: Reactive[Size] = Reactive(Size(0, 0), layout=False)
 
     class Act(Message):
         """The user wants something done to a message.

@@ -11,10 +11,10 @@ from textual.content import Content
 from textual.message import Message
 from textual.selection import Selection
 from textual.style import Style
-from textual.widget import Widget
 from textual.widgets import Static, TextArea
 
 from edger1.tui.tree import Node
+from edger1.tui.widgets.growing import Growing
 
 NEWLINE_KEYS = ("ctrl+j", "shift+enter", "alt+enter")
 SAVE_KEYS = ("enter", "ctrl+enter", "ctrl+s")
@@ -134,7 +134,7 @@ class Editor(TextArea):
             await super()._on_key(event)
 
 
-class Turn(Widget, can_focus=True):
+class Turn(Growing, can_focus=True):
     """The part that questions and answers share. Subclasses compose their body and a `TurnFoot` after it."""
 
     FOCUS_ON_CLICK = False  # a click that selects text must not take the keyboard from the text box
