@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from edger1.fetch import pull
     from edger1.installed import models
     from edger1.messages import Done, Progress, Running, Sampled, Text, Thought, ToolCall
-    from edger1.model import Chat, Engine, Handle, Model, Response, load, plan
+    from edger1.model import Chat, Engine, Model, load, plan
+    from edger1.response import Handle, Response
 
 _HOME = {
     "edger1.errors": (
@@ -35,7 +36,8 @@ _HOME = {
     "edger1.fetch": ("pull",),
     "edger1.installed": ("models",),
     "edger1.messages": ("Done", "Progress", "Running", "Sampled", "Text", "Thought", "ToolCall"),
-    "edger1.model": ("Chat", "Engine", "Handle", "Model", "Response", "load", "plan"),
+    "edger1.model": ("Chat", "Engine", "Model", "load", "plan"),
+    "edger1.response": ("Handle", "Response"),
 }  # fmt: skip
 _WHERE = {name: module for module, names in _HOME.items() for name in names}
 

@@ -23,9 +23,9 @@ from edger1.errors import FormatError, UsageError
 from edger1.fetch.place import write_atomically
 from edger1.kv_layout import kv_layout
 from edger1.layers import ModelLayers
-from edger1.loader import prefill_step
 from edger1.memory import DEFAULT_CONTEXT, make_plan
 from edger1.mlx_runtime import on_gpu
+from edger1.planning import prefill_step
 from edger1.quant import calibrate, fit, recipes
 from edger1.quant.calibrate import Statistics
 from edger1.quant.formats.gguf_names import part_paths

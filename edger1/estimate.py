@@ -144,11 +144,11 @@ def _fit(plan: Plan) -> Fit:
 def plan_of(
     folder: ModelFolder, ceiling_bytes: int, context: int | None, machine: Machine, kv_bits: int | None = None
 ) -> tuple[Plan, tuple[LayerExperts, ...]]:
-    """Return the plan of a folder from its files alone, and its layers of experts; as `loader.plan_folder` makes it."""
+    """Return the plan of a folder from its files alone, as `planning.plan_folder` has it, and its layers of experts."""
     from edger1.experts.miss_cost import MissCosts
     from edger1.experts.planning import active_share, expert_tensors, expert_total
     from edger1.experts.popularity import Popularity
-    from edger1.loader import STREAMED_PREFILL_STEPS, step_tokens, widened_bytes
+    from edger1.planning import STREAMED_PREFILL_STEPS, step_tokens, widened_bytes
 
     layers = expert_layers(folder)
     counts = Popularity(folder.path, [layer.experts for layer in layers])

@@ -34,7 +34,7 @@ WINDOW_BYTES = 64 << 20
 
 def open_layers(path: Path) -> ModelLayers:
     """Open a model folder to be run layer by layer. Raises FormatError and UnknownModelError as loading it would."""
-    from edger1.loader import build
+    from edger1.building import build
 
     prepare()
     folder = inspect(path)

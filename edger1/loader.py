@@ -10,25 +10,24 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
-from collections.abc import Collection, Generator
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Generator
+from dataclasses import asdict, dataclass, field
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edger1 import installed, kernels, registry, runs, sampling, thinking_families
 from edger1.accounting import Account
+from edger1.building import build
 from edger1.cache import KVStore
 from edger1.drafting.length import Pace
-from edger1.errors import FormatError, MemoryCeilingError, UsageError
+from edger1.errors import FormatError
 from edger1.experts.wired import Wired
 from edger1.folder import ModelFolder, inspect
-from edger1.kv_layout import kv_layout
-from edger1.memory import PROCESS_BYTES, KVLayout, Plan, choose_context, make_plan
+from edger1.memory import PROCESS_BYTES, KVLayout, Plan
 from edger1.messages import Sampling
-from edger1.mlx_runtime import give_back, on_gpu, prepare
-from edger1.quant.formats import safetensors
-from edger1.quant.model_config import additions
+from edger1.mlx_runtime import give_back, on_gpu
+from edger1.planning import plan_model, with_what_is_cached
 from edger1.thinking import Markers
 from edger1.tool_calls import CallFormat, call_format
 
@@ -40,15 +39,6 @@ if TYPE_CHECKING:
     from edger1.experts.streaming import Streaming
     from edger1.kernels.install import Installed
     from edger1.quantized_kv import Quantization
-
-GPU_PREFILL_STEP = 2048
-# MLX's own CPU kernels cost the same a token however many there are, so a short step loses nothing and can be stopped.
-PLAIN_PREFILL_STEP = 16
-# About half a second a step at the rate of our kernels; a step is also how long a cancel may wait.
-_STEP_WORK = 7e10
-STREAMED_PREFILL_STEPS = (512, 256, 128, 64, 32)
-"""Tokens a step where experts are streamed, the first that memory allows: each expert is read once a step, whatever the
-number of tokens. Cancelling does not wait for a step's end there."""
 
 
 @dataclass
@@ -164,216 +154,6 @@ class LiveModel:
         mx.clear_cache()
 
 
-def prefill_step(parameters: int) -> int:
-    """Tokens a prefill step: fixed for a model and device, so that the same prompt is always split the same way."""
-    gpu = on_gpu()
-    return step_tokens(parameters, gpu=gpu, with_kernels=not gpu and kernels.state().available)
-
-
-def step_tokens(parameters: int, *, gpu: bool, with_kernels: bool) -> int:
-    """As `prefill_step`, for a device that is named."""
-    if gpu:
-        return GPU_PREFILL_STEP
-    if not with_kernels:
-        return PLAIN_PREFILL_STEP
-    step = 512
-    while step > 32 and step * parameters > _STEP_WORK:
-        step //= 2
-    return step
-
-
-def plan_folder(
-    folder: Path,
-    ceiling_bytes: int,
-    context: int | None,
-    expert_slots: str | int | None = None,
-    kv_bits: int | None = None,
-) -> Plan:
-    """Plan a model without reading its weights, and predict its speed. Runs on a thread that owns MLX.
-
-    Raises UnknownModelError and FormatError for a folder that is no model, UsageError for slots, or a quantized KV
-    cache, that cannot be.
-    """
-    from edger1.experts.planning import predict
-
-    found = inspect(folder)
-    model = build(found, folder.name)[0]
-    plan, _, layers = _plan(found, model, ceiling_bytes, context, expert_slots, kv_bits=kv_bits)
-    return predict(plan, model, found, layers)
-
-
-def _plan(
-    folder: ModelFolder,
-    model: Any,
-    ceiling_bytes: int,
-    context: int | None,
-    expert_slots: str | int | None = None,
-    adapter_bytes: int = 0,
-    kv_bits: int | None = None,
-) -> tuple[Plan, KVLayout, tuple[LayerExperts, ...]]:
-    from edger1.experts import planning
-    from edger1.experts.budget import choose_step, with_experts
-    from edger1.experts.miss_cost import MissCosts
-    from edger1.experts.popularity import Popularity
-
-    gpu = on_gpu()
-    layers = planning.find_layers(model, folder, expert_slots)
-    counts = Popularity(folder.path, [layer.experts for layer in layers])
-    miss_cost_s = MissCosts(folder.path, layers).seconds()
-    popularity = [counts.counts(layer.index).tolist() for layer in layers] if counts.known else None
-    weights = folder.total_bytes + adapter_bytes
-    # Experts that are streamed stay as they are on disk.
-    others = weights - planning.expert_total(layers)
-    if not gpu:
-        available = kernels.state().available
-        weights += widened_bytes(folder, with_kernels=available)
-        others += widened_bytes(folder, with_kernels=available, without=planning.expert_tensors(layers))
-    fused = gpu or kernels.state().available
-    chosen = choose_context(folder.config, context)
-
-    parameters = folder.parameters or folder.total_bytes
-    try:
-        # On the kernels some attention caches less than mlx-lm has it cache.
-        with contextlib.nullcontext() if gpu or not kernels.state().available else _cached_latents(model):
-            quantization = _quantization(model, kv_bits, folder.path.name)
-            step = prefill_step(round(parameters * planning.active_share(folder, layers)))
-            kv = kv_layout(model, 2 if gpu else 4, step, quantization)
-    except UsageError:
-        raise
-    except Exception as error:
-        raise _misfit(folder, folder.path.name, error) from error
-
-    try:
-        tokenizer_bytes = (folder.path / "tokenizer.json").stat().st_size
-    except OSError:
-        tokenizer_bytes = None
-
-    def planned(step: int) -> Plan:
-        own = replace(kv, step_tokens=step)
-        plan = make_plan(
-            folder.config,
-            weights,
-            own,
-            context=chosen,
-            ceiling_bytes=ceiling_bytes,
-            fused_attention=fused,
-            tokenizer_file_bytes=tokenizer_bytes,
-        )
-        return with_experts(
-            _noted(plan, quantization),
-            layers,
-            others,
-            prefill_tokens=step,
-            popularity=popularity,
-            miss_cost_s=miss_cost_s,
-            expert_slots=expert_slots,
-        )
-
-    plan, step = planned(kv.step_tokens), kv.step_tokens
-    if layers:
-        streamed = [(planned(each), each) for each in STREAMED_PREFILL_STEPS]
-        if plan.stream is not None or plan.total_bytes > ceiling_bytes:
-            plan, step = streamed[choose_step([each for each, _ in streamed], by_hand=expert_slots is not None)]
-        # The smallest ceiling is that of the shortest step, whichever this ceiling allows.
-        plan = replace(plan, streamed_least_bytes=streamed[-1][0].streamed_least_bytes)
-    return plan, replace(kv, step_tokens=step), layers
-
-
-def _quantization(model: Any, kv_bits: int | None, name: str) -> Quantization | None:
-    if kv_bits is None:
-        return None
-    from edger1.kv_layout import without_values
-    from edger1.quantized_kv import choose
-
-    with without_values():
-        return choose(model, kv_bits, name)
-
-
-def _noted(plan: Plan, quantization: Quantization | None) -> Plan:
-    if quantization is None:
-        return plan
-    return replace(plan, kv_bits=quantization.bits, kv_note=quantization.describe())
-
-
-def _cached_latents(model: Any) -> contextlib.AbstractContextManager[None]:
-    from edger1.kernels.latent_expanding import planned
-
-    return planned(model)
-
-
-def _with_what_is_cached(
-    plan: Plan, kv: KVLayout, model: Any, replaced: Installed, name: str
-) -> tuple[Plan, KVLayout, Quantization | None]:
-    """Return the plan, the layout of caches and how they are quantized, for what the layers cache now that they run as
-    they will: some were expected to cache latents.
-
-    Raises MemoryCeilingError where some compute something else than they seemed to, and what they cache is too much.
-    """
-    from edger1.kernels.latent_expanding import layers_of
-
-    quantization = _quantization(model, plan.kv_bits, name)
-    if not replaced.active or replaced.latents.narrowed == len(layers_of(model)):
-        return plan, kv, quantization
-    before = kv.read_back_bytes(plan.context)
-    kv = kv_layout(model, 4, kv.step_tokens, quantization)
-    plan = replace(
-        _noted(plan, quantization),
-        kv_bytes=kv.nbytes(plan.context),
-        activation_bytes=plan.activation_bytes + kv.read_back_bytes(plan.context) - before,
-    )
-    try:
-        plan.check(name)
-    except MemoryCeilingError:
-        replaced.uninstall()
-        raise
-    return plan, kv, quantization
-
-
-def build(folder: ModelFolder, name: str) -> tuple[Any, dict[str, Any]]:
-    """Build mlx-lm's model of the folder and return it with its config; no weight is read yet."""
-    prepare()
-    from mlx_lm.utils import _get_classes, load_model
-
-    from edger1.architectures import deepseek_v3
-
-    try:
-        model, config = load_model(
-            folder.path,
-            lazy=True,
-            model_config=additions(folder.config),
-            get_model_classes=lambda config: deepseek_v3.classes(*_get_classes(config)),
-        )
-    except Exception as error:
-        # A config.json may hold anything, and mlx-lm falls over it in any way.
-        raise _misfit(folder, name, error) from error
-    return model, config
-
-
-def _misfit(folder: ModelFolder, name: str, error: Exception) -> FormatError:
-    return FormatError(
-        f"{name}: mlx-lm cannot build a model from {folder.path} ({type(error).__name__}: {error}). Its config.json "
-        f"and its weights must belong together, and model_type {folder.model_type!r} must be one that mlx-lm knows."
-    )
-
-
-def widened_bytes(
-    folder: ModelFolder, *, with_kernels: bool, without: Collection[tuple[Path, int]] = frozenset()
-) -> int:
-    """Bytes that 16-bit floats gain on a CPU: vectors with our kernels, which read matrices as they are; else all.
-
-    `without` leaves tensors out, named by their file and offset.
-    """
-    headers = (safetensors.read_header(file) for file in folder.weight_files)
-    return sum(
-        entry.nbytes
-        for header in headers
-        for entry in header.entries.values()
-        if entry.dtype in ("F16", "BF16")
-        and (len(entry.shape) == 1 or not with_kernels)
-        and (header.path, entry.offset) not in without
-    )
-
-
 def load(
     name: str,
     path: Path,
@@ -436,7 +216,7 @@ def _load_beside(
 
     def planned(extra_bytes: int) -> tuple[Plan, KVLayout, tuple[LayerExperts, ...]]:
         beside = extra_bytes + (0 if adapter is None else needed_bytes(adapter))
-        return _plan(folder, model, ceiling_bytes, context, expert_slots, beside, kv_bits)
+        return plan_model(folder, model, ceiling_bytes, context, expert_slots, beside, kv_bits)
 
     plan, kv, layers = planned(0)
     plan.check(name)
@@ -507,7 +287,7 @@ def _load_beside(
     with streaming.sleeping() if streaming is not None else contextlib.nullcontext():
         # What it replaces for the process is given back by close() alone.
         replaced = install(model, "exact" if precision == "exact" else "fast")
-        plan, kv, quantization = _with_what_is_cached(plan, kv, model, replaced, name)
+        plan, kv, quantization = with_what_is_cached(plan, kv, model, replaced, name)
     if streaming is not None:
         streaming.fuse(model, replaced)
         if on_gpu():

@@ -158,12 +158,13 @@ class FakeBackend:
     async def _play(self, script: list[Step], cancels: int | None = None) -> AsyncIterator[Event]:
         cancels = self.cancel_count if cancels is None else cancels
         for step in script:
-            if isinstance(step, str):
+            if isinstance(step, str) and self.cancel_count == cancels:
                 await self._go.wait()
                 self._go.clear()
             elif isinstance(step, Exception):
                 raise step
             if self.cancel_count > cancels:
+                self._go.clear()
                 yield Done("", "cancelled")
                 return
             if not isinstance(step, str | Exception):

@@ -21,11 +21,12 @@ NANO_MOE = Path(estimate.__file__).parent / "assets" / "nano-moe"
 
 def planned(folder: Path, ceiling_bytes: int, context: int | None = None) -> Plan:
     """What loading would plan, without the rates of this machine."""
-    from edger1.loader import _plan, build
+    from edger1.building import build
+    from edger1.planning import plan_model
 
     def work() -> Plan:
         found = inspect(folder)
-        return _plan(found, build(found, "m")[0], ceiling_bytes, context)[0]
+        return plan_model(found, build(found, "m")[0], ceiling_bytes, context)[0]
 
     return worker.call(work)
 

@@ -11,8 +11,8 @@ import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
 
+from edger1.building import build
 from edger1.folder import inspect
-from edger1.loader import build
 from edger1.quant.model_config import additions, for_mlx_lm
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}

@@ -303,11 +303,12 @@ def test_a_longer_context_fits_under_the_same_ceiling(folder: Path) -> None:
 
 
 def test_an_estimate_is_the_plan(folder: Path) -> None:
-    from edger1.loader import _plan, build
+    from edger1.building import build
+    from edger1.planning import plan_model
 
     def planned(path: Path, bits: int) -> Plan:
         found = inspect(path)
-        return _plan(found, build(found, "m")[0], 10**10, None, kv_bits=bits)[0]
+        return plan_model(found, build(found, "m")[0], 10**10, None, kv_bits=bits)[0]
 
     for path in (folder, NANO_MOE):
         for bits in (8, 4):

@@ -84,7 +84,9 @@ class ChildBackend:
         await self._drop_model()
         if self._connection is None:
             self._connection = ChildConnection(self._memory)
-        request = Load(next_id(), str(self._folder), *self._load, self._adapter, self._drafting, kv_bits=self._kv_bits)
+        request = Load(
+            next_id(), str(self._folder), *self._load, self._adapter, draft=self._drafting, kv_bits=self._kv_bits
+        )
         self._held = request.id
         async with aclosing(self._events(request)) as events:  # type: ignore[type-var]
             async for event in events:

@@ -121,8 +121,8 @@ def verify(
     """
     import mlx.core as mx
 
+    from edger1.building import build
     from edger1.folder import inspect
-    from edger1.loader import build
 
     folder = inspect(path)
     model, _ = build(folder, path.name)

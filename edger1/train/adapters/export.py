@@ -18,9 +18,9 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
+from edger1.building import build
 from edger1.errors import UsageError
 from edger1.folder import inspect
-from edger1.loader import build
 from edger1.train.adapters import files, peft
 from edger1.train.adapters.fuse import Fused, dequantize_model, fuse
 from edger1.train.folder_writer import write_folder, write_tensors

@@ -11,10 +11,11 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
+from edger1.building import build
 from edger1.errors import FormatError, UsageError
 from edger1.folder import ModelFolder, inspect
 from edger1.kernels.install import Installed, install
-from edger1.loader import build, is_widened
+from edger1.loader import is_widened
 from edger1.mlx_runtime import give_back, prepare
 from edger1.train.adapters import files, wiring
 from edger1.train.adapters.wiring import Adapted, AdapterSpec
