@@ -87,8 +87,9 @@ MODELS: tuple[tuple[str, str, Mapping[str, Any]], ...] = (
         "GLM-4.5-Air",
         _shape(
             4096, 46, 96, 8, 128, n_routed_experts=2, n_shared_experts=1, num_experts_per_tok=1, n_group=1,
-            topk_group=1, moe_intermediate_size=256, routed_scaling_factor=1.0, first_k_dense_replace=1, norm_topk_prob=True,
-            use_qk_norm=False, attention_bias=True, partial_rotary_factor=0.5, scoring_func="sigmoid",
+            topk_group=1, moe_intermediate_size=256, routed_scaling_factor=1.0, first_k_dense_replace=1,
+            norm_topk_prob=True, use_qk_norm=False, attention_bias=True, partial_rotary_factor=0.5,
+            scoring_func="sigmoid",
         ),
     ),
     ("mimo", "MiMo-7B", _shape(4096, 36, 32, 8, 128, num_nextn_predict_layers=0)),
