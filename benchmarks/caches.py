@@ -18,7 +18,6 @@ from benchmarks.common import REPOSITORY, Comparison, Side
 
 KL_BAR = 1e-3
 NANO_MOE = REPOSITORY / "edger1" / "assets" / "nano-moe"
-CONTEXTS = (1024, 4096)
 DECODED = 96
 
 
@@ -46,37 +45,39 @@ def kl(run: Bench) -> list[Comparison]:
     return lines
 
 
-def decode(run: Bench) -> list[Comparison]:
-    """SmolLM2-135M behind prompts of 1,024 tokens and more: caches at 8 and 4 bits against one that is not quantized.
+def decode(run: Bench, context: int, precisions: tuple[str, ...]) -> list[Comparison]:
+    """SmolLM2-135M behind a prompt of `context` tokens: caches at 8 and 4 bits against one that is not quantized.
 
     That is f16 in "fast", and f32 in "exact".
     """
     lines = []
     folder = str(peers.smollm2_folder())
-    for context in CONTEXTS[: 1 if run.quick else None]:
-        for precision in ("fast", "exact"):
-            sides = {
-                bits: run.worker(
-                    "sides_caches:decoding",
-                    {"folder": folder, "precision": precision, "kv_bits": bits, "context": context + 256},
-                )
-                for bits in (None, 8, 4)
-            }
-            measures = {
-                str(bits): partial(worker.measure, prompt=context, generate=DECODED) for bits, worker in sides.items()
-            }
-            readings = run.interleave(measures)
-            plain = side("EdgeR1", "not quantized", readings["None"], "decode")
-            for bits in (8, 4):
-                ours = side("EdgeR1", f"KV at {bits} bits", readings[str(bits)], "decode")
-                what = f"decode behind {context:,} tokens, {precision}, KV at {bits} bits / not quantized"
-                lines.append(Comparison(what, ours, plain))
-            for worker in sides.values():
-                worker.close()
+    for precision in precisions:
+        sides = {
+            bits: run.worker(
+                "sides_caches:decoding",
+                {"folder": folder, "precision": precision, "kv_bits": bits, "context": context + 256},
+            )
+            for bits in (None, 8, 4)
+        }
+        readings = run.interleave(
+            {str(bits): partial(worker.measure, prompt=context, generate=DECODED) for bits, worker in sides.items()}
+        )
+        plain = side("EdgeR1", "not quantized", readings["None"], "decode")
+        for bits in (8, 4):
+            ours = side("EdgeR1", f"KV at {bits} bits", readings[str(bits)], "decode")
+            what = f"decode behind {context:,} tokens, {precision}, KV at {bits} bits / not quantized"
+            lines.append(Comparison(what, ours, plain))
+        for worker in sides.values():
+            worker.close()
     return lines
 
 
-PARTS = {"kl": kl, "decode": decode}
+PARTS = {
+    "kl": kl,
+    "decode": partial(decode, context=1024, precisions=("exact", "fast")),
+    "decode-long": partial(decode, context=4096, precisions=("fast",)),
+}
 
 
 def main() -> int:

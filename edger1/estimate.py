@@ -259,7 +259,7 @@ def _layout(config: Mapping[str, Any], machine: Machine, step_tokens: int, kv_bi
     window = number("sliding_window")
     whole = (elements + plain) * machine.element_bytes
     # Codes, and a scale and a bias of 16 bits for each group.
-    group = 32 if wide % 64 else 64
+    group = 32 if wide % 64 or plain else 64
     nbytes = whole if kv_bits is None else elements * kv_bits // 8 + 4 * elements // group + 2 * plain
     each = [LayerCache(0, whole, window) if bounded and window else LayerCache(0, nbytes) for bounded in windowed]
     read_back = kv_bits is not None and (plain or not machine.kernels or config.get("model_type") in _SINKS)
