@@ -55,7 +55,6 @@ class Config:
 
     memory_bytes: int | None = None
     context: int | None = None
-    kv_bits: int | None = None
     threads: int | None = None
     theme: str | None = None
     offline: bool = False
@@ -63,6 +62,7 @@ class Config:
     model: str | None = None
     thoughts: bool = True
     adapters: tuple[str, ...] = ()
+    kv_bits: int | None = None
     tools: ToolSettings = field(default_factory=ToolSettings)
     """What `[tools]` and `[mcp.NAME]` say."""
 

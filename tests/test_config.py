@@ -67,11 +67,20 @@ def test_every_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EDGER1_HOME", str(tmp_path))
     assert load_config() == Config()
     (tmp_path / "config.toml").write_text(
-        'memory = "6GB"\ncontext = 8192\nthreads = 2\ntheme = "nord"\noffline = true\nmodel = "qwen3-8b"\n'
+        'memory = "6GB"\ncontext = 8192\nthreads = 2\nkv_bits = 8\ntheme = "nord"\noffline = true\nmodel = "qwen3-8b"\n'
         'accessible = true\nthoughts = false\nadapters = ["~/runs"]\n'
     )
     expected = Config(
-        6_000_000_000, 8192, 2, "nord", True, accessible=True, model="qwen3-8b", thoughts=False, adapters=("~/runs",)
+        6_000_000_000,
+        8192,
+        2,
+        "nord",
+        True,
+        accessible=True,
+        model="qwen3-8b",
+        thoughts=False,
+        adapters=("~/runs",),
+        kv_bits=8,
     )
     assert load_config() == expected
 
@@ -110,6 +119,8 @@ def test_a_secret_is_not_repeated(tmp_path: Path) -> None:
         ('memory = "much"', r"memory: 'much' is not a size"),
         ("memory = true", r"memory is True, but a size such as"),
         ('context = "8k"', r"context is '8k', but a whole number of at least 1 was expected"),
+        ("kv_bits = 6", r"kv_bits is 6, but 8 or 4 was expected"),
+        ("kv_bits = true", r"kv_bits is True, but 8 or 4"),
         ("threads = 0", r"threads is 0, but a whole number of at least 1"),
         ("offline = 1", r"offline is 1, but true or false was expected"),
         ('accessible = "yes"', r"accessible is 'yes', but true or false was expected"),
