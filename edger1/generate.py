@@ -125,6 +125,7 @@ class Generation:
         self._splitter = Splitter(model.markers, request.stop, rendered.in_thought, calls=calls, said=rendered.said)
         self._detokenizer = Detokenizer(model.tokenizer, self._prompt if rendered.said else ())
         self._control = self._thinking_control(rendered)
+        self._close_at_once()
         # Whether what was said last stands otherwise than it was drawn, and how many tokens in the caches do not stand.
         self._overruled = False
         self._excess = 0
@@ -158,6 +159,27 @@ class Generation:
             room=self._max_tokens,
             thought_before=before,
         )
+
+    def _close_at_once(self) -> None:
+        """Close the thought that the prompt has opened in the prompt too, where none is to follow."""
+        ruling = self._control.closes(())
+        if ruling is None:
+            return
+        text = str(self._model.tokenizer.decode(ruling.forced, skip_special_tokens=False))
+        # In place: it is the same list wherever it is held.
+        self._prompt += ruling.forced
+        self._prompt_text += text
+        self._splitter.feed(text)
+        self._control.note(text)
+        self._control.closed()
+        room = self._model.context - len(self._prompt)
+        if self._shift is None:
+            self._max_tokens = min(self._max_tokens, room)
+        if room < 1:
+            raise ContextError(
+                f"The prompt has {len(self._prompt)} tokens with the end of its thought, and the context of "
+                f"{self._model.context} tokens must hold it and the answer. Give a larger context with --context."
+            )
 
     def _encode(self, rendered: Rendered) -> list[int]:
         ids = encode(self._model, rendered)

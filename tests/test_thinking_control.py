@@ -250,6 +250,30 @@ def test_thinking_that_is_off_is_closed_where_it_begins_nonetheless(model: edger
     assert raw.thinking == "abc def. a"
 
 
+def test_a_thought_that_the_template_opens_is_closed_in_the_prompt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def recital(tokenizer: Any, tokens: list[int]) -> int:
+        answered = str(tokenizer.decode(tokens, skip_special_tokens=False)).rpartition("[assistant]")[2]
+        following = reply(ONE_TOKEN, answered, OWN_WORDS)
+        return int(tokenizer.encode(following, add_special_tokens=False)[0] if following else tokenizer.eos_token_id)
+
+    folder = write_tiny_model(tmp_path / "opened", template=TEMPLATE.replace("[assistant]{%", "[assistant]<think>\n{%"))
+    recite(monkeypatch, recital)
+    with edger1.load(folder) as model:
+        plain = model.generate("Hi")
+        assert (plain.thinking, plain.text) == ("abc def. a", "Yes")
+        for options in ({"think": "off"}, {"think_budget": 0}):
+            found = model.generate("Hi", **options)
+            assert (found.thinking, found.text, found.usage.thought_tokens) == ("", "Yes", 0)
+            # \n</think>\n\n
+            assert found.usage.prompt_tokens == plain.usage.prompt_tokens + 4
+            assert found.usage.completion_tokens == 4
+        half = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "", "thought": "abc def"}]
+        found = model.generate(half, continue_last=True, think_budget=5)
+        assert (found.thinking, found.text, found.usage.thought_tokens) == ("", "Yes", 0)
+
+
 @pytest.mark.parametrize("window", [None, 32])
 def test_caches_that_give_nothing_back_are_made_anew(
     tmp_path: Path, window: int | None, monkeypatch: pytest.MonkeyPatch
