@@ -15,7 +15,7 @@ from textual.containers import Vertical
 from textual.content import Content
 from textual.screen import ModalScreen
 from textual.timer import Timer
-from textual.widgets import Input, OptionList, Static
+from textual.widgets import Footer, Input, OptionList, Static
 from textual.widgets.option_list import Option
 
 from edger1.errors import EdgeR1Error
@@ -24,7 +24,6 @@ from edger1.tui.screens.conversation_rows import grouped, heading_row, hit_row, 
 from edger1.tui.store import Hit, Store, Summary
 from edger1.tui.store.export import suggested_name, write
 from edger1.tui.store.imports import bring_in
-from edger1.tui.widgets.key_row import KeyRow
 
 DEBOUNCE_S = 0.12
 """How long after the last key a search begins."""
@@ -143,7 +142,7 @@ class ConversationsScreen(ModalScreen[Choice | None]):
             yield Static("", id="what", markup=False)
             yield Input(id="line", select_on_focus=False)
             yield Static("", id="said", markup=False)
-            yield KeyRow()
+            yield Footer(show_command_palette=False, compact=True)
 
     async def on_mount(self) -> None:
         """Show the list; the search box has the keys all the time."""
