@@ -43,8 +43,9 @@ def test_quant_imports_nothing_of_the_engine() -> None:
 
 
 def test_the_chat_knows_nothing_of_the_engine() -> None:
-    # Messages and errors, tools, what of settings is right, and where and how small files are kept.
-    plain = ("messages", "errors", "units", "paths", "sampling", "fetch.place", "tools")
+    # Messages and errors, tools, what of settings is right, what is the same answer, and where and how small files are
+    # kept.
+    plain = ("messages", "errors", "units", "paths", "sampling", "fetch.place", "tools", "final_answers")
     allowed = ("edger1.tui", *(f"edger1.{name}" for name in plain))
     foreign = {name for _, name in imports("tui") if name.startswith("edger1.") and not name.startswith(allowed)}
     assert foreign == set()
