@@ -214,7 +214,7 @@ def _between_projections(latent: Latent, layer: Any, x: mx.array, mask: Any, cac
     if "rope" in layer:
         q_pe, k_pe = layer.rope(q_pe, offset), layer.rope(k_pe, offset)
     codes = {}
-    if isinstance(main, ReadBackCache):
+    if isinstance(main, ReadBackCache) and main.plain_values:
         c, k_pe = main.append(c, k_pe)
         codes = dict(zip(("bits", "group"), main.format, strict=True))
     elif main is not None:
