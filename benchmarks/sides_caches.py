@@ -41,7 +41,8 @@ class Divergence:
             for row in range(0, chunk.size, MOST_ROWS):
                 p, q = (_log_probabilities(a[row : row + MOST_ROWS]) for a in (expected, found))
                 divergence += float((mx.exp(p) * (p - q)).sum().item())
-                differing += int((mx.argmax(p, axis=-1) != mx.argmax(q, axis=-1)).sum().item())
+                changed: Any = (mx.argmax(p, axis=-1) != mx.argmax(q, axis=-1)).sum().item()
+                differing += int(changed)
         count = len(self._ids)
         return {
             "kl": divergence / count,

@@ -254,8 +254,8 @@ def _between_projections(
     if "rope" in layer:
         q_pe, k_pe = layer.rope(q_pe, offset), layer.rope(k_pe, offset)
     codes = {}
-    if isinstance(main, ReadBackCache) and latent.call is not None and attend == latent.call.attend:
-        # The kernels read the codes.
+    reads_codes = latent.call is not None and attend == latent.call.attend
+    if reads_codes and isinstance(main, ReadBackCache) and main.plain_values:
         c, k_pe = main.append(c, k_pe)
         codes = dict(zip(("bits", "group"), main.format, strict=True))
     elif main is not None:
