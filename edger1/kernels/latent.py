@@ -193,10 +193,10 @@ def _run(layer: Any, x: mx.array, mask: Any, cache: Any) -> mx.array | None:
         return None
     if latent.call is not None and latent.call.applies(layer, x):
         done = _whole(latent, layer, x, mask, cache)
-        return _between_projections(latent, latent.call.attend, layer, x, mask, cache) if done is None else done
+        return _between_projections(latent, layer, x, mask, cache) if done is None else done
     if x.shape[1] == 1 or expanding.is_expanding(layer):
         return None
-    return _between_projections(latent, _plainly(layer, latent), layer, x, mask, cache)
+    return _between_projections(latent, layer, x, mask, cache, plainly=True)
 
 
 def _plainly(layer: Any, latent: Latent) -> Callable[..., mx.array]:
@@ -240,9 +240,12 @@ def _whole(latent: Latent, layer: Any, x: mx.array, mask: Any, cache: Any) -> mx
 
 
 def _between_projections(
-    latent: Latent, attend: Callable[..., mx.array], layer: Any, x: mx.array, mask: Any, cache: Any
+    latent: Latent, layer: Any, x: mx.array, mask: Any, cache: Any, *, plainly: bool = False
 ) -> mx.array | None:
-    """Run attention as `attend` between the layer's own projections; None where a gradient is known to flow."""
+    """Run attention as one operation, or `plainly` in MLX's own, between the layer's own projections.
+
+    Returns None where a gradient is known to flow.
+    """
     shape, extension = latent.shape, latent.extension
     low = low_rank(layer, x)
     q_nope, q_pe, c, k_pe = projected(layer, shape, x, low)
@@ -254,8 +257,7 @@ def _between_projections(
     if "rope" in layer:
         q_pe, k_pe = layer.rope(q_pe, offset), layer.rope(k_pe, offset)
     codes = {}
-    reads_codes = latent.call is not None and attend == latent.call.attend
-    if reads_codes and isinstance(main, ReadBackCache) and main.plain_values:
+    if not plainly and isinstance(main, ReadBackCache) and main.plain_values:
         c, k_pe = main.append(c, k_pe)
         codes = dict(zip(("bits", "group"), main.format, strict=True))
     elif main is not None:
@@ -263,6 +265,7 @@ def _between_projections(
     if indexer is not None:
         mask, c, k_pe = _choose_keys(indexer, x, low, mask, cache, c, k_pe)
     causal = isinstance(mask, str)
+    attend = _plainly(layer, latent) if plainly else latent.call.attend
     out = attend(q_nope, q_pe, c, k_pe, None if causal else mask, causal, **codes)
     if "g_proj" in layer:
         gate = mx.sigmoid(layer.g_proj(x))
