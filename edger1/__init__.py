@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     )
     from edger1.fetch import pull
     from edger1.installed import models
-    from edger1.messages import Done, Progress, Running, Text, Thought, ToolCall
+    from edger1.messages import Done, Progress, Running, Sampled, Text, Thought, ToolCall
     from edger1.model import Chat, Engine, Handle, Model, Response, load, plan
 
 _HOME = {
@@ -34,7 +34,7 @@ _HOME = {
     ),
     "edger1.fetch": ("pull",),
     "edger1.installed": ("models",),
-    "edger1.messages": ("Done", "Progress", "Running", "Text", "Thought", "ToolCall"),
+    "edger1.messages": ("Done", "Progress", "Running", "Sampled", "Text", "Thought", "ToolCall"),
     "edger1.model": ("Chat", "Engine", "Handle", "Model", "Response", "load", "plan"),
 }  # fmt: skip
 _WHERE = {name: module for module, names in _HOME.items() for name in names}
@@ -54,6 +54,7 @@ __all__ = [
     "Progress",
     "Response",
     "Running",
+    "Sampled",
     "SourceError",
     "Text",
     "Thought",

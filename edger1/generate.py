@@ -394,7 +394,8 @@ class Generation:
     def _tell(self) -> None:
         """Say how the answer is coming along."""
         clock, said, watch = self._clock, len(self._output.tokens), self._model.watch
-        rate = (said - clock.told_tokens) / (clock.last - clock.told)
+        # Tokens may have been taken back.
+        rate = max(0, said - clock.told_tokens) / (clock.last - clock.told)
         clock.told, clock.told_tokens = clock.last, said
         figures = replace(self._figures(by_layer=False), decode_tokens_per_s=rate)
         self._emit(Running(self._request.id, figures, None if watch is None else watch.layers()))

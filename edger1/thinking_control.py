@@ -172,6 +172,10 @@ class ThinkingControl:
             # The model has begun it.
             del self._tail[-written:]
             forced = end[written:] + self.encode(self._rest())
+        elif self.splitter.pending and len(end) > 1:
+            # In other tokens; a marker that is one token is never begun in any.
+            del self._tail[len(self._tail) - written :]
+            forced = self.encode(markers.end.removeprefix(self.splitter.pending) + self._rest())
         else:
             forced = self.encode(self._lead() + markers.end + self._rest())
         self._counted += len(self._tail)

@@ -240,3 +240,34 @@ def test_requests_of_other_bounds_are_answered_as_alone(context: int, monkeypatc
         handles = [model.submit(prompt, **options) for prompt, options in asked]
         assert [said(handle.result(120)) for handle in handles] == expected
     assert max(rows) >= (4 if context > 800 else 2)
+
+
+def test_thinking_that_is_off_is_closed_where_it_begins_nonetheless(model: edger1.Model, markers: Markers) -> None:
+    found = model.generate("Hi", think="off")
+    assert (found.thinking.strip(), found.text, found.usage.thought_tokens) == ("", "Yes", 0)
+    assert found.notes == ()
+    raw = model.generate("[user]Hi[assistant]", raw=True, think="off")
+    assert raw.thinking == "abc def. a"
+
+
+@pytest.mark.parametrize("window", [None, 32])
+def test_caches_that_give_nothing_back_are_made_anew(
+    tmp_path: Path, window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kinds = {} if window is None else {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": window}
+    opened = "{{ messages[0].content }}<think>"
+    folder = write_tiny_model(tmp_path / "speaking", template=opened, **kinds)
+    options: dict[str, Any] = {"temperature": 0, "max_tokens": 60}
+    with edger1.load(folder, precision="exact") as model:
+        own = model.generate("Hi<think>", raw=True, **options).thinking
+    # Three letters are three tokens, two of which are in the caches when the third is known.
+    end = own[45:48]
+    thought = own[: own.index(end)]
+    monkeypatch.setattr(loader, "thinking_markers", lambda path, tokenizer: Markers("<think>", end, blank="", gap=""))
+    with edger1.load(folder, precision="exact") as model:
+        found = model.generate("Hi", think_at_least=len(thought) + 20, **{**options, "max_tokens": 90})
+    with edger1.load(folder, precision="exact") as model:
+        expected = model.generate(f"Hi<think>{thought}\nWait", raw=True, **options).text.partition(end)[0]
+    said = found.thinking.removeprefix(f"{thought}\nWait")
+    assert said != found.thinking
+    assert said[:10] == expected[:10]

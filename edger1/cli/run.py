@@ -183,6 +183,6 @@ def run_command(
     if len(done.samples) > 1:
         typer.echo(options.votes_line(done.votes, len(done.samples)), err=True)
     for note in done.notes:
-        typer.echo(note, err=True)
+        typer.echo(f"edger1: {note}", err=True)
     if figures:
         typer.echo(options.figures_line(done.usage, done.figures), err=True)
