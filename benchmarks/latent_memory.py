@@ -12,7 +12,8 @@ so that nothing is left of an earlier one.
 
 kernels   on the CPU kernels, in both precisions
 plain     attention in MLX's own operations, as on a GPU or with EDGER1_KERNELS=0. Its products run on the kernels'
-          functions, which give arrays of the same sizes: on MLX's own this takes a quarter of an hour on a CPU
+          functions: on MLX's own this takes a quarter of an hour on a CPU, and more memory, since what is queued
+          meanwhile has its own
 """
 
 from __future__ import annotations

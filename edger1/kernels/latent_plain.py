@@ -53,6 +53,7 @@ def attend(
     tile = max(_LEAST_KEYS, tile_scores // (batch * heads * length))
     rows = _Absorbed(layer, q_nope, q_pe, scale) if is_absorbed(shape, length) else _Made(layer, q_nope, q_pe, scale)
     state: tuple[mx.array, mx.array, mx.array] | None = None
+    in_turn = keys > _AT_ONCE * tile
     for first in range(0, keys, tile):
         last = min(first + tile, keys)
         part, part_pe = c[:, :, first:last], k_pe[:, :, first:last]
@@ -60,8 +61,11 @@ def attend(
         seen = _causal(length, keys, first, last) if causal else _columns(mask, first, last)
         if seen is not None:
             scores = mx.where(seen, scores, mx.finfo(mx.float32).min)
+        if in_turn:
+            # What made the scores is given back before what is made of them is asked for.
+            mx.eval(scores)
         state = _added(state, scores, rows, part)
-        if keys > _AT_ONCE * tile:
+        if in_turn:
             mx.eval(state)
     assert state is not None
     _, total, summed = state
