@@ -1,8 +1,9 @@
-"""KV caches at 8 and 4 bits: what they lose, and how fast a model decodes with them.
+"""KV caches: what they lose at 8 and 4 bits, how fast a model decodes with them, and what reuse saves.
 
     python -m benchmarks.caches                       # all parts, five minutes
     python -m benchmarks.caches --only kl
     python -m benchmarks.caches --only decode
+    python -m benchmarks.caches --only prefix
 
 A KL is the mean over a text of what the model says with its cache quantized from what it says with the cache in f32, in
 nats a token, all else the same and exact. Nothing in it depends on time, so it is one reading.
@@ -14,6 +15,7 @@ from functools import partial
 
 from benchmarks import peers
 from benchmarks.bench import Bench, side
+from benchmarks.caches_prefix import prefix
 from benchmarks.common import REPOSITORY, Comparison, Side
 
 KL_BAR = 1e-3
@@ -79,6 +81,7 @@ PARTS = {
     "decode": partial(decode, context=1024, precision="exact"),
     "decode-fast": partial(decode, context=1024, precision="fast"),
     "decode-long": partial(decode, context=4096, precision="fast"),
+    "prefix": prefix,
 }
 
 

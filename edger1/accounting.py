@@ -7,6 +7,11 @@ loaded and before it answers.
 
 from __future__ import annotations
 
+import resource
+import sys
+from contextlib import suppress
+from pathlib import Path
+
 
 class Account:
     """The account of one process; `process_bytes` is what was not MLX's when this was made."""
@@ -27,6 +32,24 @@ def resident_bytes() -> int:
     import psutil
 
     return int(psutil.Process().memory_info().rss)
+
+
+def peak_memory_bytes() -> int:
+    """Peak memory of this process: resident size, or what MLX has allocated where that is more (GPU memory)."""
+    import mlx.core as mx
+
+    return max(_peak_resident_bytes(), int(mx.get_peak_memory()))
+
+
+def _peak_resident_bytes() -> int:
+    if sys.platform == "linux":
+        # getrusage gives a process the peak of the one that started it, where that was larger.
+        with suppress(OSError), Path("/proc/self/status").open(encoding="utf-8", errors="replace") as status:
+            for line in status:
+                if line.startswith("VmHWM:"):
+                    return int(line.split()[1]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _mlx_bytes() -> int:

@@ -254,10 +254,10 @@ class Scheduler:
             return [Scoring(model, request, self.emit)]
         if isinstance(request, SaveCache | RestoreCache):
             return [_cache_job(model, request, self.emit)]
-        from edger1.generate import Generation, RandomTurn
+        from edger1.generate import Generation
 
         _check_generate(request)
-        self._turn = self._turn or RandomTurn()
+        self._turn = self._turn or sampling.RandomTurn()
         if request.samples > 1:
             from edger1.samples import Samples
 

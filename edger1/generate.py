@@ -13,31 +13,28 @@ CPU there is nothing to gain, and the forward pass after the last token would be
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 from edger1 import sampling, thinking_control
+from edger1.accounting import peak_memory_bytes
 from edger1.batch import Batch, batchable
 from edger1.cache import Entry, common_prefix
 from edger1.context_shift import ContextShift
 from edger1.errors import ContextError, UsageError
 from edger1.experts.figures import Account
 from edger1.loader import LiveModel
-from edger1.messages import Done, Event, Figures, Generate, Message, Progress, Running, Text, Thought, ToolCall, Usage
+from edger1.messages import Done, Event, Figures, Generate, Message, Progress, Running, Usage
 from edger1.mlx_runtime import on_gpu
 from edger1.prompt import Rendered, encode, render
-from edger1.sampling import RandomState, Sampler
+from edger1.said import Said
+from edger1.sampling import RandomState, RandomTurn, Sampler
 from edger1.seam import Detokenizer
 from edger1.speculate import Speculation
 from edger1.thinking import Splitter
 from edger1.thinking_control import Ruling
-from edger1.tool_calls import MalformedCallError
 
 # Weights up to which a CPU reads them in some tens of milliseconds.
 _SMALL_MODEL_BYTES = 1 << 30
@@ -46,24 +43,6 @@ _LOOK_BACK = 64
 
 RUNNING_EVERY_S = 0.5
 """How often an answer tells how it is coming along."""
-
-
-def peak_memory_bytes() -> int:
-    """Peak memory of this process: resident size, or what MLX has allocated where that is more (GPU memory)."""
-    import mlx.core as mx
-
-    return max(_peak_resident_bytes(), int(mx.get_peak_memory()))
-
-
-def _peak_resident_bytes() -> int:
-    if sys.platform == "linux":
-        # getrusage gives a process the peak of the one that started it, where that was larger.
-        with suppress(OSError), Path("/proc/self/status").open(encoding="utf-8", errors="replace") as status:
-            for line in status:
-                if line.startswith("VmHWM:"):
-                    return int(line.split()[1]) * 1024
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 @dataclass
@@ -77,14 +56,6 @@ class _Clock:
     told_tokens: int = 0
 
 
-@dataclass
-class _Output:
-    tokens: list[int] = field(default_factory=list)
-    finish: str | None = None
-    calls: int = 0
-    notes: list[str] = field(default_factory=list)
-
-
 class Generation:
     """A request being answered. `turn` is shared by all requests of an engine."""
 
@@ -94,7 +65,6 @@ class Generation:
         self._emit = emit
         self._turn = turn
         self._clock = _Clock(asked=time.perf_counter())
-        self._output = _Output()
 
         rendered = render(model, request)
         self._raw = rendered.raw
@@ -114,7 +84,7 @@ class Generation:
             )
         # Whose context shifts may go on for ever.
         most = room if self._shift is None else request.max_tokens or model.context
-        self._max_tokens = min(most, request.max_tokens or most)
+        most = min(most, request.max_tokens or most)
         # What comes before the answer, and how much of the answer is in that: what it had when the context was full.
         self._before, self._said_before = self._prompt, 0
 
@@ -122,9 +92,10 @@ class Generation:
         self._sampler = Sampler(chosen, model.vocabulary)
         self._random = RandomState.seeded(chosen.seed)
         calls = model.calls.markers if request.tools else ()
-        self._splitter = Splitter(model.markers, request.stop, rendered.in_thought, calls=calls, said=rendered.said)
-        self._detokenizer = Detokenizer(model.tokenizer, self._prompt if rendered.said else ())
-        self._control = self._thinking_control(rendered)
+        splitter = Splitter(model.markers, request.stop, rendered.in_thought, calls=calls, said=rendered.said)
+        detokenizer = Detokenizer(model.tokenizer, self._prompt if rendered.said else ())
+        self._control = self._thinking_control(rendered, splitter, most)
+        self._said = Said(request, emit, model.calls, splitter, detokenizer, self._control, most)
         self._close_at_once()
         # Whether what was said last stands otherwise than it was drawn, and how many tokens in the caches do not stand.
         self._overruled = False
@@ -143,7 +114,7 @@ class Generation:
         # Where the caches, and the token drawn ahead, are while this request is decoded with others.
         self.batch: Batch[Any] | None = None
 
-    def _thinking_control(self, rendered: Rendered) -> thinking_control.ThinkingControl:
+    def _thinking_control(self, rendered: Rendered, splitter: Splitter, most: int) -> thinking_control.ThinkingControl:
         tokenizer, markers = self._model.tokenizer, self._model.markers
         before = None
         if rendered.said and rendered.in_thought and markers is not None:
@@ -153,10 +124,10 @@ class Generation:
         return thinking_control.of(
             self._request,
             markers,
-            self._splitter,
+            splitter,
             lambda text: list(tokenizer.encode(text, add_special_tokens=False)),
             name=self._model.name,
-            room=self._max_tokens,
+            room=most,
             thought_before=before,
         )
 
@@ -169,12 +140,12 @@ class Generation:
         # In place: it is the same list wherever it is held.
         self._prompt += ruling.forced
         self._prompt_text += text
-        self._splitter.feed(text)
+        self._said.splitter.feed(text)
         self._control.note(text)
         self._control.closed()
         room = self._model.context - len(self._prompt)
         if self._shift is None:
-            self._max_tokens = min(self._max_tokens, room)
+            self._said.most = min(self._said.most, room)
         if room < 1:
             raise ContextError(
                 f"The prompt has {len(self._prompt)} tokens with the end of its thought, and the context of "
@@ -217,13 +188,13 @@ class Generation:
         if remaining > 0:
             self._prefill(self._known()[len(self._fed) : len(self._fed) + count])
             return False
-        before = len(self._output.tokens)
+        before = len(self._said.tokens)
         if drafting:
             self._verify()
         else:
             self._decode(ahead=ahead and not drafts)
-        self._drafts.end(len(self._output.tokens) - before, drafted=drafting)
-        if self._output.finish is None:
+        self._drafts.end(len(self._said.tokens) - before, drafted=drafting)
+        if self._said.finish is None:
             return False
         self.finish()
         return True
@@ -236,7 +207,7 @@ class Generation:
     @property
     def last_token(self) -> int:
         """The token that is fed next, where `joins`."""
-        return self._output.tokens[-1] if self._output.tokens else self._prompt[-1]
+        return self._said.tokens[-1] if self._said.tokens else self._prompt[-1]
 
     @property
     def _waiting(self) -> int:
@@ -245,15 +216,15 @@ class Generation:
 
     @property
     def _length(self) -> int:
-        return len(self._before) + len(self._output.tokens) - self._said_before
+        return len(self._before) + len(self._said.tokens) - self._said_before
 
     @property
     def _left(self) -> int:
         """How many tokens it may say before it ends or the context is full."""
-        return min(self._max_tokens - len(self._output.tokens), self._model.context - self._length)
+        return min(self._said.most - len(self._said.tokens), self._model.context - self._length)
 
     def _known(self) -> list[int]:
-        return self._before + self._output.tokens[self._said_before :]
+        return self._before + self._said.tokens[self._said_before :]
 
     @property
     def joins(self) -> bool:
@@ -305,16 +276,16 @@ class Generation:
         if fed:
             self._fed.append(token)
         self._add(token)
-        return self._output.finish is not None
+        return self._said.finish is not None
 
     def _go_on(self, shift: ContextShift) -> None:
         """Drop what is in the middle of a full context, and feed again what comes after it."""
         import mlx.core as mx
         from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
 
-        self._before, inside = shift.go_on(self._before, self._output.tokens[self._said_before :])
+        self._before, inside = shift.go_on(self._before, self._said.tokens[self._said_before :])
         if inside:
-            self._said_before = len(self._output.tokens)
+            self._said_before = len(self._said.tokens)
         if self._next is not None:
             mx.eval(self._next)
         same = common_prefix(self._fed, self._known())
@@ -360,7 +331,7 @@ class Generation:
 
     def cancel(self) -> None:
         """End the answer here; what was generated stands."""
-        self._output.finish = "cancelled"
+        self._said.finish = "cancelled"
         self._come_back()
         self.finish()
 
@@ -371,7 +342,7 @@ class Generation:
         self._drafts.forward(mx.array([chunk]), self._caches, len(self._fed), self._known())
         mx.eval([cache.state for cache in self._caches])
         self._fed.extend(chunk)
-        if not self._output.tokens:
+        if not self._said.tokens:
             total = len(self._prompt) - self._cached
             self._emit(Progress(self._request.id, "prefill", len(self._fed) - self._cached, total))
 
@@ -421,7 +392,7 @@ class Generation:
         for streaming in self._model.streamings:
             streaming.let_go()
         for token in said:
-            if self._output.finish is not None or self._overruled:
+            if self._said.finish is not None or self._overruled:
                 break
             self._fed.append(self.last_token)
             self._add(token)
@@ -433,17 +404,17 @@ class Generation:
     def _add(self, token: int) -> None:
         clock = self._clock
         clock.last = time.perf_counter()
-        if not self._output.tokens:
+        if not self._said.tokens:
             clock.first = clock.told = clock.last
             clock.told_tokens = 1
-        self._output.tokens.append(token)
+        self._said.tokens.append(token)
         self._publish(token)
-        if clock.last - clock.told >= RUNNING_EVERY_S and self._output.finish is None:
+        if clock.last - clock.told >= RUNNING_EVERY_S and self._said.finish is None:
             self._tell()
 
     def _tell(self) -> None:
         """Say how the answer is coming along."""
-        clock, said, watch = self._clock, len(self._output.tokens), self._model.watch
+        clock, said, watch = self._clock, len(self._said.tokens), self._model.watch
         # Tokens may have been taken back.
         rate = max(0, said - clock.told_tokens) / (clock.last - clock.told)
         clock.told, clock.told_tokens = clock.last, said
@@ -452,54 +423,47 @@ class Generation:
 
     def _publish(self, token: int) -> None:
         ends = token in self._model.tokenizer.eos_token_ids
-        text = "" if ends else self._detokenizer.add(token)
+        text = "" if ends else self._said.detokenizer.add(token)
         ruling = self._control.overrules(text, ends=ends)
         if ruling is None:
             if ends:
-                self._output.finish = "stop"
+                self._said.finish = "stop"
                 return
-            self._say_text(text)
-            ruling = self._closing()
+            self._said.add_text(text)
+            ruling = self._said.closing()
         if ruling is not None:
             self._overrule(ruling)
 
-    def _say_text(self, text: str) -> None:
-        """Send the text of a token that has been added."""
-        self._send(self._splitter.feed(text))
-        self._control.note(text)
-        if self._splitter.stopped:
-            self._output.finish = "stop"
-        elif len(self._output.tokens) >= self._max_tokens:
-            self._output.finish = "length"
-
-    def _closing(self) -> Ruling | None:
-        return self._control.closes(self._output.tokens) if self._output.finish is None else None
-
     def _overrule(self, ruling: Ruling) -> None:
         """Say what is to stand in the place of what the model has drawn; it is fed as a prompt is."""
-        output = self._output
+        said = self._said
         if ruling.dropped:
-            del output.tokens[-ruling.dropped :]
+            del said.tokens[-ruling.dropped :]
+            cut = self._said_before - len(said.tokens)
+            if cut > 0:
+                # Some of it stood before a place at which the context was full.
+                self._before = self._before[:-cut]
+                self._said_before -= cut
             self._excess += max(0, len(self._fed) - len(self._known()))
             del self._fed[len(self._known()) :]
-            self._detokenizer = Detokenizer(self._model.tokenizer, self._known())
-            self._splitter.let_go()
-            self._send(self._splitter.feed(ruling.keep))
+            said.detokenizer = Detokenizer(self._model.tokenizer, self._known())
+            said.splitter.let_go()
+            said.send(said.splitter.feed(ruling.keep))
         skip = ruling.skip
         closing: Ruling | None = None
         for token in ruling.forced:
-            output.tokens.append(token)
-            text = self._detokenizer.add(token)
-            self._say_text(text[skip:])
+            said.tokens.append(token)
+            text = said.detokenizer.add(token)
+            said.add_text(text[skip:])
             skip = max(0, skip - len(text))
-            closing = self._closing()
-            if output.finish is not None or closing is not None:
+            closing = said.closing()
+            if said.finish is not None or closing is not None:
                 break
         else:
             self._control.closed()
         self._overruled = True
         self._turn.pause(self._random)
-        self._random.restart(len(output.tokens))
+        self._random.restart(len(said.tokens))
         if closing is not None:
             self._overrule(closing)
 
@@ -515,57 +479,34 @@ class Generation:
             self._let_go()
             self._fed = []
 
-    def _send(self, segments: list[tuple[str, str]]) -> None:
-        for kind, text in segments:
-            if kind == "call":
-                self._call(text)
-                continue
-            if kind == "cut":
-                self._output.notes.append("The answer ended in the middle of a tool call, which stands in the text.")
-            self._emit(Thought(self._request.id, text) if kind == "thought" else Text(self._request.id, text))
-
-    def _call(self, block: str) -> None:
-        try:
-            calls = self._model.calls.read(block, self._request.tools)
-        except MalformedCallError as error:
-            self._output.notes.append(f"A tool call cannot be read ({error}); it stands in the text.")
-            self._emit(Text(self._request.id, block))
-            return
-        self._output.calls += len(calls)
-        for call in calls:
-            self._emit(ToolCall(self._request.id, call["name"], call["arguments"], call["id"]))
-
     def finish(self) -> None:
         """Send what is left of a complete answer, and Done; the caches are kept for prompts that go on from it."""
-        output = self._output
-        self._send(self._splitter.feed(self._detokenizer.end()))
-        self._note_full()
-        self._send(self._splitter.finish(whole=output.finish == "stop"))
-        if self._splitter.stopped and output.finish == "length":
-            # The stop string's last character waited for a token that did not come.
-            output.finish = "stop"
+        said = self._said
+        said.send(said.splitter.feed(said.detokenizer.end()))
+        told = self._note_full()
+        said.end()
         self._keep_cache()
-        output.notes += self._control.told(full=output.finish == "length")
-        finish = "tools" if output.calls and output.finish == "stop" else output.finish or "stop"
-        self._emit(Done(self._request.id, finish, usage=self._usage(), figures=self._figures(), notes=output.notes))
+        said.notes += self._control.told(full=said.finish == "length" and not told)
+        self._emit(Done(self._request.id, said.reason, usage=self._usage(), figures=self._figures(), notes=said.notes))
 
-    def _note_full(self) -> None:
-        """Say what a full context has done to the answer."""
-        output = self._output
+    def _note_full(self) -> bool:
+        """Say what a full context has done to the answer; whether it has ended it."""
+        said = self._said
         if self._shift is not None and self._shift.times:
-            output.notes.append(self._shift.note())
-        if output.finish != "length" or self._splitter.stopped or len(output.tokens) == self._request.max_tokens:
-            return
-        where = " in the middle of a thought" if self._splitter.in_thought else ""
+            said.notes.append(self._shift.note())
+        if said.finish != "length" or said.splitter.stopped or len(said.tokens) == self._request.max_tokens:
+            return False
+        where = " in the middle of a thought" if said.splitter.in_thought else ""
         if self._shift is None:
-            output.notes.append(
+            said.notes.append(
                 f"The context of {self._model.context} tokens is full, and the answer ends{where}. Give a larger "
                 f"context with --context, or let the oldest tokens go with --context-shift."
             )
         else:
-            output.notes.append(
+            said.notes.append(
                 f"The answer is as long as the context, and ends{where}. Give --max-tokens for a longer one."
             )
+        return True
 
     def _keep_cache(self) -> None:
         self._model.kv.release(self)
@@ -593,15 +534,15 @@ class Generation:
             cached_tokens=self._cached,
             # What speaks has read all of it, though it may have dropped some since.
             prefilled_tokens=max(
-                0, (len(self._prompt) if self._output.tokens else min(len(self._fed), len(self._prompt))) - self._cached
+                0, (len(self._prompt) if self._said.tokens else min(len(self._fed), len(self._prompt))) - self._cached
             ),
-            completion_tokens=len(self._output.tokens),
+            completion_tokens=len(self._said.tokens),
             thought_tokens=self._control.thought_tokens,
         )
 
     def _figures(self, *, by_layer: bool = True) -> Figures:
         clock, usage = self._clock, self._usage()
-        decoded = len(self._output.tokens) - 1
+        decoded = len(self._said.tokens) - 1
         # One token is always fed, to draw the first from; that is no prefill.
         prefilled = clock.first and usage.prefilled_tokens > 1
         return Figures(
@@ -634,21 +575,3 @@ def runs_ahead(model: LiveModel) -> bool:
         # The forward pass after the last token would read experts for nothing.
         return False
     return on_gpu() or model.plan.resident_bytes <= _SMALL_MODEL_BYTES
-
-
-class RandomTurn:
-    """Which request's random state MLX holds at the moment; one for an engine."""
-
-    def __init__(self) -> None:
-        self._holder: RandomState | None = None
-
-    def take(self, state: RandomState) -> None:
-        """Make `state` the one that the next draw uses."""
-        state.enter(self._holder)
-        self._holder = state
-
-    def pause(self, state: RandomState) -> None:
-        """Take `state` back from MLX if that holds it, for a draw of its own."""
-        if self._holder is state:
-            state.leave()
-            self._holder = None

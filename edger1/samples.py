@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING
 from edger1 import sampling
 from edger1.cache import Entry
 from edger1.final_answers import final_answer, plain, vote_key
-from edger1.generate import Generation, RandomTurn
+from edger1.generate import Generation
 from edger1.messages import Done, Event, Generate, OfSample, Progress, Running, Sampled, Text, Thought, ToolCall
+from edger1.sampling import RandomTurn
 
 if TYPE_CHECKING:
     from edger1.loader import LiveModel
@@ -186,10 +187,10 @@ class Sample(Generation):
 
     def withdraw(self) -> None:
         """End at the next step."""
-        self._output.finish = self._output.finish or "cancelled"
+        self._said.finish = self._said.finish or "cancelled"
 
     def _step(self, *, ahead: bool) -> bool:
-        if self._output.finish is not None:
+        if self._said.finish is not None:
             self._come_back()
             self.finish()
             return True
@@ -207,7 +208,7 @@ class Sample(Generation):
     @property
     def has_shared(self) -> bool:
         """Whether others need not wait for its prompt's KV cache, be it that they will not have it."""
-        return self._has_shared or self._output.finish is not None
+        return self._has_shared or self._said.finish is not None
 
     def _share(self) -> None:
         """Leave a copy of the prompt's KV cache for the others, where there is room for it."""
@@ -215,7 +216,7 @@ class Sample(Generation):
             return
         self._has_shared = True
         kv = self._model.kv
-        if not self._output.tokens and kv.nbytes + sum(c.nbytes for c in self._caches) <= self._model.plan.kv_bytes:
+        if not self._said.tokens and kv.nbytes + sum(c.nbytes for c in self._caches) <= self._model.plan.kv_bytes:
             kv.put(Entry(list(self._fed), "", copy.deepcopy(self._caches)))
 
     def drop(self) -> None:

@@ -261,3 +261,21 @@ def _kernels(logits: mx.array) -> Any:
 def _as_int(key: mx.array) -> int:
     halves: Any = key.tolist()
     return (int(halves[0]) << 32) | int(halves[1])
+
+
+class RandomTurn:
+    """Which request's random state MLX holds at the moment; one for an engine."""
+
+    def __init__(self) -> None:
+        self._holder: RandomState | None = None
+
+    def take(self, state: RandomState) -> None:
+        """Make `state` the one that the next draw uses."""
+        state.enter(self._holder)
+        self._holder = state
+
+    def pause(self, state: RandomState) -> None:
+        """Take `state` back from MLX if that holds it, for a draw of its own."""
+        if self._holder is state:
+            state.leave()
+            self._holder = None

@@ -7,9 +7,9 @@ import time
 from collections.abc import Callable
 from typing import Any, cast
 
+from edger1.accounting import peak_memory_bytes
 from edger1.errors import ContextError, UsageError
 from edger1.experts.figures import Account
-from edger1.generate import peak_memory_bytes
 from edger1.loader import LiveModel
 from edger1.logits import Logits
 from edger1.memory import SCORE_ROWS

@@ -28,9 +28,8 @@ from edger1.errors import UsageError
 from edger1.experts.figures import BYTES_READ, STALL_S
 
 if TYPE_CHECKING:
-    from edger1.generate import RandomTurn
     from edger1.loader import LiveModel
-    from edger1.sampling import RandomState, Sampler
+    from edger1.sampling import RandomState, RandomTurn, Sampler
 
 MOST_ROWS = 16
 """Rows of a pass up to which the kernels give each the bits that it has alone."""
@@ -237,7 +236,7 @@ class Speculation:
             keys = self._draws.begin(choice.count + 1)
             drafts, _ = mtp.draft(known, choice.count, self._draws)
             choice.count = int(drafts.size)
-            now = self._pass(mx.array(known[-1:], mx.uint32), drafts, caches, length, keys)
+            now = self._pass(mx.array([known[-1]], mx.uint32), drafts, caches, length, keys)
             mx.async_eval(now.drawn)
         mtp.observe(now.hidden, length - 1, known)
         count = now.count

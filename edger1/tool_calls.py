@@ -194,7 +194,7 @@ def described(messages: Sequence[Message], tools: Sequence[Tool]) -> list[Messag
         elif message.get("tool_calls"):
             blocks = [f"{_JSON[0]}\n{_json(c['function'])}\n{_JSON[1]}" for c in message["tool_calls"]]
             content = "\n".join(part for part in (message["content"].rstrip("\n"), *blocks) if part)
-            thought = {key: message[key] for key in ("reasoning_content", "thinking") if key in message}
+            thought: dict[str, Any] = {key: message[key] for key in ("reasoning_content", "thinking") if key in message}
             said.append({"role": "assistant", "content": content, **thought})
         else:
             said.append(dict(message))

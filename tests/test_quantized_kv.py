@@ -19,7 +19,7 @@ from tiny import write_tiny_model
 
 import edger1
 from edger1 import estimate, kernels, worker
-from edger1.cache import _shrink
+from edger1.cache_parts import shrink
 from edger1.folder import inspect
 from edger1.kernels import install
 from edger1.kv_layout import kv_layout
@@ -148,7 +148,7 @@ def test_a_cache_is_trimmed_copied_and_kept_as_state() -> None:
             each.update_and_fetch(rows[1][:, :, :1], rows[0][:, :, :1])
         assert mx.array_equal(twin.keys, before)
         assert mx.array_equal(cache.keys[..., :26, :], again.keys[..., :26, :])
-        _shrink([cache])
+        shrink([cache])
         assert cache.keys.shape[2] == cache.values.shape[2] == 26
         assert trim_prompt_cache([cache], 100) == 26
         assert cache.size() == 0

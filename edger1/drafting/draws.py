@@ -12,17 +12,14 @@ Without a seed, drafts that come with a distribution are accepted by `edger1.dra
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from edger1 import sampling
 from edger1.drafting.passes import Keys
 from edger1.drafting.rejection import Probabilities, accept, draw
-from edger1.sampling import RandomState, Sampler
-
-if TYPE_CHECKING:
-    from edger1.generate import RandomTurn
+from edger1.sampling import RandomState, RandomTurn, Sampler
 
 
 class Draws:

@@ -88,7 +88,8 @@ class Pace:
         Beyond what was measured every draft takes `each` times what a plain step computes.
         """
         plain, price = self._plain, self._stall_s / self._nbytes if self._nbytes else 0.0
-        compute_s, nbytes, found = plain.compute_s, plain.nbytes, []
+        compute_s, nbytes = plain.compute_s, plain.nbytes
+        found: list[float] = []
         for drafts, costs in sorted(self._steps.get(source, {}).items()):
             gap = drafts - len(found)
             more_s, more_bytes = (costs.compute_s - compute_s) / gap, (costs.nbytes - nbytes) / gap

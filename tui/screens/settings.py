@@ -75,8 +75,10 @@ def parse(field: Field, text: str) -> float | int | None:
 def with_value(settings: Settings, field: Field, value: float | int | None) -> Settings:
     """Return settings with a number in the place of a field; None is the usual one."""
     if field.name in _OF_SAMPLING:
-        return replace(settings, sampling=replace(settings.sampling, **{field.name: value}))
-    return replace(settings, **{field.name: getattr(_USUAL, field.name) if value is None else value})
+        drawn: dict[str, Any] = {field.name: value}
+        return replace(settings, sampling=replace(settings.sampling, **drawn))
+    own: dict[str, Any] = {field.name: getattr(_USUAL, field.name) if value is None else value}
+    return replace(settings, **own)
 
 
 def value_of(settings: Settings, field: Field) -> float | int | None:
@@ -202,7 +204,9 @@ class SettingsScreen(ModalScreen[Settings | None]):
     def _read(self) -> Settings | None:
         """Return what is typed; None where something is wrong, which has the focus then."""
         system = self.query_one(TextArea).text
-        chosen = {name: str(self.query_one(f"#{name}", Select).value) for name in ("think", "speculate")}
+        chosen: dict[str, Any] = {
+            name: str(self.query_one(f"#{name}", Select).value) for name in ("think", "speculate")
+        }
         settings = replace(_USUAL, system=system if system.strip() else None, **chosen)
         try:
             for field in FIELDS:
