@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from edger1 import sampling, thinking_control, tool_calls
+from edger1 import sampling, tool_calls
 from edger1.errors import EdgeR1Error, EngineError, UsageError
 from edger1.experts.budget import parse_slots
 from edger1.memory import PROCESS_BYTES, check_kv_bits, default_ceiling
@@ -450,4 +450,4 @@ def _check_generate(request: Generate) -> None:
     sampling.check(request.sampling)
     sampling.check_stop(request.stop)
     sampling.check_count("max_tokens", request.max_tokens)
-    thinking_control.check(request)
+    sampling.check_thinking(request)

@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Self, Unpack
 
-from edger1 import client, installed, registry, sampling, thinking_control, tool_calls, worker
+from edger1 import client, installed, registry, sampling, tool_calls, worker
 from edger1.client import Connection, ThreadConnection, error_of, next_id
 from edger1.errors import EngineError, NotYetError, UnknownModelError, UsageError
 from edger1.fetch.place import write_atomically
@@ -262,7 +262,7 @@ class Model:
             think_at_least=options.get("think_at_least"),
             samples=options.get("samples", 1),
         )
-        thinking_control.check(request)
+        sampling.check_thinking(request)
         return request
 
 

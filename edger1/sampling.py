@@ -14,12 +14,15 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from edger1.errors import UsageError
-from edger1.messages import Sampling
+from edger1.messages import Generate, Sampling
 
 if TYPE_CHECKING:
     import mlx.core as mx
     import numpy as np
     import numpy.typing as npt
+
+MOST_SAMPLES = 256
+
 
 # The window that repetition_penalty looks back over; llama.cpp and Ollama use the same.
 REPETITION_WINDOW = 64
@@ -261,6 +264,22 @@ def _kernels(logits: mx.array) -> Any:
 def _as_int(key: mx.array) -> int:
     halves: Any = key.tolist()
     return (int(halves[0]) << 32) | int(halves[1])
+
+
+def check_thinking(request: Generate) -> None:
+    """Raise UsageError for bounds on the thought, or a number of samples, that are none."""
+    for name in ("think_budget", "think_at_least"):
+        value: Any = getattr(request, name)
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
+            raise UsageError(f"{name} is {value!r}; expected a number of tokens, 0 or more.")
+    budget, least = request.think_budget, request.think_at_least
+    if budget is not None and least is not None and least > budget:
+        raise UsageError(f"think_at_least is {least}, more than the think_budget of {budget}; expected at most that.")
+    if least and request.think == "off":
+        raise UsageError(f"think is off and think_at_least is {least}; leave one of the two out.")
+    samples: Any = request.samples
+    if not isinstance(samples, int) or isinstance(samples, bool) or not 1 <= samples <= MOST_SAMPLES:
+        raise UsageError(f"samples is {samples!r}; expected a whole number from 1 to {MOST_SAMPLES}.")
 
 
 class RandomTurn:

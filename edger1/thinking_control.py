@@ -15,32 +15,14 @@ from __future__ import annotations
 import bisect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
-from edger1.errors import ContextError, UsageError
+from edger1.errors import ContextError
 from edger1.messages import Generate
 from edger1.thinking import Markers, Splitter
 
 WAIT = "Wait"
-MOST_SAMPLES = 256
 
 Encode = Callable[[str], list[int]]
-
-
-def check(request: Generate) -> None:
-    """Raise UsageError for bounds on the thought, or a number of samples, that are none."""
-    for name in ("think_budget", "think_at_least"):
-        value: Any = getattr(request, name)
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
-            raise UsageError(f"{name} is {value!r}; expected a number of tokens, 0 or more.")
-    budget, least = request.think_budget, request.think_at_least
-    if budget is not None and least is not None and least > budget:
-        raise UsageError(f"think_at_least is {least}, more than the think_budget of {budget}; expected at most that.")
-    if least and request.think == "off":
-        raise UsageError(f"think is off and think_at_least is {least}; leave one of the two out.")
-    samples: Any = request.samples
-    if not isinstance(samples, int) or isinstance(samples, bool) or not 1 <= samples <= MOST_SAMPLES:
-        raise UsageError(f"samples is {samples!r}; expected a whole number from 1 to {MOST_SAMPLES}.")
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import pytest
 from tiny import write_mixture, write_tiny_model
 
 import edger1
-from edger1 import generate, loader
+from edger1 import generate, planning
 from edger1.messages import Done, Event, Progress, Running, Text, ToolCall, decode, encode
 from edger1.sampling import Sampler
 
@@ -290,7 +290,7 @@ def test_a_stop_takes_effect_within_one_step(tiny_folder: Path, piece: type, mon
     from edger1.client import ThreadConnection, events, next_id
     from edger1.messages import Cancel, Generate, Load, Loaded
 
-    monkeypatch.setattr(loader, "prefill_step", lambda _: 16)
+    monkeypatch.setattr(planning, "prefill_step", lambda _: 16)
     connection = ThreadConnection()
     loaded = next(e for e in events(connection, Load(next_id(), str(tiny_folder))) if isinstance(e, Loaded))
     arrived: queue.SimpleQueue[Event] = queue.SimpleQueue()

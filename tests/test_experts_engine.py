@@ -18,7 +18,7 @@ import pytest
 from typer.testing import CliRunner
 
 import edger1
-from edger1 import client, installed, loader
+from edger1 import client, installed
 from edger1.cli import app
 from edger1.client import next_id
 from edger1.errors import MemoryCeilingError, StreamError, UnstreamableError, UsageError
@@ -91,7 +91,7 @@ def scores(model: edger1.Model, ids: list[int]) -> Scores:
 
 def test_scoring_reads_each_expert_once_a_step(nano: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Beside banks as small as these a step would be short.
-    monkeypatch.setattr(loader, "STREAMED_PREFILL_STEPS", (512,))
+    monkeypatch.setattr(planning, "STREAMED_PREFILL_STEPS", (512,))
     ids = [(7 * i) % 2000 for i in range(301)]
     with edger1.load(nano, precision="exact") as model:
         expected = scores(model, ids)

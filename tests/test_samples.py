@@ -144,7 +144,7 @@ def test_a_sample_that_fails_ends_all(
     add = Generation._add
 
     def faulty(self: Generation, token: int) -> None:
-        if self._request.sampling.seed == 40 + which and len(self._output.tokens) == 9:
+        if self._request.sampling.seed == 40 + which and len(self._said.tokens) == 9:
             raise RuntimeError("broken")
         add(self, token)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
-from edger1 import sampling, thinking_control
+from edger1 import sampling
 from edger1.errors import UsageError
 from edger1.messages import Generate, Sampling
 
@@ -69,7 +69,7 @@ def check_own(settings: Settings) -> None:
     if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= SAMPLES_MAX:
         raise UsageError(f"samples is {count!r}; expected a whole number from 1 to {SAMPLES_MAX}.")
     bounds = {name: getattr(settings, name) for name in ("think", "think_budget", "think_at_least")}
-    thinking_control.check(Generate("", "", **bounds))
+    sampling.check_thinking(Generate("", "", **bounds))
 
 
 def _usable(settings: Settings) -> bool:
