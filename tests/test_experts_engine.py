@@ -18,7 +18,7 @@ import pytest
 from typer.testing import CliRunner
 
 import edger1
-from edger1 import client, installed
+from edger1 import client, installed, planning
 from edger1.cli import app
 from edger1.client import next_id
 from edger1.errors import MemoryCeilingError, StreamError, UnstreamableError, UsageError
