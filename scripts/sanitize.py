@@ -25,10 +25,11 @@ OPTIONS = {
     "UBSAN_OPTIONS": "print_stacktrace=1",
     "TSAN_OPTIONS": f"suppressions={ROOT / 'scripts' / 'tsan.supp'} exitcode=66",
 }
-ALL = [*sorted(path.stem.removeprefix("test_") for path in (ROOT / "tests").glob("test_kernels_*.py")), "train_ops"]
+ALL = sorted(path.stem.removeprefix("test_") for path in (ROOT / "tests").glob("test_kernels_*.py"))
+ALL += ["quantized_kv", "train_ops"]
 EACH = (
     *("kernels_blocks", "kernels_blocks_caches", "kernels_draw", "kernels_experts", "kernels_latent", "kernels_ops"),
-    *("kernels_prefill", "kernels_qmm", "kernels_quantized_rows", "train_ops"),
+    *("kernels_prefill", "kernels_qmm", "kernels_quantized_rows", "quantized_kv", "train_ops"),
 )
 """Modules over what is compiled for each instruction set. The others' code is the same on all, and they run on one."""
 ONLY = {"avx512bf16": ("kernels_latent", "train_ops")}
