@@ -20,9 +20,8 @@ import numpy as np
 import numpy.typing as npt
 
 from edger1.drafting.length import Pace
-from edger1.generate import RandomTurn
 from edger1.messages import Sampling
-from edger1.sampling import RandomState, Sampler
+from edger1.sampling import RandomState, RandomTurn, Sampler
 from edger1.speculate import Speculation
 
 VOCABULARY = 8
@@ -80,7 +79,8 @@ def model(seed: int = 0) -> tuple[Any, npt.NDArray[np.float32]]:
         base=base,
         forward=lambda tokens, caches: (one_hot[tokens], rows[tokens]),
     )
-    small = SimpleNamespace(model=_Table(smaller), context=1 << 30, prefill_step=512)
+    drafter = _Table(smaller)
+    small = SimpleNamespace(model=drafter, context=1 << 30, prefill_step=512, new_caches=drafter.make_cache)
     live = SimpleNamespace(
         model=_Table(table),
         ahead=layer,

@@ -148,7 +148,9 @@ def test_a_cache_is_trimmed_copied_and_kept_as_state() -> None:
             each.update_and_fetch(rows[1][:, :, :1], rows[0][:, :, :1])
         assert mx.array_equal(twin.keys, before)
         assert mx.array_equal(cache.keys[..., :26, :], again.keys[..., :26, :])
-        shrink([cache])
+        held = [cache]
+        shrink(held)
+        (cache,) = held
         assert cache.keys.shape[2] == cache.values.shape[2] == 26
         assert trim_prompt_cache([cache], 100) == 26
         assert cache.size() == 0

@@ -57,7 +57,9 @@ def test_byte_level_merges_specials_and_digits(tmp_path: Path) -> None:
 )
 def test_byte_level_gives_every_text_back(tmp_path: Path, name: str, text: str) -> None:
     tokenizer = _TOKENIZERS.setdefault(name, built(tmp_path, with_bytes(pre=(STRING, name))).tokenizer)
-    assert tokenizer.decode(tokenizer.encode(text).ids, skip_special_tokens=False) == text
+    # Qwen's takes what Unicode has two ways of writing as the composed one.
+    kept = text if tokenizer.normalizer is None else tokenizer.normalizer.normalize_str(text)
+    assert tokenizer.decode(tokenizer.encode(text).ids, skip_special_tokens=False) == kept
 
 
 _TOKENIZERS: dict[str, Tokenizer] = {}

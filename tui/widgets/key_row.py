@@ -18,6 +18,9 @@ class KeyRow(Footer):
 
     async def recompose(self) -> None:
         """Make the row anew if a key, its words or whether it can be pressed has changed."""
+        if not self.is_attached:
+            # Asked for on a screen that was left meanwhile.
+            return
         wanted = tuple(
             (self.app.get_key_display(key), key.description, key.action, enabled, tooltip)
             for _, key, enabled, tooltip in self.screen.active_bindings.values()
