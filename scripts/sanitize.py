@@ -23,7 +23,7 @@ OPTIONS = {
     # The interpreter keeps much at exit that counts as leaked, and MLX is not instrumented. A test ends by SIGBUS.
     "ASAN_OPTIONS": "detect_leaks=0:handle_sigbus=0",
     "UBSAN_OPTIONS": "print_stacktrace=1",
-    "TSAN_OPTIONS": f"suppressions={ROOT / 'scripts' / 'tsan.supp'} exitcode=66",
+    "TSAN_OPTIONS": f"suppressions={ROOT / 'scripts' / 'tsan.supp'} exitcode=66 handle_sigbus=0",
 }
 ALL = sorted(path.stem.removeprefix("test_") for path in (ROOT / "tests").glob("test_kernels_*.py"))
 ALL += ["quantized_kv", "train_ops"]
