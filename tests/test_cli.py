@@ -23,7 +23,9 @@ def test_version_and_help() -> None:
         assert "Examples" in done.stdout
 
 
-def test_shell_completion_is_offered() -> None:
+def test_shell_completion_is_offered(monkeypatch: pytest.MonkeyPatch) -> None:
+    # What it is offered for is otherwise the shell that happens to run the tests.
+    monkeypatch.setattr("shellingham.detect_shell", lambda *_, **__: ("bash", "/bin/bash"))
     done = edger1("--show-completion", "bash")
     assert "edger1" in done.stdout
 

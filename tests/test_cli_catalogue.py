@@ -125,9 +125,8 @@ def test_stopping_keeps_what_came_and_the_next_fetch_goes_on_from_there(hub: Hub
     events = fetch(ModelCatalogue(), "tiny", lambda event: isinstance(event, Step) and event.done >= 500_000)
     assert isinstance(events[-1], Step)
     assert not (paths.models() / "tiny").exists()
-    assert [path.name for path in in_progress("tiny") if path.name.endswith(".partial")] == [
-        "model.safetensors.partial"
-    ]
+    # Files come side by side; small ones may be on their way still.
+    assert "model.safetensors.partial" in [path.name for path in in_progress("tiny")]
     assert entries(ModelCatalogue())["tiny"].begun_bytes >= 500_000
     hub.release.set()
     assert isinstance(fetch(ModelCatalogue(), "tiny")[-1], Fetched)
