@@ -55,10 +55,10 @@ def open_window(wanted: Wanted, config: Config) -> None:
     # Until the screen is there: what is imported and made for it is no garbage, and looking for some took a quarter of
     # the time.
     gc.disable()
-    for name in ("COLUMNS", "LINES"):
+    for size in ("COLUMNS", "LINES"):
         # Some shells and programs leave the size that the terminal had when they began; Textual would take that for its
         # size, and draw beyond it or not all of it.
-        os.environ.pop(name, None)
+        os.environ.pop(size, None)
     from textual.theme import BUILTIN_THEMES
 
     from edger1.cli.backend import ChildBackend
