@@ -32,7 +32,7 @@ struct CachePlace {
   // int32 [B]: what is in slots starts[b] .. offset - 1 are the positions of sequence b from 0 on, and what precedes them is
   // padding; not together with the two above.
   std::optional<mx::array> starts;
-  RowFormat format;                  // of packed rows, which are uint32 [.., capacity, format.words(head_dim)]
+  RowFormat format{};                  // of packed rows, which are uint32 [.., capacity, format.words(head_dim)]
 };
 
 struct DecoderOutputs {

@@ -36,7 +36,7 @@ struct CachedAttention {
   const void* keys = nullptr;      // [batch, kv_heads, capacity, dim], the new positions among them
   const void* values = nullptr;
   Float type = Float::f32;         // of keys and values
-  RowFormat format;                // of their rows, where they are packed
+  RowFormat format{};                // of their rows, where they are packed
   CacheOrder order;
   int end = 0;                     // the position after the last
   // [batch] or null: sequence b begins in slot first_slots[b] < end with position 0, and ends in slot end - 1. `order` is

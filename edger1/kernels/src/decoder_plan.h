@@ -80,7 +80,7 @@ struct DecoderCall {
   void* keys = nullptr;              // [batch, kv_heads, capacity, head_dim], written at positions offset .. offset + length - 1
   void* values = nullptr;
   Float cache_type = Float::f32;     // of keys and values; or f16
-  RowFormat format;                  // of their rows, where they are packed
+  RowFormat format{};                  // of their rows, where they are packed
   CacheOrder order;
   SlotMask mask;
   int offset = 0;                    // the first new position

@@ -19,7 +19,7 @@ struct StackCaches {
   std::vector<mx::array> keys, values;
   std::vector<int> offsets;
   std::optional<mx::array> starts;
-  RowFormat format;                  // of all layers, where rows are packed
+  RowFormat format{};                  // of all layers, where rows are packed
   std::vector<mx::array> after;      // further arrays that are to be evaluated before this call, whatever they are
 };
 

@@ -47,7 +47,7 @@ struct LatentRows {
   const void* data = nullptr;
   Float type = Float::f32;
   int64_t batch = 0, head = 0, row = 0, step = 1;
-  RowFormat format;                    // where rows are packed; strides then are in words of 32 bits
+  RowFormat format{};                    // where rows are packed; strides then are in words of 32 bits
 
   const void* at(int64_t b, int64_t h, int64_t r) const {
     return offset(data, type, b * batch + h * head + r * row);
