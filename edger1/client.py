@@ -15,11 +15,10 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
 from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
 from edger1 import errors, worker
 from edger1.messages import (
@@ -34,8 +33,6 @@ from edger1.messages import (
     Loaded,
     Request,
     Scores,
-    Text,
-    Thought,
     Unloaded,
     decode,
     encode,
@@ -44,8 +41,6 @@ from edger1.messages import (
 TERMINAL = (Done, Failed, Loaded, AdapterUsed, Unloaded, Scores, Counted, CacheSaved, CacheRestored)
 OnEvent = Callable[[Event], None]
 _SHUTDOWN_S = 10.0
-GATHER_S = 0.03
-"""How long pieces of an answer that come out of a child process may wait for the next ones."""
 
 _ids = itertools.count(1)
 
@@ -182,20 +177,9 @@ class ChildConnection:
 
     def _read(self) -> None:
         assert self._process.stdout is not None
-        # The bytes themselves: of all that is there, with nothing kept back in a buffer.
-        out, rest = self._process.stdout.fileno(), b""
         try:
-            while piece := os.read(out, 1 << 16):
-                *lines, rest = (rest + piece).split(b"\n")
-                event: Any = None
-                for line in lines:
-                    event = decode(line.decode())
-                    self._router.deliver(event)
-                if isinstance(event, Text | Thought):
-                    # Each time that somebody wakes for a token takes a core from the engine, which computes on all.
-                    time.sleep(GATHER_S)
-            if rest:
-                raise ValueError("a line without an end")
+            for line in self._process.stdout:
+                self._router.deliver(decode(line))  # type: ignore[arg-type]
         except ValueError:
             # A child that died in the middle of a line leaves a part of one; one that lives is not the engine.
             self._process.kill()
