@@ -13,13 +13,13 @@ CPU there is nothing to gain, and the forward pass after the last token would be
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from edger1 import sampling, thinking_control
 from edger1.accounting import peak_memory_bytes
+from edger1.answer_clock import AnswerClock
 from edger1.batch import Batch, batchable
 from edger1.cache import Entry, common_prefix
 from edger1.context_shift import ContextShift
@@ -45,17 +45,6 @@ RUNNING_EVERY_S = 0.5
 """How often an answer tells how it is coming along."""
 
 
-@dataclass
-class _Clock:
-    asked: float
-    prefill: float = 0.0
-    first: float = 0.0
-    last: float = 0.0
-    # When it was last told how the answer is coming along, and how many tokens there were.
-    told: float = 0.0
-    told_tokens: int = 0
-
-
 class Generation:
     """A request being answered. `turn` is shared by all requests of an engine."""
 
@@ -64,7 +53,7 @@ class Generation:
         self._request = request
         self._emit = emit
         self._turn = turn
-        self._clock = _Clock(asked=time.perf_counter())
+        self._clock = AnswerClock()
 
         rendered = render(model, request)
         self._raw = rendered.raw
@@ -304,8 +293,7 @@ class Generation:
         caches, shared = taken
         self._caches = self._drafts.begin(caches) or self._model.new_caches()
         self._fed = known[:shared]
-        if not self._clock.prefill:
-            self._clock.prefill = time.perf_counter()
+        if self._clock.begin():
             self._cached = shared
         return True
 
@@ -402,22 +390,15 @@ class Generation:
         self._take_back()
 
     def _add(self, token: int) -> None:
-        clock = self._clock
-        clock.last = time.perf_counter()
-        if not self._said.tokens:
-            clock.first = clock.told = clock.last
-            clock.told_tokens = 1
+        self._clock.add(first=not self._said.tokens)
         self._said.tokens.append(token)
         self._publish(token)
-        if clock.last - clock.told >= RUNNING_EVERY_S and self._said.finish is None:
+        if self._clock.since_told() >= RUNNING_EVERY_S and self._said.finish is None:
             self._tell()
 
     def _tell(self) -> None:
         """Say how the answer is coming along."""
-        clock, said, watch = self._clock, len(self._said.tokens), self._model.watch
-        # Tokens may have been taken back.
-        rate = max(0, said - clock.told_tokens) / (clock.last - clock.told)
-        clock.told, clock.told_tokens = clock.last, said
+        watch, rate = self._model.watch, self._clock.tell(len(self._said.tokens))
         figures = replace(self._figures(by_layer=False), decode_tokens_per_s=rate)
         self._emit(Running(self._request.id, figures, None if watch is None else watch.layers()))
 
@@ -483,30 +464,11 @@ class Generation:
         """Send what is left of a complete answer, and Done; the caches are kept for prompts that go on from it."""
         said = self._said
         said.send(said.splitter.feed(said.detokenizer.end()))
-        told = self._note_full()
+        told = said.note_full(self._shift, self._model.context)
         said.end()
         self._keep_cache()
         said.notes += self._control.told(full=said.finish == "length" and not told)
         self._emit(Done(self._request.id, said.reason, usage=self._usage(), figures=self._figures(), notes=said.notes))
-
-    def _note_full(self) -> bool:
-        """Say what a full context has done to the answer; whether it has ended it."""
-        said = self._said
-        if self._shift is not None and self._shift.times:
-            said.notes.append(self._shift.note())
-        if said.finish != "length" or said.splitter.stopped or len(said.tokens) == self._request.max_tokens:
-            return False
-        where = " in the middle of a thought" if said.splitter.in_thought else ""
-        if self._shift is None:
-            said.notes.append(
-                f"The context of {self._model.context} tokens is full, and the answer ends{where}. Give a larger "
-                f"context with --context, or let the oldest tokens go with --context-shift."
-            )
-        else:
-            said.notes.append(
-                f"The answer is as long as the context, and ends{where}. Give --max-tokens for a longer one."
-            )
-        return True
 
     def _keep_cache(self) -> None:
         self._model.kv.release(self)
@@ -543,12 +505,10 @@ class Generation:
     def _figures(self, *, by_layer: bool = True) -> Figures:
         clock, usage = self._clock, self._usage()
         decoded = len(self._said.tokens) - 1
-        # One token is always fed, to draw the first from; that is no prefill.
-        prefilled = clock.first and usage.prefilled_tokens > 1
         return Figures(
-            prefill_tokens_per_s=usage.prefilled_tokens / (clock.first - clock.prefill) if prefilled else None,
-            decode_tokens_per_s=decoded / (clock.last - clock.first) if decoded > 0 else None,
-            time_to_first_token_s=clock.first - clock.asked if clock.first else None,
+            prefill_tokens_per_s=clock.prefill_rate(usage.prefilled_tokens),
+            decode_tokens_per_s=clock.decode_rate(decoded),
+            time_to_first_token_s=clock.first_token_s,
             peak_memory_bytes=peak_memory_bytes(),
             accounted_memory_bytes=self._model.accounted_bytes,
             ceiling_bytes=self._model.plan.ceiling_bytes,

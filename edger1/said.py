@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from edger1.context_shift import ContextShift
 from edger1.messages import Event, Generate, Text, Thought, ToolCall
 from edger1.seam import Detokenizer
 from edger1.thinking import Splitter
@@ -56,6 +57,24 @@ class Said:
         if self.splitter.stopped and self.finish == "length":
             # The stop string's last character waited for a token that did not come.
             self.finish = "stop"
+
+    def note_full(self, shift: ContextShift | None, context: int) -> bool:
+        """Note what a context of `context` tokens that is full has done to the answer; whether it has ended it."""
+        if shift is not None and shift.times:
+            self.notes.append(shift.note())
+        if self.finish != "length" or self.splitter.stopped or len(self.tokens) == self._request.max_tokens:
+            return False
+        where = " in the middle of a thought" if self.splitter.in_thought else ""
+        if shift is None:
+            self.notes.append(
+                f"The context of {context} tokens is full, and the answer ends{where}. Give a larger context with "
+                f"--context, or let the oldest tokens go with --context-shift."
+            )
+        else:
+            self.notes.append(
+                f"The answer is as long as the context, and ends{where}. Give --max-tokens for a longer one."
+            )
+        return True
 
     @property
     def reason(self) -> str:

@@ -205,6 +205,20 @@ def test_astream_leaves_the_loop_free(model: edger1.Model) -> None:
     assert ticks > 3
 
 
+def test_agenerate_answers_as_generate_does_and_is_cancelled_with_its_task(model: edger1.Model) -> None:
+    async def main() -> tuple[edger1.Response, edger1.Response]:
+        whole = await model.agenerate("Hello", max_tokens=20, temperature=0)
+        long = asyncio.create_task(model.agenerate("Hello", max_tokens=400, temperature=0))
+        await asyncio.sleep(0.05)
+        long.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await long
+        return whole, await model.agenerate("Hello", max_tokens=20, temperature=0)
+
+    whole, again = asyncio.run(main())
+    assert whole.text == again.text == model.generate("Hello", max_tokens=20, temperature=0).text
+
+
 def test_stop_strings_are_cut_off(model: edger1.Model) -> None:
     whole = model.generate("Hello", max_tokens=40, temperature=0).text
     stop = whole[10:13]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_tui_transcript import DOCUMENT
+from test_tui_transcript_text import DOCUMENT
 from textual.content import Content
 
 from edger1.tui.clean import clean
