@@ -462,8 +462,10 @@ def _of_olmoe(part: Any, run: Bench) -> list[Comparison]:
         return guarded(part, run)
 
 
+NOT_OF_OLMOE = ("big", *(name for name in ALL if name.endswith("-nunspark")))
+"""nunspark reads no models of OLMoE's kind."""
 PARTS = {name: partial(guarded, part) for name, part in ALL.items()} | {
-    f"olmoe-{name}": partial(_of_olmoe, part) for name, part in ALL.items() if name != "big"
+    f"olmoe-{name}": partial(_of_olmoe, part) for name, part in ALL.items() if name not in NOT_OF_OLMOE
 }
 
 if __name__ == "__main__":

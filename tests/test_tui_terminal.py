@@ -202,6 +202,8 @@ def test_a_killed_chat_loses_at_most_a_second(tmux: Tmux) -> None:
     window.press("Enter")
     window.until(lambda: bool(talks(tmux.home)) and len(talks(tmux.home)[0][-1].text) > 40)
     seen = talks(tmux.home)[0][-1].text
+    # A busy machine's screen comes after the file.
+    window.until(lambda: letters(seen)[:30] in letters(window.screen()))
     shown = letters(window.screen().split("sea.", 1)[-1].split("Ask anything")[0])
     time.sleep(1.0)
     os.kill(window.pid, signal.SIGKILL)
@@ -210,7 +212,7 @@ def test_a_killed_chat_loses_at_most_a_second(tmux: Tmux) -> None:
     kept = talks(tmux.home)[0][-1]
     assert kept.text.startswith(seen)
     # All of the answer that stood on the screen a second before, up to the line that says whose it is.
-    assert longest_common(shown, letters(kept.text)) >= len(letters(seen)) - 3
+    assert longest_common(shown, letters(kept.text)) >= min(len(letters(seen)), len(shown)) - 3
 
     window = Window(tmux, "--continue")
     window.until(lambda: letters(kept.text)[-12:] in letters(window.screen("-S", "-")))
