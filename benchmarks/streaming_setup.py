@@ -98,6 +98,11 @@ def label(what: str) -> str:
     return what if name == MODEL else f"{NAMES[name]}, {what}"
 
 
+CONTEXTS = {"olmoe": 544}
+"""Tokens of context that EdgeR1 plans for where it is not the usual number: OLMoE has as many heads for keys as for
+queries, and a context of 2,048 would take more than half of a quarter of its size."""
+
+
 @contextmanager
 def edger1(
     run: Bench, group: Limited, known: Path | None = None, of: str | None = None, **arguments: Any
@@ -109,6 +114,8 @@ def edger1(
     with tempfile.TemporaryDirectory() as new:
         folder = known or sides_streaming.fresh(subject(of).folder, Path(new))
         given = {"folder": folder, "precision": PRECISION, **arguments}
+        if (of or _MEASURED.get()) in CONTEXTS:
+            given.setdefault("context", CONTEXTS[of or _MEASURED.get()])
         environment = child_environment(run.threads)
         with Worker("benchmarks.sides_streaming:edger1", given, environment, within=group.command) as worker:
             yield worker

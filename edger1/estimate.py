@@ -178,7 +178,13 @@ def plan_of(
             tokenizer_file_bytes=tokenizer_bytes,
         )
         return budget.with_experts(
-            plan, layers, others, prefill_tokens=tokens, popularity=popularity, miss_cost_s=costs
+            plan,
+            layers,
+            others,
+            prefill_tokens=tokens,
+            popularity=popularity,
+            miss_cost_s=costs,
+            in_turns=not machine.gpu,
         )
 
     plan = planned(step)

@@ -277,7 +277,9 @@ def _load_beside(
     if plan.stream is not None:
         popularity = Popularity(path, [layer.experts for layer in streamed])
         costs = MissCosts(path, streamed)
-        streaming = Streaming(streamed, plan.stream.lent_slots, popularity=popularity, miss_costs=costs)
+        streaming = Streaming(
+            streamed, plan.stream.lent_slots, popularity=popularity, miss_costs=costs, in_turns=not on_gpu()
+        )
         streaming.attach(model)
         for nbytes in streaming.fill():
             done += nbytes

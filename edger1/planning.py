@@ -139,6 +139,8 @@ def plan_model(
             popularity=popularity,
             miss_cost_s=miss_cost_s,
             expert_slots=expert_slots,
+            # Where layers do not wait for their routers, all experts of a token must be there.
+            in_turns=not gpu,
         )
 
     plan, step = planned(kv.step_tokens), kv.step_tokens

@@ -65,6 +65,19 @@ def test_every_layer_has_room_for_all_experts_of_a_token_whatever_the_budget() -
     assert allocate(layers, 0, shares(layers, None)) == (8, 2, 2)
 
 
+def test_experts_of_a_token_take_turns_only_where_there_is_no_room_for_all() -> None:
+    layers = [layer(top_k=8), layer(top_k=8)]
+    ranked = shares(layers, None)
+    enough = sum(slot_bytes(x, 8) for x in layers)
+    assert allocate(layers, enough, ranked, in_turns=True) == (8, 8)
+    assert allocate(layers, enough - 1, ranked, in_turns=True) == (8, 7)
+    assert allocate(layers, 0, ranked, in_turns=True) == (2, 2)
+    assert allocate(layers, enough - 1, ranked) == (8, 8)
+    # A layer of the fewest slots is smaller, and so is the smallest ceiling.
+    few, all_at_once = (plan_stream(layers, 0, prefill_tokens=1, in_turns=turns) for turns in (True, False))
+    assert all_at_once.least_bank_bytes - few.least_bank_bytes == 12 * layers[0].expert_bytes
+
+
 def test_slots_go_where_they_save_most() -> None:
     layers = [layer(0), layer(1)]
     skewed = [1000.0] * 6 + [0.0] * 10

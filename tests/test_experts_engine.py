@@ -238,7 +238,7 @@ def test_banks_make_room_for_other_programs_and_grow_again(
             got = model.generate(QUESTION, temperature=0, max_tokens=120)
             assert (got.text, got.thinking) == (answer.text, answer.thinking)
             slots = got.figures.experts["slots"]
-            assert slots == ([4] * 5 if wanted[0] <= 0 else [32] * 5)
+            assert slots == ([2] * 5 if wanted[0] <= 0 else [32] * 5)
             wanted.pop(0)
     held = [nbytes for nbytes, _ in said]
     assert min(held) < max(held) / 4

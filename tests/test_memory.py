@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from edger1.errors import MemoryCeilingError
 from edger1.memory import KVLayout, LayerCache, Plan, activation_bytes, choose_context, make_plan
 
 
-def test_grouped_query_caches_grow_in_steps_of_256_tokens() -> None:
+def test_grouped_query_caches_have_a_step_of_room_at_most() -> None:
     smollm2 = KVLayout((LayerCache(0, 2 * 3 * 64 * 4),) * 30, step_tokens=16)
     assert smollm2.nbytes(512) == 30 * 2 * 3 * 64 * 4 * (512 + 256)
-    assert smollm2.nbytes(513) == smollm2.nbytes(768)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(1, 600), min_size=1, max_size=6))
+def test_no_cache_has_more_room_than_is_planned(steps: list[int]) -> None:
+    """However a text comes, in chunks or token by token."""
+    mx = pytest.importorskip("mlx.core")
+    from mlx_lm.models.cache import KVCache
+
+    cache, layout = KVCache(), KVLayout((LayerCache(0, 2 * 2 * 4),), step_tokens=16)
+    for step in steps:
+        cache.update_and_fetch(mx.zeros((1, 1, step, 2)), mx.zeros((1, 1, step, 2)))
+        assert cache.keys.nbytes + cache.values.nbytes <= layout.nbytes(cache.offset)
 
 
 def test_a_window_and_a_state_do_not_grow_with_the_context() -> None:
@@ -56,7 +70,7 @@ def test_a_plan_that_does_not_fit_names_the_ceiling_that_would_do() -> None:
         ceiling_bytes=900_000_000,
         fused_attention=True,
     )
-    assert plan.kv_bytes == 2 * 64 * 512
+    assert plan.kv_bytes == 2 * 64 * (100 + 256)
     with pytest.raises(MemoryCeilingError, match=r"m with a context of 100 tokens needs 1\.\d+ GB.*900 MB"):
         plan.check("m")
     Plan(**{**plan.__dict__, "ceiling_bytes": plan.smallest_ceiling_bytes}).check("m")

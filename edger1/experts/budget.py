@@ -25,6 +25,7 @@ from edger1.experts.store import THREADS, read_buffer_bytes
 from edger1.memory import Plan
 
 LEAST_SLOTS = 2
+"""One expert of a layer is computed while another is read."""
 _PAGE = 4096
 # A bank's array begins at a page of its own, which takes a page more than its values; so does its end.
 _ARRAY_SLACK = 2 * _PAGE
@@ -90,9 +91,9 @@ def parse_slots(asked: str | int) -> int | float:
     return value
 
 
-def least_slots(layer: LayerExperts) -> int:
-    """Return the fewest slots that a layer works with: all experts of one token have theirs at once."""
-    return min(layer.experts, max(layer.top_k, LEAST_SLOTS))
+def least_slots(layer: LayerExperts, *, in_turns: bool = False) -> int:
+    """Return the fewest slots that a layer is given: all experts of one token have theirs at once, or take turns."""
+    return min(layer.experts, LEAST_SLOTS if in_turns else max(layer.top_k, LEAST_SLOTS))
 
 
 def slots_by_hand(layers: Sequence[LayerExperts], asked: str | int) -> tuple[int, ...]:
@@ -137,14 +138,23 @@ def allocate(
     budget_bytes: int,
     ranked: Sequence[Sequence[float]],
     miss_cost_s: Sequence[float] | None = None,
+    *,
+    in_turns: bool = False,
 ) -> tuple[int, ...]:
     """Spend the budget on slots, each where it saves most a byte; every layer has its fewest, whatever the budget.
 
     `ranked` is what `shares` returns. `miss_cost_s` is what one miss costs in each layer; where it is not known, it is
-    taken to grow with the expert's size.
+    taken to grow with the expert's size. With `in_turns` a token's experts take turns where there are not slots for all
+    of them.
     """
+
+    def rest(slots: Sequence[int]) -> int:
+        return budget_bytes - sum(slot_bytes(layer, n) for layer, n in zip(layers, slots, strict=True))
+
     slots = [least_slots(layer) for layer in layers]
-    left = budget_bytes - sum(slot_bytes(layer, n) for layer, n in zip(layers, slots, strict=True))
+    if in_turns and rest(slots) < 0:
+        slots = [least_slots(layer, in_turns=True) for layer in layers]
+    left = rest(slots)
 
     def saving(i: int) -> float:
         cost = layers[i].expert_bytes if miss_cost_s is None else miss_cost_s[i]
@@ -196,18 +206,19 @@ def plan_stream(
     popularity: Popularity | None = None,
     miss_cost_s: Sequence[float] | None = None,
     expert_slots: str | int | None = None,
+    in_turns: bool = False,
     read_threads: int = THREADS,
 ) -> StreamPlan:
     """Divide `room_bytes`, what the ceiling leaves beside everything else, among the banks of `layers`.
 
     `lent_bytes` more are theirs for as long as nobody else needs them. `expert_slots` sets the banks by hand instead,
-    whether they fit or not. Banks are never smaller than what works: whoever asked checks whether they fit.
+    whether they fit or not. `in_turns` says that a token's experts need not have slots all at once. Banks are never smaller than what works: whoever asked checks whether they fit.
     """
     ranked = shares(layers, popularity)
     staging = staging_bytes(layers, prefill_tokens, read_threads)
     if expert_slots is None:
-        slots = allocate(layers, room_bytes - staging, ranked, miss_cost_s)
-        lent = allocate(layers, room_bytes - staging + lent_bytes, ranked, miss_cost_s)
+        slots = allocate(layers, room_bytes - staging, ranked, miss_cost_s, in_turns=in_turns)
+        lent = allocate(layers, room_bytes - staging + lent_bytes, ranked, miss_cost_s, in_turns=in_turns)
     else:
         slots = lent = slots_by_hand(layers, expert_slots)
     rates = [list(accumulate(each))[n - 1] for each, n in zip(ranked, slots, strict=True)]
@@ -220,7 +231,7 @@ def plan_stream(
         top_k=tuple(layer.top_k for layer in layers),
         expert_bytes=tuple(layer.expert_bytes for layer in layers),
         bank_bytes=sum(slot_bytes(layer, n) for layer, n in zip(layers, slots, strict=True)),
-        least_bank_bytes=sum(slot_bytes(layer, least_slots(layer)) for layer in layers),
+        least_bank_bytes=sum(slot_bytes(layer, least_slots(layer, in_turns=in_turns)) for layer in layers),
         staging_bytes=staging,
         hit_rates=tuple(rates),
         hit_rate=sum(layer.top_k * rate for layer, rate in zip(layers, rates, strict=True)) / max(1, requests),
@@ -238,12 +249,13 @@ def with_experts(
     popularity: Popularity | None = None,
     miss_cost_s: Sequence[float] | None = None,
     expert_slots: str | int | None = None,
+    in_turns: bool = False,
     read_threads: int = THREADS,
 ) -> Plan:
     """Turn the plan of a model that is wholly resident into the one to load it by.
 
     Where all fits under the ceiling, and no slots were asked for, experts stay resident, and the plan only learns which
-    smaller ceiling would do. Else their banks get what is left beside `other_bytes`, the weights that are no experts.
+    smaller ceiling would do; see `plan_stream` for `in_turns`. Else their banks get what is left beside `other_bytes`, the weights that are no experts.
     Raises UsageError where slots are asked for and there are no experts to give them to.
     """
     if not layers:
@@ -259,6 +271,7 @@ def with_experts(
         popularity=popularity,
         miss_cost_s=miss_cost_s,
         expert_slots=expert_slots,
+        in_turns=in_turns,
         read_threads=read_threads,
     )
     least = beside.total_with(stream.least_bank_bytes + stream.staging_bytes)

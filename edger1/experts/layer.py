@@ -1,6 +1,7 @@
 """What stands in for a layer's routed experts: it reads the router's choice back, brings in what is missing, computes.
 
-Up to 16 rows (decoding, batches, drafts): the experts that are there are computed while the others are being read.
+Up to 16 rows (decoding, batches, drafts): the experts that are there are computed while the others are being read; where
+they are more than there are slots, a few are computed while the next ones are read.
 More rows (prefill): expert by expert, each read at most once, a group computed while the next is read; a chunk of 512
 tokens asks for nearly all experts, whatever the number of slots.
 
@@ -111,7 +112,7 @@ class StreamedExperts:
             following.guess(_distinct(guesses))
         distinct = _distinct(chosen)
         if len(distinct) > bank.usable_slots:
-            return None
+            return self._in_turns(operation, x, chosen, distinct, weights)
         missing = self._use(distinct)
         if not missing:
             return operation.given(x, _array(bank.table[chosen]), weights)
@@ -316,6 +317,17 @@ class StreamedExperts:
                 self.figures[STALL_S] += time.perf_counter() - began
             group = batch
         return _in_order(parts, places, chosen.shape)
+
+    def _in_turns(
+        self, operation: StreamedOperation, x: Any, chosen: Experts, distinct: Sequence[int], weights: Any
+    ) -> Any:
+        """Compute few rows whose experts do not have slots all at once; the bits are those of having them."""
+        self._use(distinct)
+
+        def ranks(_: Any, rows: Any, slots: Any) -> Any:
+            return operation.ranks(rows, slots)
+
+        return operation.summed(x, self._by_expert(None, x, chosen, distinct, ranks), weights)
 
     def _room(self, group: Sequence[int]) -> int:
         """How many experts may be read while `group` is computed: as many are to be free the next time."""

@@ -87,16 +87,16 @@ class Slots(Protocol):
         """Take memory for slots again; returns the bytes."""
 
 
-def adjust(banks: Sequence[Slots], change_bytes: int) -> int:
+def adjust(banks: Sequence[Slots], change_bytes: int, *, in_turns: bool = False) -> int:
     """Shrink banks by at least as many bytes as `change_bytes` is below 0, or grow them by at most as many above.
 
     Slot by slot: from the bank that has most beyond its fewest, or to the one that lacks most, as shares of what was
-    planned. Returns the bytes that came of it, below 0 where they were given back.
+    planned. Returns the bytes that came of it, below 0 where they were given back. See `least_slots` for `in_turns`.
     """
     sizes = [bank.usable_slots for bank in banks]
 
     def ahead(i: int) -> float:
-        return (sizes[i] - least_slots(banks[i].layer)) / banks[i].slots
+        return (sizes[i] - least_slots(banks[i].layer, in_turns=in_turns)) / banks[i].slots
 
     if change_bytes < 0:
         while change_bytes < 0:

@@ -49,8 +49,10 @@ class Streaming:
         miss_costs: MissCosts | None = None,
         mode: str = "auto",
         device: Device | None = None,
+        in_turns: bool = False,
     ) -> None:
         self.store = Store(layers, mode=mode)
+        self._in_turns = in_turns
         self.device: Device = device or MLXDevice()
         self.banks = [
             Bank(layer, count, self.store, policy(layer.experts)) for layer, count in zip(layers, slots, strict=True)
@@ -69,7 +71,7 @@ class Streaming:
         self.prefetch = Trial()
         self.pressure = Pressure(
             self.nbytes,
-            sum(least_slots(layer) * layer.expert_bytes for layer in layers),
+            sum(least_slots(layer, in_turns=in_turns) * layer.expert_bytes for layer in layers),
             max((layer.expert_bytes for layer in layers), default=0),
         )
         self._most_bytes = self.nbytes
@@ -243,7 +245,7 @@ class Streaming:
         self.pressure.planned_bytes = min(allowed, self._most_bytes)
         if self.nbytes > allowed:
             self.device.finish()
-            adjust(self.banks, allowed - self.nbytes)
+            adjust(self.banks, allowed - self.nbytes, in_turns=self._in_turns)
 
     def breathe(self) -> int:
         """Let banks give memory back where other programs need it, or take it again; returns the change in bytes.
@@ -254,7 +256,7 @@ class Streaming:
         if change == 0:
             return 0
         self.device.finish()
-        return adjust(self.banks, change)
+        return adjust(self.banks, change, in_turns=self._in_turns)
 
     def begin(self) -> float:
         """Begin a step: what its banks hold is decided, and time counted from here on; what was before is nobody's."""

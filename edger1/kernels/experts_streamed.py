@@ -85,6 +85,11 @@ class StreamedOperation:
         done: mx.array | None = self._call(x, slots, weights, arrivals)
         return done
 
+    def summed(self, x: mx.array, ranks: mx.array, weights: mx.array) -> mx.array | None:
+        """Return what `given` answers from what `ranks` gave for x, [..., ranks, hidden]: up to 16 rows, the same bits."""
+        done: mx.array | None = self._call.summed(x, ranks, weights)
+        return done
+
     def ranks(self, x: mx.array, slots: mx.array, arrivals: Any = None) -> mx.array | None:
         """Return what each rank's expert gives, [..., ranks, hidden]."""
         done: mx.array | None = self._call(x, slots, None, arrivals)

@@ -222,6 +222,12 @@ void bind_experts(nb::module_& m) {
               const SharedArrivals* arrivals) { return or_none(self.experts.given(x, slots, weights, inner(arrivals))); },
            "x"_a, "slots"_a, "weights"_a, "arrivals"_a = nb::none(),
            "What layer() computes after routing, the shared expert included; None where that does not apply.")
+      .def("summed",
+           [](const WatchedExperts& self, const mx::array& x, const mx::array& ranks, const mx::array& weights) {
+             return or_none(self.experts.summed(x, ranks, weights));
+           },
+           "x"_a, "ranks"_a, "weights"_a,
+           "What given() answers, from what each rank's expert gave; None where that does not apply.")
       .def("layer", [](const WatchedExperts& self, const mx::array& x) { return or_none(self.experts.layer(x)); }, "x"_a,
            "Router, experts and shared expert; None where that does not apply.")
       .def("routed", [](const WatchedExperts& self, const mx::array& x) { return or_none(self.experts.routed(x)); }, "x"_a,

@@ -110,6 +110,38 @@ class ExpertsOp : public CpuPrimitive {
   std::shared_ptr<Arrivals> arrivals_;
 };
 
+// Inputs x, what each expert gave for it (contiguous), and weights.
+class ExpertsSumOp : public CpuPrimitive {
+ public:
+  ExpertsSumOp(mx::Stream stream, Shared held) : CpuPrimitive(stream), held_(std::move(held)) {}
+
+  const char* name() const override {
+    return "EdgeR1ExpertsSum";
+  }
+  std::vector<mx::Shape> output_shapes(const std::vector<mx::array>& inputs) override {
+    return {inputs[0].shape()};
+  }
+
+  void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
+    allocate(outputs[0]);
+    launch(stream(), [held = held_, x = Rows(inputs[0]), given = inputs[1].data<float>(), ranks = inputs[1].shape(-2),
+                      weights = Elements<float>(inputs[2]), out = outputs[0].data<float>()] {
+      ExpertsCall call;
+      std::vector<float> room;
+      take_rows(call, x, room);
+      auto weight_values = weights.read<float>();
+      call.weights = weight_values.data();
+      call.ranks = ranks;
+      call.with_shared = held->plan.shared.present();
+      call.out = out;
+      sum_experts(held->plan, call, given);
+    });
+  }
+
+ private:
+  Shared held_;
+};
+
 // Input x. One output, the layer's; or, for the router alone, indices and weights.
 class MoeLayerOp : public CpuPrimitive {
  public:
@@ -204,6 +236,18 @@ std::optional<mx::array> Experts::computed(const mx::array& x, const mx::array& 
     return std::nullopt;
   }
   return mx::array(x.shape(), mx::float32, std::move(op), {x, indices, *weights});
+}
+
+std::optional<mx::array> Experts::summed(const mx::array& x, const mx::array& ranks, const mx::array& weights) const {
+  if (!applies(x) || (plan().shared.present() && row_count(x) > kMaxRows) || weights.ndim() != x.ndim() ||
+      rows_of(weights, 1) != rows_of(x, 1) || ranks.shape() != with(weights.shape(), {plan().hidden}) ||
+      ranks.dtype() != mx::float32 || weights.dtype() != mx::float32 || ranks.size() == 0 || ranks.is_tracer() ||
+      weights.is_tracer()) {
+    return std::nullopt;
+  }
+  mx::Stream stream = cpu_stream(mx::Device::cpu, "experts");
+  return mx::array(x.shape(), mx::float32, std::make_shared<ExpertsSumOp>(stream, held_),
+                   {x, mx::contiguous(ranks, false, stream), weights});
 }
 
 std::optional<mx::array> Experts::layer(const mx::array& x) const {

@@ -80,6 +80,9 @@ class Experts {
   // The same with the shared expert, as layer() adds it to what its router chose, and like that for up to 16 rows only.
   std::optional<mx::array> given(const mx::array& x, const mx::array& indices, const mx::array& weights,
                                  std::shared_ptr<Arrivals> arrivals = nullptr) const;
+  // What given() answers, from `ranks` [..., ranks, hidden] float32: what this gave for the same x without weights, in one
+  // call or in several.
+  std::optional<mx::array> summed(const mx::array& x, const mx::array& ranks, const mx::array& weights) const;
   // The whole layer, router first and the shared expert last. With a shared expert for up to 16 rows only, and never where
   // the experts are not as many as the router's.
   std::optional<mx::array> layer(const mx::array& x) const;

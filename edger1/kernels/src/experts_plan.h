@@ -125,6 +125,10 @@ struct ExpertsCall {
 // same bits in whatever order they come. Where one fails, or the waiting is aborted, `out` is NaN throughout.
 void run_experts(const ExpertsPlan& plan, const ExpertsCall& call);
 
+// What run_experts gives with weights, from what each expert gave without them: `given` [rows, ranks, hidden]. The same
+// bits; `call` needs no experts.
+void sum_experts(const ExpertsPlan& plan, const ExpertsCall& call, const float* given);
+
 // The experts [rows, ranks] and weights of each row of x, as `call` describes it. Of equal scores the first wins; ranks are
 // in falling order of score.
 void run_router(const ExpertsPlan& plan, const ExpertsCall& call, uint32_t* experts, float* weights);

@@ -236,6 +236,25 @@ class FewRows {
     out_of_hidden();
   }
 
+  // The sum of what each expert gave before, [rows, ranks, hidden], and of what the shared one gives now.
+  void sum_given(const float* given) {
+    if (call_.with_shared) {
+      x_.prepare_all(call_.x, call_.x_stride);
+      into_hidden({0, 0}, true);
+      shared_.prepare_all(shared_hidden_, shared_inner_);
+    }
+    int64_t bytes = pairs_ * 4 + (call_.with_shared ? row_bytes(plan_.shared.down) : 0);
+    sweep_rows(plan_.hidden, bytes, kLongest, [&](int64_t begin, int64_t end) {
+      auto n0 = static_cast<int>(begin), n1 = static_cast<int>(end);
+      float* shared = nullptr;
+      if (call_.with_shared) {
+        shared = static_cast<float*>(thread_scratch(0, size_t(call_.rows) * size_t(n1 - n0) * 4));
+        shared_down(shared, n1 - n0, n0, n1);
+      }
+      sum(given + n0, plan_.hidden, shared, n1 - n0, n0, n1);
+    });
+  }
+
  private:
   static int64_t row_bytes(const Projection& p) {
     return p.n > 0 ? p.row_bytes() : 0;
@@ -381,7 +400,7 @@ class FewRows {
     if (call_.with_shared) {
       shared_down(parts + pairs_ * stride, stride, n0, n1);
     }
-    sum(parts, stride, n0, n1);
+    sum(parts, stride, parts + pairs_ * stride, stride, n0, n1);
   }
 
   // The same, in two steps: what each expert of a range gives, and their sum.
@@ -399,7 +418,8 @@ class FewRows {
   }
   void sum_parts() const {
     parallel_ranges(plan_.hidden, grain_for(plan_.hidden, double(pairs_ + call_.rows), 32768, 16), [&](int64_t begin, int64_t end) {
-      sum(parts_ + begin, plan_.hidden, static_cast<int>(begin), static_cast<int>(end));
+      const float* parts = parts_ + begin;
+      sum(parts, plan_.hidden, parts + pairs_ * plan_.hidden, plan_.hidden, static_cast<int>(begin), static_cast<int>(end));
     });
   }
 
@@ -431,15 +451,15 @@ class FewRows {
     multiply_rows(plan_.shared.down, plan_.fast, x, m, n0, n1, to);
   }
 
-  // Rows n0..n1 of the result: the pairs' parts in order of rank, then the shared expert's, which follow the pairs'.
-  void sum(const float* parts, int64_t stride, int n0, int n1) const {
+  // Rows n0..n1 of the result: the pairs' parts in order of rank, then the shared expert's.
+  void sum(const float* parts, int64_t stride, const float* shared, int64_t shared_stride, int n0, int n1) const {
     int n = n1 - n0;
     for (int64_t t = 0; t < call_.rows; t++) {
       float* out = call_.out + t * plan_.hidden + n0;
       sum_ranks(out, parts + t * call_.ranks * stride, stride, call_.weights + t * call_.ranks, call_.ranks, n);
       if (call_.with_shared) {
         float weight = plan_.shared.weight.n > 0 ? shared_weights_[t] : 1.0f;
-        ops().blend_row(out, 1, parts + (pairs_ + t) * stride, weight, n);
+        ops().blend_row(out, 1, shared + t * shared_stride, weight, n);
       }
     }
   }
@@ -480,6 +500,11 @@ void run_experts(const ExpertsPlan& plan, const ExpertsCall& call) {
     // What an exception would end, MLX's stream, others wait for too.
     std::fill_n(call.out, call.rows * (call.weights ? 1 : call.ranks) * plan.hidden, std::numeric_limits<float>::quiet_NaN());
   }
+}
+
+void sum_experts(const ExpertsPlan& plan, const ExpertsCall& call, const float* given) {
+  FewRows run(plan, call, {}, false);
+  run.sum_given(given);
 }
 
 } // namespace edger1
