@@ -177,7 +177,7 @@ class KVLayout:
     """What a layer's quantized cache is read back to while the layer computes, where attention takes no codes."""
 
     def nbytes(self, tokens: int) -> int:
-        """Bytes of buffers, at most, when `tokens` tokens are in the caches: less than a step of room is behind them."""
+        """Bytes of buffers, at most, when `tokens` tokens are in the caches: less than a step of room is beyond."""
         room = tokens + _KV_STEP
         return sum(
             layer.fixed_bytes

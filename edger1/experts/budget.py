@@ -212,7 +212,8 @@ def plan_stream(
     """Divide `room_bytes`, what the ceiling leaves beside everything else, among the banks of `layers`.
 
     `lent_bytes` more are theirs for as long as nobody else needs them. `expert_slots` sets the banks by hand instead,
-    whether they fit or not. `in_turns` says that a token's experts need not have slots all at once. Banks are never smaller than what works: whoever asked checks whether they fit.
+    whether they fit or not. `in_turns` says that a token's experts need not have slots all at once. Banks
+    are never smaller than what works: whoever asked checks whether they fit.
     """
     ranked = shares(layers, popularity)
     staging = staging_bytes(layers, prefill_tokens, read_threads)
@@ -255,7 +256,9 @@ def with_experts(
     """Turn the plan of a model that is wholly resident into the one to load it by.
 
     Where all fits under the ceiling, and no slots were asked for, experts stay resident, and the plan only learns which
-    smaller ceiling would do; see `plan_stream` for `in_turns`. Else their banks get what is left beside `other_bytes`, the weights that are no experts.
+    smaller ceiling would do; see `plan_stream` for `in_turns`. Else their banks get what is left beside
+    `other_bytes`, the weights that are no experts.
+
     Raises UsageError where slots are asked for and there are no experts to give them to.
     """
     if not layers:

@@ -1,7 +1,7 @@
 """What stands in for a layer's routed experts: it reads the router's choice back, brings in what is missing, computes.
 
-Up to 16 rows (decoding, batches, drafts): the experts that are there are computed while the others are being read; where
-they are more than there are slots, a few are computed while the next ones are read.
+Up to 16 rows (decoding, batches, drafts): the experts that are there are computed while the others are being read;
+where they are more than there are slots, a few are computed while the next ones are read.
 More rows (prefill): expert by expert, each read at most once, a group computed while the next is read; a chunk of 512
 tokens asks for nearly all experts, whatever the number of slots.
 
