@@ -86,7 +86,7 @@ class StreamedOperation:
         return done
 
     def summed(self, x: mx.array, ranks: mx.array, weights: mx.array) -> mx.array | None:
-        """Return what `given` answers, the same bits, from what `ranks` gave for x [..., ranks, hidden]: up to 16 rows."""
+        """Return what `given` answers, to the bit, from what `ranks` gave for x [..., ranks, hidden]: up to 16 rows."""
         done: mx.array | None = self._call.summed(x, ranks, weights)
         return done
 
