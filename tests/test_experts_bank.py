@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -17,6 +18,8 @@ from edger1.errors import StreamError
 from edger1.experts import store as store_module
 from edger1.experts.anatomy import LayerExperts, Part
 from edger1.experts.bank import Bank
+from edger1.experts.figures import empty
+from edger1.experts.layer import StreamedExperts
 from edger1.experts.policy import LRU
 from edger1.experts.prefetch import Trial
 from edger1.experts.store import Store
@@ -156,6 +159,30 @@ def test_guesses_that_are_given_up_free_their_slots(
     assert holds(bank, 3)
     assert holds(bank, 4)
     assert bank.table[7] < 0
+
+
+def test_guesses_that_come_while_they_are_given_up_make_way(
+    layer: LayerExperts, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate(monkeypatch)
+    bank = Bank(layer, 2, store, LRU(EXPERTS))
+    streaming: Any = SimpleNamespace(
+        figures=empty(1), device=SimpleNamespace(finish=lambda: None), patience_s=10, check=lambda: None
+    )
+    held = StreamedExperts(bank, streaming)
+    gate.close()
+    guesses = [bank.request(expert, (), guessed=True) for expert in (7, 8)]
+    give_up = bank.give_up_guesses
+
+    def come_first(*given: Any, **how: Any) -> None:
+        gate.open()
+        assert all(guess is not None and guess.wait(10) for guess in guesses)
+        give_up(*given, **how)
+
+    monkeypatch.setattr(bank, "give_up_guesses", come_first)
+    held._wait(held._request([3, 4], [3, 4]))
+    assert holds(bank, 3)
+    assert holds(bank, 4)
 
 
 @pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="giving pages back needs Linux")

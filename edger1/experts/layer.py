@@ -203,9 +203,10 @@ class StreamedExperts:
                 # The slots suffice, but guesses hold some.
                 self.bank.give_up_guesses(keep, lasting=True)
                 self.bank.settle()
-                if self.bank.has_free_slots:
-                    continue
-                self.bank.others_under_way(reads)[0].wait(self._streaming.patience_s)
+                under_way = self.bank.others_under_way(reads)
+                # A guess that came just now holds a slot that can be had.
+                if not self.bank.has_free_slots and under_way:
+                    under_way[0].wait(self._streaming.patience_s)
                 self._streaming.check()
             reads.append(read)
         return reads
