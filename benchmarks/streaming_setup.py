@@ -82,6 +82,11 @@ def measured(name: str) -> Iterator[None]:
         _MEASURED.reset(token)
 
 
+def current() -> str:
+    """Return the name of the shape that is being measured."""
+    return _MEASURED.get()
+
+
 def subject(name: str | None = None) -> Subject:
     """Return the model of a shape, made once; by default the one that is being measured."""
     return _made(name or _MEASURED.get())
@@ -114,8 +119,8 @@ def edger1(
     with tempfile.TemporaryDirectory() as new:
         folder = known or sides_streaming.fresh(subject(of).folder, Path(new))
         given = {"folder": folder, "precision": PRECISION, **arguments}
-        if (of or _MEASURED.get()) in CONTEXTS:
-            given.setdefault("context", CONTEXTS[of or _MEASURED.get()])
+        if (of or current()) in CONTEXTS:
+            given.setdefault("context", CONTEXTS[of or current()])
         environment = child_environment(run.threads)
         with Worker("benchmarks.sides_streaming:edger1", given, environment, within=group.command) as worker:
             yield worker
