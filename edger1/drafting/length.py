@@ -5,8 +5,8 @@ place j that stand when all before them did. It takes the time of one pass over 
 The k with the most tokens a second is taken, and none where plain decoding has more. While none is taken, a few drafts
 are tried now and then, in growing intervals, since text changes.
 
-That is a promise, of steps apart. What came of decoding with drafts in all, changing over included, is held against what
-came of plain decoding; a source that was slower in the end must promise more the next time.
+That is a promise, of steps apart. What came of decoding with drafts in all, changing over included, is held against
+what came of plain decoding; a source that was slower in the end must promise more the next time.
 """
 
 from __future__ import annotations

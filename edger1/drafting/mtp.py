@@ -101,8 +101,8 @@ class MTPDrafter:
     def __init__(self, ahead: Ahead) -> None:
         self._ahead = ahead
         self._cache: Any = None
-        # Hidden states [1, r, D] of positions _first, _first + 1, ... that the layer has not read, piece by piece: nobody
-        # may ever ask for them.
+        # Hidden states [1, r, D] of positions _first, _first + 1, ... that the layer has not read, piece by piece:
+        # nobody may ever ask for them.
         self._pieces: list[Any] = []
         self._waiting = 0
         self._first = 0
