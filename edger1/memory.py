@@ -187,7 +187,7 @@ class KVLayout:
         )
 
     def claimed_bytes(self, tokens: int, context: int) -> int:
-        """Return what to set aside for `tokens` tokens: whole steps, as caches grow, and at most what `context` takes."""
+        """Return what to set aside for `tokens` tokens: whole steps, as caches grow, up to what `context` takes."""
         return self.nbytes(max(tokens, min(-(-tokens // _KV_STEP) * _KV_STEP, context)))
 
     def read_back_bytes(self, tokens: int) -> int:
