@@ -40,8 +40,9 @@ _AGREEMENTS = ((10, 0.9), (6, 0.75), (4, 0.55), (3, 0.4), (2, 0.3))
 _EXPECTED = {"mtp": 0.7, "draft": 0.6}
 _EACH = {"lookup": 0.15, "mtp": 0.35, "draft": 0.5}
 """What one draft more may cost before it was measured, as a share of what a plain step computes."""
-_TRIAL = {"lookup": (3, 1), "mtp": (1, 4), "draft": (2, 2)}
-"""Drafts of a trial of a source that loses, and steps with so many: a model's first step catches up on the text."""
+_TRIAL = {"lookup": (3, 1), "mtp": (1, 12), "draft": (2, 6)}
+"""Drafts of a trial of a source that loses, and steps with so many: a model's first step catches up on the text, and
+the times of the next ones vary more than what is looked for."""
 
 
 @dataclass
@@ -326,11 +327,12 @@ class Speculation:
         seconds, choice = now - self._began, self._choice
         # What is between two steps belongs to decoding, unless other requests were served there.
         between = 0.0 if self._ended is None else self._began - self._ended
+        seconds += between if between < seconds else 0.0
         self._began, self._ended = None, now
         if self._source_before is not None and self._is_usual:
             # Changing over to plain steps is what drafting costs.
             source = choice.source if choice is not None else self._source_before
-            self._model.pace.came_of(source, said, seconds + (between if between < seconds else 0.0))
+            self._model.pace.came_of(source, said, seconds)
         stall, nbytes = self._read()
         cost = Cost(seconds, min(seconds, stall - self._before[0]), nbytes - self._before[1])
         if drafted and choice is not None and self._is_usual:

@@ -11,18 +11,20 @@ what came of plain decoding; a source that was slower in the end must promise mo
 
 from __future__ import annotations
 
-from collections import deque
+from collections import defaultdict, deque
 from dataclasses import dataclass
-from statistics import median
+from statistics import fmean
 
-_KEPT = 9
-"""Measured times whose median counts."""
+_KEPT = 32
+"""Measured times whose mean counts, without the largest and smallest eighth."""
 _LEAST_GAIN = 1.02
 """What drafting must promise over plain decoding."""
 _MORE, _MOST_GAIN = 1.1, 1.6
 """How much more it must promise after it did not keep to that, and the most that is asked for."""
-_JUDGED, _LATELY = 64, 0.99
+_JUDGED, _LATELY = 160, 0.995
 """Tokens after which it is judged by what came of it, and what an earlier token weighs for each later one."""
+_LOST = 0.97
+"""Share of plain decoding's rate below which that was no accident."""
 _FIRST_TRIAL, _LAST_TRIAL = 24, 384
 """Plain tokens between two trials of a source that loses."""
 _PLAIN_EVERY, _PLAIN_STEPS = 96, 3
@@ -41,7 +43,10 @@ class Cost:
 
 
 class _Costs:
-    """The last costs of one kind of step, and their medians."""
+    """The last costs of one kind of step, and their means.
+
+    No medians: where a step is begun while the last one is computed, the times of steps are of two kinds, in turns.
+    """
 
     def __init__(self) -> None:
         self._last: deque[Cost] = deque(maxlen=_KEPT)
@@ -53,9 +58,24 @@ class _Costs:
     def add(self, cost: Cost) -> None:
         self._last.append(cost)
         # What was measured once or twice may be an accident: the better of it is believed, so that it is tried again.
-        middle = median if len(self._last) > 2 else min
+        middle = _mean if len(self._last) > 2 else min
         self.compute_s = middle([each.seconds - each.stall_s for each in self._last])
         self.nbytes = middle([each.nbytes for each in self._last])
+
+
+def _mean(values: list[float]) -> float:
+    without = len(values) // 8
+    return fmean(sorted(values)[without : len(values) - without])
+
+
+@dataclass
+class _Trials:
+    """When a source that loses is tried again: after `interval` plain tokens, of which `waited` were said, for some
+    steps, of which `tried` were made."""
+
+    interval: int = _FIRST_TRIAL
+    waited: int = 0
+    tried: int = 0
 
 
 class _Record:
@@ -89,13 +109,15 @@ class Pace:
         self._stall_s = self._nbytes = 0.0
         self._records: dict[str, _Record] = {}
         self._demands: dict[str, float] = {}
+        self.trials: defaultdict[str, _Trials] = defaultdict(_Trials)
+        """Of each source, across answers: most are short."""
 
     def came_of(self, source: str, tokens: int, seconds: float) -> None:
         """Note what was said with drafts of `source`, or with "" plainly, and all the time that it took."""
         record = self._records.setdefault(source, _Record())
         record.add(tokens, seconds)
         plain = self._records[""].rate if "" in self._records else None
-        if source and record.rate is not None and plain is not None and record.rate < plain:
+        if source and record.rate is not None and plain is not None and record.rate < _LOST * plain:
             self._demands[source] = min(self.demand(source) * _MORE, _MOST_GAIN)
             self._records[source] = _Record()
 
@@ -191,9 +213,6 @@ class Length:
     each: float
     trial: int = 2
     trial_steps: int = 1
-    _tried: int = 0
-    _interval: int = _FIRST_TRIAL
-    _waited: int = 0
     _drafted: int = 0
 
     def choose(self, acceptance: Acceptance, room: int) -> tuple[int, float]:
@@ -211,8 +230,9 @@ class Length:
             promised = said * plain / seconds
             if promised > max(gain, self.pace.demand(self.source)):
                 best, gain = drafts, promised
+        trials = self.pace.trials[self.source]
         if best:
-            self._interval = _FIRST_TRIAL
+            trials.interval = _FIRST_TRIAL
             # What plain decoding takes is measured anew from time to time, or a machine that has less to do would go
             # unnoticed.
             if self._drafted < _PLAIN_EVERY:
@@ -220,16 +240,17 @@ class Length:
             self._drafted += 1
             self._drafted %= _PLAIN_EVERY + _PLAIN_STEPS
             return 0, 1.0
-        self._waited += 1
-        return (min(self.trial, most), 1.0) if self._waited >= self._interval else (0, 1.0)
+        trials.waited += 1
+        return (min(self.trial, most), 1.0) if trials.waited >= trials.interval else (0, 1.0)
 
     def taken(self) -> None:
         """Note that drafts are made as chosen."""
         self._drafted += 1
-        if self._waited >= self._interval:
-            self._tried += 1
-            if self._tried < self.trial_steps:
+        trials = self.pace.trials[self.source]
+        if trials.waited >= trials.interval:
+            trials.tried += 1
+            if trials.tried < self.trial_steps:
                 return
-            self._interval = min(2 * self._interval, _LAST_TRIAL)
+            trials.interval = min(2 * trials.interval, _LAST_TRIAL)
             self.pace.relent(self.source)
-        self._waited = self._tried = 0
+        trials.waited = trials.tried = 0
