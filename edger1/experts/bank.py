@@ -151,9 +151,12 @@ class Bank:
         return [read for read in held if read not in reads]
 
     def forget_arrivals(self) -> None:
-        """Begin with new arrivals: reads that nobody waits for any more tell the old ones."""
-        if self.arrivals is not None:
-            self.arrivals = type(self.arrivals)(self.arrivals.slots)
+        """Begin with new arrivals, which those reads tell as well that are under way: the next call may want them."""
+        if self.arrivals is None:
+            return
+        self.arrivals = type(self.arrivals)(self.arrivals.slots)
+        for expert, read in self.loading.items():
+            self._tell(read, self._slot_of_read[expert])
 
     def give_up_guesses(self, wanted: Collection[int], *, lasting: bool = False) -> None:
         """Cancel the guesses that are not among `wanted`; what is being read by now is read to its end.
@@ -197,16 +200,19 @@ class Bank:
         return sorted(self._here)
 
     def _start(self, expert: int, slot: int, *, guessed: bool) -> Read:
-        arrivals = self.arrivals
-        if arrivals is not None:
-            arrivals.expect([slot])
         read = self.store.read(self.layer, expert, [row[slot] for row in self._rows], guessed=guessed)
         self.loading[expert] = read
         self._slot_of_read[expert] = slot
         self.places[expert] = slot
-        if arrivals is not None:
-            read.then(lambda ended: arrivals.done(slot) if ended.error is None else arrivals.fail(slot))
+        self._tell(read, slot)
         return read
+
+    def _tell(self, read: Read, slot: int) -> None:
+        """Let operations wait for a read."""
+        arrivals = self.arrivals
+        if arrivals is not None:
+            arrivals.expect([slot])
+            read.then(lambda ended: arrivals.done(slot) if ended.error is None else arrivals.fail(slot))
 
     def _take_slot(self, keep: Collection[int]) -> int | None:
         if self._free:
