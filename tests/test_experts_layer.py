@@ -15,7 +15,9 @@ import pytest
 import streamed_models
 
 from edger1 import kernels
+from edger1.errors import StreamError
 from edger1.experts import store as store_module
+from edger1.experts.store import Read
 from edger1.experts.streaming import Streaming
 
 if not kernels.state().available or mx.default_device().type != mx.cpu:
@@ -99,4 +101,25 @@ def test_what_is_being_read_for_a_call_that_was_given_up_is_waited_for_by_the_ne
     got = answers(model)
     opening.join()
     for a, b in zip(expected, got, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_reads_that_fail_at_once_are_said_as_such(
+    opened: tuple[Any, Streaming], expected: list[Any], disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the layer has asked for all it misses, and the next request finds everything in order."""
+    model, streaming = opened
+    read = streaming.store.read
+
+    def ended(*given: Any, **how: Any) -> Read:
+        begun = read(*given, **how)
+        assert begun.wait(10)
+        return begun
+
+    monkeypatch.setattr(streaming.store, "read", ended)
+    disk.broken = True
+    with pytest.raises(StreamError, match="input/output error"):
+        answers(model)
+    disk.broken = False
+    for a, b in zip(expected, answers(model), strict=True):
         np.testing.assert_array_equal(a, b)

@@ -121,6 +121,9 @@ class StreamedExperts:
         slots = bank.places[chosen]
         for expert in on_map:
             slots[chosen == expert] = bank.slots + expert
+        if (slots < 0).any():
+            # A read has failed already, and its slot is free again.
+            self._wait(reads)
         with self._waiting():
             done = operation.given(x, _array(slots), weights, bank.arrivals)
             if done is None:
