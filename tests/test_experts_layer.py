@@ -77,7 +77,7 @@ def answers(model: Any) -> list[Any]:
     return streamed_models.outputs(model, prompt=TOKENS[:1], decoded=TOKENS[1:])
 
 
-class NotWanted(Exception):
+class NotWantedError(Exception):
     pass
 
 
@@ -88,12 +88,12 @@ def test_what_is_being_read_for_a_call_that_was_given_up_is_waited_for_by_the_ne
 
     def give_up() -> None:
         if streaming.banks[0].loading:
-            raise NotWanted
+            raise NotWantedError
 
     disk.go.clear()
     streaming.patience_s = 0.01
     streaming.interrupted = give_up
-    with pytest.raises(NotWanted):
+    with pytest.raises(NotWantedError):
         answers(model)
     streaming.interrupted = None
     opening = threading.Timer(0.3, disk.go.set)
