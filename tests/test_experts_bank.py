@@ -185,6 +185,52 @@ def test_guesses_that_come_while_they_are_given_up_make_way(
     assert holds(bank, 4)
 
 
+class SlowArrivals:
+    """Arrivals whose teller takes a while; `said` is what they were told, in order."""
+
+    def __init__(self) -> None:
+        self.said: list[tuple[str, int]] = []
+        self.go = threading.Event()
+        self.telling = threading.Event()
+
+    def expect(self, slots: list[int]) -> None:
+        self.said += [("expect", slot) for slot in slots]
+
+    def done(self, slot: int) -> None:
+        self._late("done", slot)
+
+    def fail(self, slot: int) -> None:
+        self._late("fail", slot)
+
+    def _late(self, what: str, slot: int) -> None:
+        self.telling.set()
+        assert self.go.wait(10)
+        self.said.append((what, slot))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_slot_is_not_used_again_before_its_last_read_was_told(
+    layer: LayerExperts, store: Store, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    """Else what is told of the one would be taken for the other, and a slot computed with that is still to be read."""
+
+    def fail(*_: Any) -> int:
+        raise OSError(5, "Input/output error")
+
+    bank = Bank(layer, 1, store, LRU(EXPERTS))
+    bank.arrivals = arrivals = SlowArrivals()
+    if fails:
+        monkeypatch.setattr(store_module.os, "preadv", fail)
+    first = bank.request(3, ())
+    assert first is not None
+    assert arrivals.telling.wait(10)
+    threading.Timer(0.1, arrivals.go.set).start()
+    while (second := bank.request(4, {4})) is None:
+        assert first.wait(10)
+    assert second.wait(10)
+    assert arrivals.said == [("expect", 0), ("fail" if fails else "done", 0)] * 2
+
+
 @pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="giving pages back needs Linux")
 def test_memory_goes_back_and_comes_again(layer: LayerExperts, store: Store) -> None:
     bank = Bank(layer, 6, store, LRU(EXPERTS))

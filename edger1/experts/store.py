@@ -58,6 +58,7 @@ class Read:
         self.seconds = 0.0
         self._left = pieces
         self._done = threading.Event()
+        self._over = False
         self._lock = threading.Lock()
         self._cancelled = False
         self._callbacks: list[Callable[[Read], None]] = []
@@ -66,12 +67,13 @@ class Read:
     def over(cls, layer: LayerExperts, expert: int) -> Read:
         """Return a read that has ended well."""
         read = cls(layer, expert, 0, guessed=False)
+        read._over = True
         read._done.set()
         return read
 
     @property
     def done(self) -> bool:
-        """Whether it has ended: the bytes are there, or `error` says why not."""
+        """Whether it has ended, and who asked for that was told: the bytes are there, or `error` says why not."""
         return self._done.is_set()
 
     @property
@@ -86,7 +88,7 @@ class Read:
     def then(self, callback: Callable[[Read], None]) -> None:
         """Call `callback` when it has ended, from a reading thread, or at once where it has."""
         with self._lock:
-            if not self._done.is_set():
+            if not self._over:
                 self._callbacks.append(callback)
                 return
         callback(self)
@@ -102,10 +104,14 @@ class Read:
             self.error = self.error or error
             if self._left:
                 return
-            self._done.set()
+            self._over = True
             callbacks, self._callbacks = self._callbacks, []
-        for callback in callbacks:
-            callback(self)
+        try:
+            for callback in callbacks:
+                callback(self)
+        finally:
+            # Last: who sees that it is done may have its memory filled anew, and is not to be told of this one then.
+            self._done.set()
 
 
 @dataclass(frozen=True)
