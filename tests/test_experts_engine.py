@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ import edger1
 from edger1 import client, installed, planning
 from edger1.cli import app
 from edger1.client import next_id
-from edger1.errors import MemoryCeilingError, StreamError, UnstreamableError, UsageError
+from edger1.errors import FormatError, MemoryCeilingError, StreamError, UnstreamableError, UsageError
 from edger1.experts import store as store_module
 from edger1.experts.pressure import Pressure
 from edger1.experts.streaming import Streaming
@@ -263,3 +263,41 @@ def test_banks_give_back_what_the_context_asks_for(nano: Path, answer: Any, monk
         model.generate("What is 2 + 2? " * 500, raw=True, temperature=0, max_tokens=8)
     assert all(nbytes <= max(allowed, plan.bank_bytes) for allowed, nbytes in held)
     assert held[-1][1] < short
+
+
+def readers() -> int:
+    return sum(thread.name == "edger1-reader" for thread in threading.enumerate())
+
+
+def test_a_load_that_fails_or_is_given_up_leaves_nothing_running(nano: Path, tmp_path: Path) -> None:
+    import mlx.core as mx
+
+    from edger1 import loader
+    from edger1.kernels import functions
+    from edger1.quant.formats.folder import MTP_NAME
+
+    before, replaced = readers(), functions.installed()
+
+    def load(folder: Path, slots: str | int | None) -> Generator[Any, None, Any]:
+        return loader.load("m", folder, ceiling_bytes=1 << 40, context=512, precision="exact", expert_slots=slots)
+
+    given_up = load(nano, "100%")
+    while readers() == before:
+        next(given_up)
+    given_up.close()
+    assert readers() == before
+
+    folder = tmp_path / "nano-moe"
+    shutil.copytree(nano, folder)
+    file = str(folder / MTP_NAME)
+    loaded: Any = mx.load(file)
+    weights = {name: mx.array(value) for name, value in loaded.items()}
+    name = next(name for name in weights if "eh_proj" in name and name.endswith(".weight"))
+    weights[name] = weights[name][1:]
+    mx.eval(weights)
+    mx.save_safetensors(file, weights, metadata={"format": "mlx"})
+    for experts in (4, None):
+        with pytest.raises(FormatError, match="MTP layer .* does not fit"):
+            list(load(folder, experts))
+    assert readers() == before
+    assert functions.installed() is replaced

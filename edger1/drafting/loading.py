@@ -104,27 +104,32 @@ def load(found: Found, folder: ModelFolder, model: Any, precision: str, slots_sh
             f"Convert the model again, or remove {MTP_NAME} to go without."
         ) from error
     del weights
-    streaming = None if slots_share is None else _streamed(found, folder, predictor, slots_share)
-    on_disk = (
-        {f"{layer.path.split('.mlp.')[-1]}" for layer in _layers(found, folder, predictor)} if streaming else set()
-    )
-    for key, value in tree_flatten(predictor.parameters()):
-        if any(f".mlp.{path}." in f".{key}" for path in on_disk):
-            continue
-        taken = value.astype(mx.float32) if is_widened(value) else value
-        mx.eval(taken)
-        predictor.update(tree_unflatten([(key, taken)]))
-    mx.eval([v for m in predictor.modules() for v in vars(m).values() if isinstance(v, mx.array)])
-    if streaming is not None:
-        streaming.attach(_tree(found, predictor))
-        for _ in streaming.fill():
-            pass
-    with streaming.sleeping() if streaming is not None else contextlib.nullcontext():
-        installed = install(predictor, "exact" if precision == "exact" else "fast")
-    if streaming is not None:
-        streaming.fuse(predictor, installed)
-    nbytes = sum(value.nbytes for _, value in tree_flatten(predictor.parameters()))
-    return Ahead(predictor, base_of(model), installed, nbytes, streaming)
+    # Who reads experts, and what is replaced for the process, would outlive a layer that does not come to be.
+    with contextlib.ExitStack() as undo:
+        streaming = None if slots_share is None else _streamed(found, folder, predictor, slots_share)
+        if streaming is not None:
+            undo.callback(streaming.close)
+        layers = _layers(found, folder, predictor) if streaming is not None else ()
+        on_disk = {f"{layer.path.split('.mlp.')[-1]}" for layer in layers}
+        for key, value in tree_flatten(predictor.parameters()):
+            if any(f".mlp.{path}." in f".{key}" for path in on_disk):
+                continue
+            taken = value.astype(mx.float32) if is_widened(value) else value
+            mx.eval(taken)
+            predictor.update(tree_unflatten([(key, taken)]))
+        mx.eval([v for m in predictor.modules() for v in vars(m).values() if isinstance(v, mx.array)])
+        if streaming is not None:
+            streaming.attach(_tree(found, predictor))
+            for _ in streaming.fill():
+                pass
+        with streaming.sleeping() if streaming is not None else contextlib.nullcontext():
+            installed = install(predictor, "exact" if precision == "exact" else "fast")
+        undo.callback(installed.uninstall)
+        if streaming is not None:
+            streaming.fuse(predictor, installed)
+        nbytes = sum(value.nbytes for _, value in tree_flatten(predictor.parameters()))
+        undo.pop_all()
+        return Ahead(predictor, base_of(model), installed, nbytes, streaming)
 
 
 def _tree(found: Found, predictor: Any) -> dict[str, Any]:
