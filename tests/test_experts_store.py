@@ -6,6 +6,7 @@ import errno
 import os
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,19 @@ def test_a_file_that_was_replaced_goes_on_as_it_was(store: Store, layer: LayerEx
     assert read.wait(10)
     assert read.error is None
     assert [part.tobytes() for part in into] == wanted
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="looking at open files needs /proc")
+def test_a_file_that_cannot_be_opened_leaves_no_other_open(layer: LayerExperts) -> None:
+    def is_open() -> bool:
+        return any(each.resolve() == layer.parts[0].file.resolve() for each in Path("/proc/self/fd").iterdir())
+
+    for number in range(8):
+        missing = layer.parts[0].file.with_name(f"missing-{number}")
+        gone = replace(layer, parts=(*layer.parts, replace(layer.parts[0], file=missing)))
+        with pytest.raises(StreamError, match=f"missing-{number} cannot be read"):
+            Store([gone])
+        assert not is_open()
 
 
 def test_an_io_error_says_where(store: Store, layer: LayerExperts, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -172,8 +172,12 @@ class Store:
         """Whether there is memory for the page cache to keep a good part of what is read; in mode auto."""
         self.counts = Counts()
         self._files: dict[Path, _File] = {}
-        for path in {part.file for layer in layers for part in layer.parts}:
-            self._files[path] = _open(path, mode)
+        try:
+            for path in {part.file for layer in layers for part in layer.parts}:
+                self._files[path] = _open(path, mode)
+        except BaseException:
+            self._close_files()
+            raise
         self._largest = max((part.nbytes for layer in layers for part in layer.parts), default=0)
         self._wanted: collections.deque[_Piece] = collections.deque()
         self._guessed: collections.deque[_Piece] = collections.deque()
@@ -282,6 +286,9 @@ class Store:
             thread.join(timeout=1)
         if any(thread.is_alive() for thread in self._threads):
             return
+        self._close_files()
+
+    def _close_files(self) -> None:
         for file in self._files.values():
             os.close(file.buffered)
             if file.direct is not None:
