@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from edger1 import worker
 from edger1.cli import app
-from edger1.errors import FormatError, StreamError
+from edger1.errors import FormatError, StreamError, UsageError
 from edger1.experts import verify as verify_module
 from edger1.experts.store import Store
 from edger1.experts.verify import ROWS, verify
@@ -73,6 +73,13 @@ def test_the_command_writes_what_it_found(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_model_without_experts_has_nothing_to_verify(tiny_folder: Path) -> None:
     with pytest.raises(FormatError, match="no routed experts"):
         worker.call(lambda: verify(tiny_folder))
+
+
+def test_slots_that_cannot_be_are_refused(tmp_path: Path) -> None:
+    folder = streamed_models.write(tmp_path / "m", "olmoe")
+    for wrong in (0, "0%"):
+        with pytest.raises(UsageError, match="expert_slots is"):
+            verify(folder, expert_slots=wrong)
 
 
 def test_a_file_that_cannot_be_read_is_no_certificate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

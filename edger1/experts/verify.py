@@ -129,10 +129,11 @@ def verify(
     layers = anatomy.find(model, folder)
     if not layers:
         raise FormatError(f"{path.name} has no routed experts, so there is nothing to stream and nothing to verify.")
+    asked = "25%" if expert_slots is None else expert_slots
     slots = [
         # Where every expert had its slot nothing would be read, so nothing would be shown.
         max(least_slots(layer), min(layer.experts - 1, count))
-        for layer, count in zip(layers, slots_by_hand(layers, expert_slots or "25%"), strict=True)
+        for layer, count in zip(layers, slots_by_hand(layers, asked), strict=True)
     ]
     walk = _Walk(_decoders(model, layers), slots, Certificate(path.name, precision), on_layer)
     with walk.hooked():
