@@ -300,6 +300,22 @@ def test_guesses_for_longer_stay_until_their_slots_are_needed(
     assert holds(bank, 11)
 
 
+def test_who_needs_experts_at_once_does_not_wait_for_a_warm_start(
+    layer: LayerExperts, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guesses that hold all slots, however long they are good for, make way for what is asked for."""
+    gate = Gate(monkeypatch)
+    bank = Bank(layer, 8, store, LRU(EXPERTS))
+    gate.close()
+    for expert in range(8):
+        bank.request(expert, (), guessed=True, lasting=True)
+    opening = threading.Timer(0.2, gate.open)
+    opening.start()
+    bank.ensure([10, 11, 3], [10, 11, 3])
+    opening.join()
+    assert all(holds(bank, expert) for expert in (3, 10, 11))
+
+
 def test_a_warm_start_is_not_given_up_by_the_first_call(
     layer: LayerExperts, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
