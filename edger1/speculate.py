@@ -133,6 +133,11 @@ class Speculation:
         if self._mtp is None or self.off or self._model.ahead is None:
             return self._model.model(tokens, cache=caches)
         hidden, logits = self._model.ahead.forward(tokens, caches)
+        if self._model.streaming is not None:
+            import mlx.core as mx
+
+            # Nobody may read these for long; what is begun is waited for before other experts take the slots it reads.
+            mx.async_eval(hidden)
         self._mtp.observe(hidden, first, known)
         return logits
 
@@ -365,8 +370,8 @@ class Speculation:
 def most_rows(model: LiveModel) -> int:
     """Return the rows of a pass up to which each has the bits that it has alone.
 
-    Where experts are streamed, all that the rows may ask for must have slots at once: a layer that has too few goes
-    expert by expert, and rounds otherwise.
+    Where experts are streamed, all that the rows may ask for must have slots at once, which leaves none where experts
+    take turns: a layer with too few reads some of them for each pass.
     """
     if model.streaming is None:
         return MOST_ROWS

@@ -301,3 +301,38 @@ def test_a_load_that_fails_or_is_given_up_leaves_nothing_running(nano: Path, tmp
             list(load(folder, experts))
     assert readers() == before
     assert functions.installed() is replaced
+
+
+def test_states_of_a_short_prompt_are_computed_before_its_experts_leave(nano: Path) -> None:
+    """An MTP layer reads them later, when other requests have had their tokens."""
+    import mlx.core as mx
+    import numpy as np
+
+    from edger1 import loader
+    from edger1.sampling import RandomState, RandomTurn, Sampler
+    from edger1.speculate import Speculation
+
+    prompt, known = [11, 22, 33], [11, 22, 33, 44]
+    found = []
+    for slots in (None, 16):
+        steps = loader.load("m", nano, ceiling_bytes=1 << 40, context=512, precision="exact", expert_slots=slots)
+        try:
+            while True:
+                next(steps)
+        except StopIteration as stop:
+            model = stop.value
+        sampler, random = Sampler(model.sampling, model.vocabulary), RandomState.seeded(1)
+        drafts = Speculation(model, "mtp", sampler, random, RandomTurn(), seeded=True)
+        # The second time all that it asks for is there.
+        for _ in range(2):
+            caches = model.new_caches()
+            drafts.begin(None)
+            drafts.forward(mx.array([prompt]), caches, 0, known)
+            mx.eval([cache.state for cache in caches])
+        others = model.new_caches()
+        for token in range(100, 140):
+            mx.eval(model.model(mx.array([[token]]), cache=others))
+        assert drafts._mtp is not None
+        found.append(np.array(drafts._mtp._hidden))
+        model.close()
+    np.testing.assert_array_equal(*found)
