@@ -153,9 +153,7 @@ class _File:
 class Counts:
     """What a store has read so far."""
 
-    reads: int = 0
     nbytes: int = 0
-    direct_bytes: int = 0
     busy_s: float = 0.0
     """Seconds that threads spent reading, added up."""
 
@@ -190,13 +188,6 @@ class Store:
         ]
         for thread in self._threads:
             thread.start()
-
-    @property
-    def staging_bytes(self) -> int:
-        """Bytes that direct reads pass through, in all threads."""
-        if all(file.direct is None for file in self._files.values()):
-            return 0
-        return len(self._threads) * read_buffer_bytes(self._largest)
 
     def look_for_plenty(self, free_bytes: int) -> None:
         """Decide how to read by what is free, in bytes, beside all that the model holds."""
@@ -317,7 +308,6 @@ class Store:
                     seconds = time.perf_counter() - began
                     read.seconds += seconds
                     with self._counting:
-                        self.counts.reads += 1
                         self.counts.busy_s += seconds
                 except BaseException as caught:
                     error = caught
@@ -333,7 +323,6 @@ class Store:
             if direct and not spare:
                 self._read_direct(file, offset, into, staging)
             else:
-                direct = False
                 _read_buffered(file, offset, into)
         except OSError as error:
             raise StreamError(
@@ -343,7 +332,6 @@ class Store:
         file.check()
         with self._counting:
             self.counts.nbytes += part.nbytes
-            self.counts.direct_bytes += part.nbytes if direct else 0
 
     def _read_direct(self, file: _File, offset: int, into: Bytes, staging: Any) -> None:
         if into.ctypes.data % DIRECT_BLOCK == offset % DIRECT_BLOCK and _read_in_place(file, offset, into, staging):
