@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mlx_lm.models.cache import KVCache
 from typer.testing import CliRunner
 
 import edger1
@@ -336,3 +337,37 @@ def test_states_of_a_short_prompt_are_computed_before_its_experts_leave(nano: Pa
         found.append(np.array(drafts._mtp._hidden))
         model.close()
     np.testing.assert_array_equal(*found)
+
+
+def test_the_room_of_an_mtp_layer_is_all_that_it_takes(nano: Path) -> None:
+    """Under the smallest ceiling too, where the model's own experts take turns in fewer slots than its layer gets."""
+    import mlx.core as mx
+
+    from edger1 import loader
+    from edger1.drafting import loading
+    from edger1.experts.store import read_buffer_bytes
+
+    context = 64
+    least = edger1.plan(nano, context=context).smallest_ceiling_bytes
+    steps = loader.load("m", nano, ceiling_bytes=least, context=context, precision="exact", expert_slots=None)
+    try:
+        while True:
+            next(steps)
+    except StopIteration as stop:
+        model = stop.value
+    share, found = loading.share(model.plan), loading.find(model.folder)
+    assert found is not None
+    assert share == 2 / 32
+    ahead = loading.load(found, model.folder, model.model, "exact", share)
+    try:
+        assert ahead.streaming is not None
+        states = mx.zeros((1, context, model.folder.config["hidden_size"]))
+        cache = KVCache()
+        ahead.predictor(states, states, cache)
+        store = ahead.streaming.store
+        buffers = len(store._threads) * read_buffer_bytes(store._largest)
+        taken = ahead.nbytes + buffers + cache.nbytes + states.nbytes
+        assert taken <= loading.room(found, model.plan, model.folder.config)
+    finally:
+        ahead.close()
+        model.close()

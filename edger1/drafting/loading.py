@@ -10,12 +10,17 @@ from typing import Any
 
 from edger1.drafting.mtp import Ahead
 from edger1.errors import FormatError
+from edger1.experts.anatomy import top_k
+from edger1.experts.budget import LEAST_SLOTS
+from edger1.experts.store import THREADS, read_buffer_bytes
 from edger1.folder import ModelFolder
 from edger1.memory import Plan
 from edger1.quant.formats import safetensors
 from edger1.quant.formats.folder import MTP_NAME
 
 _KV_BYTES = 4
+# mlx-lm's KV caches grow by this many tokens at a time.
+_KV_STEP = 256
 NO_ROOM = "its MTP layer does not fit under the memory ceiling"
 
 
@@ -29,6 +34,8 @@ class Found:
     nbytes: int
     expert_bytes: int
     """Of those, the bytes of stacked experts."""
+    largest_bytes: int = 0
+    """Of these, the bytes of the largest tensor."""
 
 
 def find(folder: ModelFolder) -> Found | None:
@@ -50,8 +57,8 @@ def find(folder: ModelFolder) -> Found | None:
         return None
     paths = tuple(path for path in files if any(path == own for own, _ in found.values()))
     nbytes = sum(nbytes for _, nbytes in found.values())
-    experts = sum(nbytes for name, (_, nbytes) in found.items() if ".switch_mlp." in name)
-    return Found(prefix, paths, frozenset(found), nbytes, experts)
+    experts = [nbytes for name, (_, nbytes) in found.items() if ".switch_mlp." in name]
+    return Found(prefix, paths, frozenset(found), nbytes, sum(experts), max(experts, default=0))
 
 
 def share(plan: Plan) -> float | None:
@@ -62,16 +69,22 @@ def share(plan: Plan) -> float | None:
 
 
 def room(found: Found, plan: Plan, config: Mapping[str, Any]) -> int:
-    """Return what the layer takes at most beside a model so planned: weights, widened where they are, its KV cache, and
-    hidden states that it has yet to read.
+    """Return what the layer takes at most beside a model so planned: weights, widened where they are, what reads of its
+    experts go through, its KV cache, and hidden states that it has yet to read.
 
     The cache is counted as keys and values as wide as the hidden state, which no family exceeds.
     """
     text = config.get("text_config")
     hidden = (text if isinstance(text, Mapping) else config).get("hidden_size")
     width = hidden if isinstance(hidden, int) else 0
-    experts = found.expert_bytes * (1.0 if (slots := share(plan)) is None else slots)
-    return int(experts) + 2 * (found.nbytes - found.expert_bytes) + 2 * plan.context * width * _KV_BYTES
+    experts = found.expert_bytes
+    if plan.stream is not None and experts:
+        # As many as the model's layers have, and with as many slots as `slots_by_hand` makes of the share.
+        count = max(plan.stream.experts)
+        slots = max(-int(-count * (share(plan) or 0) // 1), top_k(config), LEAST_SLOTS)
+        experts = experts * min(count, slots) // count + THREADS * read_buffer_bytes(-(-found.largest_bytes // count))
+    cached = 2 * (plan.context + _KV_STEP) * width * _KV_BYTES
+    return experts + 2 * (found.nbytes - found.expert_bytes) + cached
 
 
 def is_worth(with_layer: Plan, without: Plan) -> bool:
