@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from edger1.errors import StreamError
+from edger1.experts import page_cache
 from edger1.experts import store as store_module
 from edger1.experts.anatomy import LayerExperts, Part
 from edger1.experts.bank import Bank
@@ -247,6 +248,17 @@ def test_memory_goes_back_and_comes_again(layer: LayerExperts, store: Store) -> 
     assert all(holds(bank, expert) for expert in (1, 2, 3, 5))
     assert bank.grow(9) == layer.expert_bytes
     assert bank.usable_slots == 6
+
+
+def test_where_no_memory_goes_back_no_expert_leaves_for_it(
+    layer: LayerExperts, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(page_cache, "sys", SimpleNamespace(platform="darwin"))
+    bank = Bank(layer, 4, store, LRU(EXPERTS))
+    bank.ensure([0, 1, 2, 3])
+    assert bank.shrink(2) == 0
+    assert bank.resident() == [0, 1, 2, 3]
+    assert bank.usable_slots == 4
 
 
 def test_every_expert_in_the_slot_of_its_number(layer: LayerExperts, store: Store) -> None:

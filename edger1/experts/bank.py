@@ -194,6 +194,9 @@ class Bank:
 
     def shrink(self, slots: int, keep: Collection[int] = ()) -> int:
         """Give the memory of up to `slots` slots back to the system; returns how many bytes went."""
+        if not page_cache.can_release():
+            # No expert is to leave for nothing.
+            return 0
         self.settle()
         given = 0
         for _ in range(slots):
