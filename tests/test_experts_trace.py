@@ -61,6 +61,20 @@ def test_what_is_no_trace_is_said_to_be_none(tmp_path: Path, content: bytes) -> 
         trace.load(path)
 
 
+def test_a_damaged_file_is_no_trace_or_has_the_same_in_it(tmp_path: Path) -> None:
+    path, saved = tmp_path / "t.npz", made()
+    trace.save(path, saved)
+    whole = path.read_bytes()
+    for place in range(0, len(whole), 3):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
+        try:
+            found = trace.load(path)
+        except FormatError:
+            continue
+        assert np.array_equal(found.chosen, saved.chosen)
+        assert np.array_equal(found.nearness, saved.nearness)
+
+
 def test_another_version_is_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "t.npz", version=np.array(2))
     with pytest.raises(FormatError, match="version 2; expected 1"):

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +31,11 @@ from edger1.errors import FormatError
 
 VERSION = 1
 LEVELS = 15
+_DAMAGE = (
+    *(OSError, EOFError, ValueError, KeyError, TypeError),
+    # The last is what zipfile says of flags and methods of compression that it does not know.
+    *(zipfile.BadZipFile, zlib.error, NotImplementedError),
+)
 
 
 @dataclass(frozen=True)
@@ -90,7 +96,7 @@ def load(path: Path) -> Trace:
             packed, about = file["nearness"], json.loads(str(file["about"]))
             near = np.stack([packed & LEVELS, packed >> 4], axis=-1).reshape(*packed.shape[:-1], -1)
             return Trace(file["experts"], near[..., : about["experts"]], file["sessions"], about)
-    except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+    except _DAMAGE as error:
         raise FormatError(f"{path} is no routing trace ({error}). Record it again.") from error
 
 
