@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -177,6 +178,21 @@ def test_what_is_wanted_goes_before_guesses(layer: LayerExperts, monkeypatch: py
     assert firsts == [0, 4, 3, 2]
     assert reads[1].error is not None
     store.close()
+
+
+def test_files_that_nobody_can_guard_are_not_computed_on(layer: LayerExperts) -> None:
+    def too_many(_: Any) -> None:
+        raise RuntimeError("512 maps are guarded already")
+
+    store = Store([layer])
+    try:
+        assert store.maps(layer, SimpleNamespace(MapGuard=too_many)) is None
+        found = store.maps(layer, SimpleNamespace(MapGuard=lambda mapped: mapped))
+        if found is not None:
+            read = [bytes(found[part.projection, part.name][2]) for part in layer.parts]
+            assert read == expected(layer, 2)
+    finally:
+        store.close()
 
 
 def test_closing_does_not_wait_for_a_disk_that_hangs(layer: LayerExperts, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,7 +55,6 @@ class Read:
         self.guessed = guessed
         """Whether nobody has asked for it yet."""
         self.error: BaseException | None = None
-        self.seconds = 0.0
         self._left = pieces
         self._done = threading.Event()
         self._over = False
@@ -216,14 +215,18 @@ class Store:
     def maps(self, layer: LayerExperts, extension: Any) -> dict[tuple[str, str], list[memoryview]] | None:
         """Return for each part of a layer a buffer for each expert, on a map of its file; None where there are no maps.
 
-        `extension` is the kernels'. It sees to it that a file which is cut short does not end the process.
+        `extension` is the kernels'. It sees to it that a file which is cut short does not end the process; where it
+        cannot, for more files than it keeps an eye on, nothing is computed on maps.
         """
         files = [self._files[part.file] for part in layer.parts]
         if any(file.map is None for file in files):
             return None
         found = {}
         for part, file in zip(layer.parts, files, strict=True):
-            file.guard = file.guard or extension.MapGuard(file.map)
+            try:
+                file.guard = file.guard or extension.MapGuard(file.map)
+            except RuntimeError:
+                return None
             whole = memoryview(file.map)[part.offset : part.offset + layer.experts * part.nbytes]  # type: ignore[arg-type]
             experts = [whole[e * part.nbytes : (e + 1) * part.nbytes] for e in range(layer.experts)]
             found[part.projection, part.name] = experts
@@ -305,10 +308,8 @@ class Store:
                     began = time.perf_counter()
                     for part, into in parts:
                         self._read_part(part, read.expert, into, staging)
-                    seconds = time.perf_counter() - began
-                    read.seconds += seconds
                     with self._counting:
-                        self.counts.busy_s += seconds
+                        self.counts.busy_s += time.perf_counter() - began
                 except BaseException as caught:
                     error = caught
             read.finish_piece(error)
