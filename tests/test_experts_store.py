@@ -180,6 +180,25 @@ def test_what_is_wanted_goes_before_guesses(layer: LayerExperts, monkeypatch: py
     store.close()
 
 
+@pytest.mark.parametrize("mode", ["auto", "direct"])
+def test_without_memory_for_direct_reads_they_are_buffered(
+    layer: LayerExperts, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: int) -> None:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    monkeypatch.setattr(store_module, "_staging", refuse)
+    drop_from_page_cache(layer.parts[0].file)
+    store, into = Store([layer], mode=mode), room(layer)
+    try:
+        read = store.read(layer, 3, into)
+        assert read.wait(10)
+        assert read.error is None
+        assert [each.tobytes() for each in into] == expected(layer, 3)
+    finally:
+        store.close()
+
+
 def test_files_that_nobody_can_guard_are_not_computed_on(layer: LayerExperts) -> None:
     def too_many(_: Any) -> None:
         raise RuntimeError("512 maps are guarded already")

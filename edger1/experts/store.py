@@ -304,7 +304,9 @@ class Store:
             else:
                 try:
                     if staging is None and any(file.direct is not None for file in self._files.values()):
-                        staging = _staging(self._largest)
+                        # Without one reads are buffered.
+                        with contextlib.suppress(OSError):
+                            staging = _staging(self._largest)
                     began = time.perf_counter()
                     for part, into in parts:
                         self._read_part(part, read.expert, into, staging)
