@@ -1,7 +1,7 @@
 """Memory that a chunk of a prompt takes in DeepSeek-R1's attention, beside weights and cache: one layer.
 
-    python -m benchmarks.latent_memory                  # everything; one or two readings each
-    python -m benchmarks.latent_memory --only kernels   # one part: kernels, plain
+    python -m benchmarks.latent_memory                  # everything; one or two readings each, half an hour in all
+    python -m benchmarks.latent_memory --only kernels   # one part: kernels, plain, without
     python -m benchmarks.latent_memory --quick          # short contexts, to see that all of it runs
 
 512 tokens pass the layer at 4 bits (128 heads, latent of 512, rope 64, nope and value 128, queries of rank 1,536) after
@@ -11,9 +11,9 @@ process's resident memory, in which the kernels' own scratch memory counts too. 
 so that nothing is left of an earlier one.
 
 kernels   on the CPU kernels, in both precisions
-plain     attention in MLX's own operations, as on a GPU or with EDGER1_KERNELS=0. Its products run on the kernels'
-          functions: on MLX's own this takes a quarter of an hour on a CPU, and more memory, since what is queued
-          meanwhile has its own
+plain     attention in MLX's own operations, as on a GPU or with EDGER1_KERNELS=0, but its products run on the
+          kernels' functions
+without   the same with EDGER1_KERNELS=0: on MLX's own products, twenty minutes on a CPU
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ QUICK_TOKENS, QUICK_SHORT, QUICK_LONG = 24, 256, 512
 BAR_MB, GROWTH_BAR = 400.0, 1.05
 METRICS = {"MLX's": "mlx_mb", "resident": "resident_mb"}
 RANK, ROPE, HIDDEN = 512, 64, 7168
-ROUNDS = {"kernels": 2, "plain": 1}
+ROUNDS = {"kernels": 2, "plain": 1, "without": 1}
 """Readings differ by what the system hands out at a time; more say nothing more."""
 
 
@@ -86,7 +86,9 @@ def _readings(run: Bench, part: str, cached: int, **arguments: Any) -> list[dict
     """Take each reading in a process of its own."""
     found = []
     for _ in range(min(run.rounds, ROUNDS[part])):
-        worker = run.worker("latent_memory:prefill", arguments)
+        worker = run.worker(
+            "latent_memory:prefill", arguments, **({"EDGER1_KERNELS": "0"} if part == "without" else {})
+        )
         found.append(worker.measure(tokens=_sizes(run)[0], cached=cached))
         print(f"  {arguments}, after {cached}: {found[-1]}", flush=True)
         worker.close()
@@ -133,12 +135,17 @@ def kernels(run: Bench) -> list[Comparison]:
     return made
 
 
-def plain(run: Bench) -> list[Comparison]:
+def plain(run: Bench, part: str = "plain", name: str = "MLX's own operations") -> list[Comparison]:
     """In MLX's own operations."""
     _, few, many = _sizes(run)
-    short, long = (_readings(run, "plain", cached, precision="exact", plain=True) for cached in (few, many))
-    return _compared("MLX's own operations", short, long, run)
+    short, long = (_readings(run, part, cached, precision="exact", plain=True) for cached in (few, many))
+    return _compared(name, short, long, run)
+
+
+def without(run: Bench) -> list[Comparison]:
+    """Without the kernels."""
+    return plain(run, "without", "without kernels")
 
 
 if __name__ == "__main__":
-    raise SystemExit(bench.main("latent_memory", __doc__, {"kernels": kernels, "plain": plain}))
+    raise SystemExit(bench.main("latent_memory", __doc__, {"kernels": kernels, "plain": plain, "without": without}))

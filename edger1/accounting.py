@@ -1,8 +1,8 @@
 """What an engine holds by its own account, to be compared with what the system says of the process.
 
-Weights, banks, caches and activations are MLX's memory, which counts itself, with the freed buffers that it keeps.
-Everything else (Python, libraries, the tokenizer, threads and their buffers) is measured once, when a model has been
-loaded and before it answers.
+Weights, banks, caches and activations are MLX's memory, which counts itself, with the freed buffers that it keeps; the
+kernels count what their threads compute in. Everything else (Python, libraries, the tokenizer, readers and their
+buffers) is measured once, when a model has been loaded and before it answers.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from pathlib import Path
 
 
 class Account:
-    """The account of one process; `process_bytes` is what was not MLX's when this was made."""
+    """The account of one process; `process_bytes` is what did not count itself when this was made."""
 
     def __init__(self) -> None:
         from edger1.mlx_runtime import on_gpu
 
         # Memory of a GPU is no part of the resident size.
-        self.process_bytes = resident_bytes() if on_gpu() else max(0, resident_bytes() - _mlx_bytes())
+        self.process_bytes = resident_bytes() if on_gpu() else max(0, resident_bytes() - _counted_bytes())
 
     def nbytes(self) -> int:
         """Return the bytes that are held now."""
-        return self.process_bytes + _mlx_bytes()
+        return self.process_bytes + _counted_bytes()
 
 
 def resident_bytes() -> int:
@@ -52,7 +52,11 @@ def _peak_resident_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _mlx_bytes() -> int:
+def _counted_bytes() -> int:
     import mlx.core as mx
 
-    return int(mx.get_active_memory() + mx.get_cache_memory())
+    from edger1 import kernels
+
+    extension = kernels.extension()
+    scratch = 0 if extension is None else int(extension.scratch_bytes())
+    return int(mx.get_active_memory() + mx.get_cache_memory()) + scratch

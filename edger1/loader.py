@@ -321,7 +321,7 @@ def _load_beside(
         calls=call_format(tokenizer),
         streaming=streaming,
         watch=None if streaming is None else Watch(streaming),
-        kv=KVStore(plan.kv_bytes, kv.nbytes),
+        kv=KVStore(plan.kv_bytes, partial(kv.claimed_bytes, context=plan.context)),
         installed=replaced,
         account=Account(),
         quantization=quantization,

@@ -186,6 +186,10 @@ class KVLayout:
             for layer in self.layers
         )
 
+    def claimed_bytes(self, tokens: int, context: int) -> int:
+        """Return what to set aside for `tokens` tokens: whole steps, as caches grow, up to what `context` takes."""
+        return self.nbytes(max(tokens, min(-(-tokens // _KV_STEP) * _KV_STEP, context)))
+
     def read_back_bytes(self, tokens: int) -> int:
         """Bytes that computing holds beside them: of one layer, and of the next one, which is begun meanwhile."""
         return 2 * self.read_back_bytes_per_token * tokens

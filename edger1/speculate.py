@@ -96,6 +96,7 @@ class Speculation:
         self._choice: _Choice | None = None
         self._counts: dict[str, _Counts] = {}
         self._began: float | None = None
+        self._ended: float | None = None
         self._before = (0.0, 0.0)
         # Where the drafts of the step before came from, "" if it was a plain one, None before any.
         self._source_before: str | None = None
@@ -148,7 +149,7 @@ class Speculation:
         """
         self._began, self._before = time.perf_counter(), self._read()
         self._choice, self._room = None, room
-        room = min(room, most_rows(self._model) - 1)
+        room = min(room, MOST_ROWS - 1)
         if self.off or room < 1:
             return 0
         reason = _untrimmable(caches, room + 1)
@@ -326,8 +327,15 @@ class Speculation:
         """Note that a step has ended that said so many tokens, all its work done."""
         if self._began is None:
             return
-        seconds, choice = time.perf_counter() - self._began, self._choice
-        self._began = None
+        now = time.perf_counter()
+        seconds, choice = now - self._began, self._choice
+        # What is between two steps belongs to decoding, unless other requests were served there.
+        between = 0.0 if self._ended is None else self._began - self._ended
+        self._began, self._ended = None, now
+        if self._source_before is not None and self._is_usual:
+            # Changing over to plain steps is what drafting costs.
+            source = choice.source if choice is not None else self._source_before
+            self._model.pace.came_of(source, said, seconds + (between if between < seconds else 0.0))
         stall, nbytes = self._read()
         cost = Cost(seconds, min(seconds, stall - self._before[0]), nbytes - self._before[1])
         if drafted and choice is not None and self._is_usual:
@@ -365,18 +373,6 @@ class Speculation:
             "sources": {n: {"drafted": c.drafted, "accepted": c.accepted} for n, c in self._counts.items()},
             "off": self.off,
         }
-
-
-def most_rows(model: LiveModel) -> int:
-    """Return the rows of a pass up to which each has the bits that it has alone.
-
-    Where experts are streamed, all that the rows may ask for must have slots at once, which leaves none where experts
-    take turns: a layer with too few reads some of them for each pass.
-    """
-    if model.streaming is None:
-        return MOST_ROWS
-    rows = (bank.usable_slots // bank.layer.top_k for bank in model.streaming.banks if not bank.identity)
-    return min([MOST_ROWS, *rows])
 
 
 def _reason(model: LiveModel, wanted: str) -> str:

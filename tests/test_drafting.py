@@ -126,6 +126,31 @@ def test_plain_decoding_is_measured_anew_while_drafts_win() -> None:
     assert chosen[first : first + 4] == [0, 0, 0, 1]
 
 
+def test_a_source_that_was_slower_in_the_end_must_promise_more() -> None:
+    pace, acceptance = _pace(1.0, {1: 1.6}), Acceptance(0.9, 1e6)
+    pace.came_of("", 100, 100.0)
+    assert _length(pace).choose(acceptance, 1)[0] == 1, "1.9 tokens in the time of 1.6"
+    for lost in range(1, 3):
+        pace.came_of("mtp", 60, 66.0)
+        assert pace.demand("mtp") == pytest.approx(1.02 * 1.1 ** (lost - 1)), "of so few tokens nothing is known"
+        pace.came_of("mtp", 10, 11.0)
+        assert pace.demand("mtp") == pytest.approx(1.02 * 1.1**lost)
+    length = _length(pace)
+    assert length.choose(acceptance, 1)[0] == 0
+    # Each trial brings it a little nearer.
+    while not (chosen := length.choose(acceptance, 1))[0] or chosen[1] == 1.0:
+        if chosen[0]:
+            length.taken()
+    assert pace.demand("mtp") < 1.9 / 1.6
+
+
+def test_a_source_that_gained_may_go_on() -> None:
+    pace = _pace(1.0, {1: 1.6})
+    pace.came_of("", 100, 100.0)
+    pace.came_of("mtp", 500, 450.0)
+    assert pace.demand("mtp") == 1.02
+
+
 def test_drafts_are_priced_in_the_bytes_that_verifying_reads() -> None:
     pace = Pace()
     for _ in range(3):

@@ -15,6 +15,13 @@ def test_grouped_query_caches_have_a_step_of_room_at_most() -> None:
     assert smollm2.nbytes(512) == 30 * 2 * 3 * 64 * 4 * (512 + 256)
 
 
+def test_what_is_set_aside_grows_in_whole_steps_up_to_the_context() -> None:
+    layout = KVLayout((LayerCache(0, 10),), step_tokens=16)
+    assert layout.claimed_bytes(1, 1000) == layout.claimed_bytes(256, 1000) == layout.nbytes(256)
+    assert layout.claimed_bytes(257, 1000) == layout.nbytes(512)
+    assert layout.claimed_bytes(900, 1000) == layout.claimed_bytes(1000, 1000) == layout.nbytes(1000)
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.integers(1, 600), min_size=1, max_size=6))
 def test_no_cache_has_more_room_than_is_planned(steps: list[int]) -> None:

@@ -12,6 +12,7 @@ Without a seed, drafts that come with a distribution are accepted by `edger1.dra
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -29,8 +30,12 @@ class Draws:
         self._sampler, self._random, self._turn = sampler, random, turn
         self.coupled = seeded or sampler.greedy
         """Whether the answer is token by token the one without drafts."""
-        self._generator = np.random.default_rng()
         self._keys: Keys = []
+
+    @cached_property
+    def _generator(self) -> np.random.Generator:
+        # NumPy's random numbers take 3 MB and a moment, and most answers need none.
+        return np.random.default_rng()
 
     @property
     def lazy(self) -> bool:

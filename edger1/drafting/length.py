@@ -4,6 +4,9 @@ A step that verifies k drafts says 1 + a1 + a1 a2 + ... + a1...ak tokens on aver
 place j that stand when all before them did. It takes the time of one pass over k + 1 tokens and of making the drafts.
 The k with the most tokens a second is taken, and none where plain decoding has more. While none is taken, a few drafts
 are tried now and then, in growing intervals, since text changes.
+
+That is a promise, of steps apart. What came of decoding with drafts in all, changing over included, is held against
+what came of plain decoding; a source that was slower in the end must promise more the next time.
 """
 
 from __future__ import annotations
@@ -16,6 +19,10 @@ _KEPT = 9
 """Measured times whose median counts."""
 _LEAST_GAIN = 1.02
 """What drafting must promise over plain decoding."""
+_MORE, _MOST_GAIN = 1.1, 1.6
+"""How much more it must promise after it did not keep to that, and the most that is asked for."""
+_JUDGED, _LATELY = 64, 0.99
+"""Tokens after which it is judged by what came of it, and what an earlier token weighs for each later one."""
 _FIRST_TRIAL, _LAST_TRIAL = 24, 384
 """Plain tokens between two trials of a source that loses."""
 _PLAIN_EVERY, _PLAIN_STEPS = 96, 3
@@ -51,6 +58,24 @@ class _Costs:
         self.nbytes = middle([each.nbytes for each in self._last])
 
 
+class _Record:
+    """Tokens that were said one way lately, and the seconds that they took."""
+
+    def __init__(self) -> None:
+        self.count, self._tokens, self._seconds = 0, 0.0, 0.0
+
+    def add(self, tokens: int, seconds: float) -> None:
+        kept = _LATELY**tokens
+        self._tokens = self._tokens * kept + tokens
+        self._seconds = self._seconds * kept + seconds
+        self.count += tokens
+
+    @property
+    def rate(self) -> float | None:
+        """Tokens a second, None for too few of them."""
+        return self._tokens / self._seconds if self.count >= _JUDGED and self._seconds > 0 else None
+
+
 class Pace:
     """What steps cost: plain ones, and those with k drafts of one source. One for a model, across requests.
 
@@ -62,6 +87,26 @@ class Pace:
         self._plain = _Costs()
         self._steps: dict[str, dict[int, _Costs]] = {}
         self._stall_s = self._nbytes = 0.0
+        self._records: dict[str, _Record] = {}
+        self._demands: dict[str, float] = {}
+
+    def came_of(self, source: str, tokens: int, seconds: float) -> None:
+        """Note what was said with drafts of `source`, or with "" plainly, and all the time that it took."""
+        record = self._records.setdefault(source, _Record())
+        record.add(tokens, seconds)
+        plain = self._records[""].rate if "" in self._records else None
+        if source and record.rate is not None and plain is not None and record.rate < plain:
+            self._demands[source] = min(self.demand(source) * _MORE, _MOST_GAIN)
+            self._records[source] = _Record()
+
+    def demand(self, source: str) -> float:
+        """Return what drafts of `source` must promise over plain decoding."""
+        return self._demands.get(source, _LEAST_GAIN)
+
+    def relent(self, source: str) -> None:
+        """Ask for a little less of a source that was just tried again."""
+        if source in self._demands:
+            self._demands[source] = max(_LEAST_GAIN, self._demands[source] * 0.98)
 
     def note_plain(self, cost: Cost) -> None:
         """Note a step that said one token without drafts."""
@@ -164,7 +209,7 @@ class Length:
         costs = self.pace.curve(self.source, most, self.each)
         for drafts, (said, seconds) in enumerate(zip(acceptance.tokens(most), costs, strict=True), start=1):
             promised = said * plain / seconds
-            if promised > max(gain, _LEAST_GAIN):
+            if promised > max(gain, self.pace.demand(self.source)):
                 best, gain = drafts, promised
         if best:
             self._interval = _FIRST_TRIAL
@@ -186,4 +231,5 @@ class Length:
             if self._tried < self.trial_steps:
                 return
             self._interval = min(2 * self._interval, _LAST_TRIAL)
+            self.pace.relent(self.source)
         self._waited = self._tried = 0

@@ -101,8 +101,10 @@ class MTPDrafter:
     def __init__(self, ahead: Ahead) -> None:
         self._ahead = ahead
         self._cache: Any = None
-        # Hidden states [1, r, D] of positions _first, _first + 1, ... that the layer has not read.
-        self._hidden: Any = None
+        # Hidden states [1, r, D] of positions _first, _first + 1, ... that the layer has not read, piece by piece:
+        # nobody may ever ask for them.
+        self._pieces: list[Any] = []
+        self._waiting = 0
         self._first = 0
         # Drafts that were begun, and the length of the text that they follow.
         self._begun: tuple[int, Any, Probabilities | None] | None = None
@@ -114,6 +116,19 @@ class MTPDrafter:
         kept = kept or Kept(KVCache(), None, 0)
         self._cache, self._hidden, self._first = kept.cache, kept.hidden, kept.first
         self._begun = None
+
+    @property
+    def _hidden(self) -> Any:
+        import mlx.core as mx
+
+        if len(self._pieces) > 1:
+            self._pieces = [mx.concatenate(self._pieces, axis=1)]
+        return self._pieces[0] if self._pieces else None
+
+    @_hidden.setter
+    def _hidden(self, hidden: Any) -> None:
+        self._pieces = [] if hidden is None else [hidden]
+        self._waiting = 0 if hidden is None else int(hidden.shape[1])
 
     def leave(self, positions: int) -> Kept | None:
         """Give up what it knows of a text of `positions` tokens; None where that is not about all of them."""
@@ -142,22 +157,23 @@ class MTPDrafter:
 
         if self._cache is None:
             self.begin()
-        if self._hidden is not None and self._first + self._hidden.shape[1] == first:
-            self._hidden = mx.concatenate([self._hidden, hidden], axis=1)
+        if self._pieces and self._first + self.waiting == first:
+            self._pieces.append(hidden)
+            self._waiting += int(hidden.shape[1])
         else:
             self._hidden, self._first = hidden, first
         if hidden.shape[1] > _FEW:
             # A chunk of a prompt: nobody reads its logits, and with them the states would never be computed.
             mx.eval(hidden)
             self._catch_up(known)
-        elif self._hidden.shape[1] >= _MOST_WAITING:
+        elif self.waiting >= _MOST_WAITING:
             self._catch_up(known)
 
     def keep(self, positions: int) -> None:
         """Forget hidden states of positions from `positions` on: what was there is not said."""
-        if self._hidden is None:
-            return
         count = positions - self._first
+        if not self._pieces or count == self.waiting:
+            return
         self._hidden = self._hidden[:, :count] if count > 0 else None
 
     def back(self, positions: int) -> None:
@@ -172,7 +188,7 @@ class MTPDrafter:
         """Whether it has the hidden state before the last of `known`, or has drafted from it."""
         if self._begun is not None and self._begun[0] == len(known):
             return True
-        return self._hidden is not None and self._first + self._hidden.shape[1] == len(known) - 1
+        return bool(self._pieces) and self._first + self.waiting == len(known) - 1
 
     def draft(self, known: Sequence[int], count: int, draws: Draws) -> tuple[Any, Probabilities | None]:
         """Return `count` drafts of what follows `known` (uint32, [count]), unread, and their distributions.
@@ -197,7 +213,7 @@ class MTPDrafter:
     @property
     def waiting(self) -> int:
         """How many hidden states it has yet to read."""
-        return 0 if self._hidden is None else int(self._hidden.shape[1])
+        return self._waiting
 
     def state(self) -> Callable[[], None]:
         """Return a function that makes all as it is now."""

@@ -319,13 +319,41 @@ class StreamedExperts:
     def _in_turns(
         self, operation: StreamedOperation, x: Any, chosen: Experts, distinct: Sequence[int], weights: Any
     ) -> Any:
-        """Compute few rows whose experts do not have slots all at once; the bits are those of having them."""
-        self._use(distinct)
+        """Compute few rows whose experts do not have slots all at once; the bits are those of having them.
 
-        def ranks(_: Any, rows: Any, slots: Any) -> Any:
-            return operation.ranks(rows, slots)
+        Each is computed as soon as it is there, which takes far less time than reading one: all slots but those that
+        are being computed are being filled.
+        """
 
-        return operation.summed(x, self._by_expert(None, x, chosen, distinct, ranks), weights)
+        bank, rows, pairs, top_k = self.bank, x.reshape(-1, x.shape[-1]), chosen.ravel(), chosen.shape[-1]
+        of = {expert: np.flatnonzero(pairs == expert) for expert in distinct}
+        missing = self._use(distinct)
+        group = [expert for expert in distinct if bank.table[expert] >= 0]
+        # Without a read those that had come before they were asked for.
+        coming: dict[int, Read | None] = {}
+        parts, places = [], []
+        while group or coming or missing:
+            batch = missing[: max(0, bank.usable_slots - len(group) - len(coming))]
+            if batch:
+                coming |= dict.fromkeys(batch)
+                coming |= {read.expert: read for read in self._request(batch, [*group, *coming])}
+                missing = missing[len(batch) :]
+            if group:
+                some = np.concatenate([of[expert] for expert in group])
+                parts.append(operation.ranks(rows[_array(some // top_k)], _array(bank.table[pairs[some]][:, None])))
+                places.append(some)
+                self._streaming.device.wait_for(parts[-1])
+            else:
+                began = time.perf_counter()
+                try:
+                    self._wait([read for read in coming.values() if read is not None][:1])
+                finally:
+                    self.figures[STALL_S] += time.perf_counter() - began
+            bank.settle()
+            group = [expert for expert in coming if bank.table[expert] >= 0]
+            coming = {expert: read for expert, read in coming.items() if expert not in group}
+        ranks = _in_order([part[:, 0, :] for part in parts], places, chosen.shape)
+        return operation.summed(x, ranks, weights)
 
     def _room(self, group: Sequence[int]) -> int:
         """How many experts may be read while `group` is computed: as many are to be free the next time."""

@@ -34,6 +34,10 @@ def holds(address: int, nbytes: int) -> bool:
         return False
     first = address // PAGE * PAGE
     pages = -(-(address + nbytes - first) // PAGE)
+    one = ctypes.c_ubyte()
+    # Mostly it is not there, which the first page tells.
+    if _libc().mincore(first, PAGE, ctypes.byref(one)) != 0 or not one.value & 1:
+        return False
     told = np.zeros(pages, np.uint8)
     if _libc().mincore(first, pages * PAGE, told.ctypes.data) != 0:
         return False

@@ -310,6 +310,9 @@ class Store:
                     began = time.perf_counter()
                     for part, into in parts:
                         self._read_part(part, read.expert, into, staging)
+                    # Whatever changed before or meanwhile is seen here; a file that ended was seen there.
+                    for file in {id(file): file for file in (self._files[part.file] for part, _ in parts)}.values():
+                        file.check()
                     with self._counting:
                         self.counts.busy_s += time.perf_counter() - began
                 except BaseException as caught:
@@ -319,7 +322,6 @@ class Store:
     def _read_part(self, part: Part, expert: int, into: Bytes, staging: Bytes | None) -> None:
         file = self._files[part.file]
         offset = part.offset + expert * part.nbytes
-        file.check()
         direct = file.direct is not None and staging is not None
         try:
             spare = self.mode == "auto" and (self.plenty or _cached(file, offset, part.nbytes))
@@ -332,7 +334,6 @@ class Store:
                 f"Reading expert {expert} of {part.projection} from {part.file} failed at byte {offset:,}: "
                 f"{(error.strerror or str(error)).lower()}. Check the disk, then load the model again."
             ) from error
-        file.check()
         with self._counting:
             self.counts.nbytes += part.nbytes
 

@@ -87,6 +87,7 @@ NB_MODULE(_ext, m) {
   m.attr("built_for_mlx") = EDGER1_MLX_VERSION;
   m.def("instruction_sets", &edger1::instruction_sets,
         "Instruction sets that this processor offers, in rising order of preference.");
+  m.def("scratch_bytes", &edger1::scratch_bytes, "Memory that the kernels' threads keep to compute in.");
   m.def("active_instruction_set", &edger1::active_isa_name, "The instruction set in use; EDGER1_ISA chooses another.");
   m.def("threads", &edger1::pool_threads, "Threads that one operation uses at most.");
   m.def("set_threads", &edger1::set_pool_threads, "n"_a, "Change threads() from the next operation on.");

@@ -395,11 +395,14 @@ class Pool {
   std::atomic<bool> failed_{false};
 };
 
+std::atomic<int64_t> scratch_total{0};
+
 struct Scratch {
   void* data = nullptr;
   size_t size = 0;
   ~Scratch() {
     std::free(data);
+    scratch_total -= static_cast<int64_t>(size);
   }
 };
 
@@ -438,15 +441,20 @@ void* thread_scratch(int slot, size_t bytes) {
   Scratch& buffer = buffers[slot];
   if (buffer.size < bytes) {
     std::free(std::exchange(buffer.data, nullptr));
-    buffer.size = 0;
+    scratch_total -= static_cast<int64_t>(std::exchange(buffer.size, 0));
     size_t rounded = (bytes + bytes / 4 + 4095) / 4096 * 4096;
     buffer.data = std::aligned_alloc(4096, rounded);
     if (!buffer.data) {
       throw std::bad_alloc();
     }
     buffer.size = rounded;
+    scratch_total += static_cast<int64_t>(rounded);
   }
   return buffer.data;
+}
+
+int64_t scratch_bytes() {
+  return scratch_total.load();
 }
 
 int64_t grain_for(int64_t n, double cost_per_item, double cost_floor, int64_t multiple) {

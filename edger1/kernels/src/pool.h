@@ -31,6 +31,8 @@ void note_use();
 // A buffer of this thread's own of at least `bytes` (64-byte aligned), kept and reused; the next call with the same slot
 // may move it. Slot 0 belongs to whoever runs a chunk, slot 1 to whoever calls parallel_for.
 void* thread_scratch(int slot, size_t bytes);
+// What all threads that live hold of it.
+int64_t scratch_bytes();
 
 namespace detail {
 using ChunkFunction = void (*)(void* context, int64_t chunk);
