@@ -60,12 +60,36 @@ def divide(caches: list[Any], at: int, *, first: bool = True) -> tuple[list[Any]
     return before[::-1], after[::-1]
 
 
-def shrink(caches: list[Any]) -> None:
-    """Free what trimming leaves behind: it keeps the whole buffers, for the sake of their beginnings."""
+def shrink(caches: list[Any], room: int) -> None:
+    """Free what trimming leaves behind: it keeps the whole buffers, for the sake of their beginnings.
+
+    After it no cache has more than a step of room behind `room` tokens, nor will when it has grown to them.
+    """
     for i, cache in enumerate(caches):
+        inside = getattr(cache, "caches", None)
+        if inside is not None:
+            own = list(inside)
+            shrink(own, room)
+            cache.caches = type(inside)(own)
         # A layer at a time: the sum of all beginnings beside all buffers could break the budget.
-        if divisible([cache], getattr(cache, "offset", 0)):
+        elif _lies_in_order(cache) and _is_roomy(cache, room):
             caches[i] = piece(cache, 0, cache.offset)
+
+
+def _lies_in_order(cache: Any) -> bool:
+    """Whether a cache's tokens lie one after the other from the first on, as in a window that has not gone round."""
+    from mlx_lm.models.cache import RotatingKVCache
+
+    if type(cache) is RotatingKVCache:
+        return cache.keys is not None and cache.is_trimmable()
+    return divisible([cache], getattr(cache, "offset", 0))
+
+
+def _is_roomy(cache: Any, room: int) -> bool:
+    capacity = (cache.keys[0] if isinstance(cache.keys, list | tuple) else cache.keys).shape[-2]
+    # At the end of a step mlx-lm's caches keep what room there is, and add theirs to it.
+    adds_up = cache.offset % _STEP == 0 and cache.offset < capacity < room
+    return capacity > room + _STEP or adds_up
 
 
 def join(parts: Sequence[Part], room: int) -> list[Any]:

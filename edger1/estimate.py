@@ -185,6 +185,7 @@ def plan_of(
             popularity=popularity,
             miss_cost_s=costs,
             in_turns=not machine.gpu,
+            lends=not machine.gpu,
         )
 
     plan = planned(step)

@@ -182,7 +182,11 @@ def load(
         )
         ceiling_bytes -= drafting.plan.total_bytes - PROCESS_BYTES
     try:
-        live = yield from _load_beside(name, path, ceiling_bytes, context, precision, expert_slots, adapter, kv_bits)
+        with contextlib.ExitStack() as undo:
+            live = yield from _load_beside(
+                name, path, ceiling_bytes, context, precision, expert_slots, adapter, kv_bits, undo
+            )
+            undo.pop_all()
     except BaseException:
         if drafting is not None:
             drafting.close()
@@ -206,8 +210,12 @@ def _load_beside(
     expert_slots: str | int | None,
     adapter: Path | None,
     kv_bits: int | None,
+    undo: contextlib.ExitStack,
 ) -> Generator[tuple[int, int], None, LiveModel]:
-    """Load a model, with its own MTP layer and an adapter, beside what is there already."""
+    """Load a model, with its own MTP layer and an adapter, beside what is there already.
+
+    What has to be given back where that fails, or is given up, goes to `undo`.
+    """
     from edger1.adapter import needed_bytes, use
     from edger1.drafting import loading
 
@@ -280,6 +288,7 @@ def _load_beside(
         streaming = Streaming(
             streamed, plan.stream.lent_slots, popularity=popularity, miss_costs=costs, in_turns=not on_gpu()
         )
+        undo.callback(streaming.close)
         streaming.attach(model)
         for nbytes in streaming.fill():
             done += nbytes
@@ -289,6 +298,7 @@ def _load_beside(
     with streaming.sleeping() if streaming is not None else contextlib.nullcontext():
         # What it replaces for the process is given back by close() alone.
         replaced = install(model, "exact" if precision == "exact" else "fast")
+        undo.callback(replaced.uninstall)
         plan, kv, quantization = with_what_is_cached(plan, kv, model, replaced, name)
     if streaming is not None:
         streaming.fuse(model, replaced)
@@ -317,6 +327,8 @@ def _load_beside(
         quantization=quantization,
         no_ahead="" if found is None or ahead_fits else loading.NO_ROOM,
     )
+    undo.pop_all()
+    undo.callback(live.close)
     if found is not None and ahead_fits:
         live.ahead = loading.load(found, folder, model, precision, loading.share(plan))
         live.account = Account()
@@ -324,11 +336,7 @@ def _load_beside(
         live.kv.on_claim = partial(_lend, streaming, plan)
     runs.note(path, live.report())
     if adapter is not None:
-        try:
-            use(live, adapter, planned=True)
-        except BaseException:
-            live.close()
-            raise
+        use(live, adapter, planned=True)
     return live
 
 

@@ -86,6 +86,7 @@ def plan_model(
     from edger1.experts import planning
     from edger1.experts.budget import choose_step, with_experts
     from edger1.experts.miss_cost import MissCosts
+    from edger1.experts.page_cache import can_release
     from edger1.experts.popularity import Popularity
 
     gpu = on_gpu()
@@ -141,6 +142,7 @@ def plan_model(
             expert_slots=expert_slots,
             # Where layers do not wait for their routers, all experts of a token must be there.
             in_turns=not gpu,
+            lends=can_release(),
         )
 
     plan, step = planned(kv.step_tokens), kv.step_tokens

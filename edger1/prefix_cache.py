@@ -125,7 +125,7 @@ class PrefixCache:
             return None, 0
         held = _serving(place.node).held
         parts = held is not None and held.divisible
-        return self._take_parts(place, fits, len(ids)) if parts else self._take_whole(place, fits)
+        return self._take_parts(place, fits, len(ids)) if parts else self._take_whole(place, fits, len(ids))
 
     def evict(self, protected: Collection[_Node] = ()) -> bool:
         """Drop what was used least recently of what nothing else depends on; False where there is nothing."""
@@ -183,11 +183,17 @@ class PrefixCache:
         parts = [_part(node, node.end, own=False) for node in kept] + given
         if beyond is not None:
             parts.append(_part(beyond, matched, own=False))
-        # A cache that is handed over as it is has spare room of its own.
-        caches = _alone(given[0]) if given and len(parts) == 1 else cache_parts.join(parts, room)
+        if given and len(parts) == 1:
+            # A cache that is handed over as it is has spare room of its own.
+            caches = _alone(given[0])
+            cache_parts.shrink(caches, room)
+        else:
+            caches = cache_parts.join(parts, room)
         return caches if extra is None else [*caches, extra], matched
 
-    def _take_whole(self, place: Place[Held, Mark], fits: Callable[[], bool]) -> tuple[list[Any] | None, int]:
+    def _take_whole(
+        self, place: Place[Held, Mark], fits: Callable[[], bool], room: int
+    ) -> tuple[list[Any] | None, int]:
         from mlx_lm.models.cache import trim_prompt_cache
 
         longer = [n for n in place.node.below() if n.held is not None and _trimmable(n.held.all)]
@@ -211,8 +217,7 @@ class PrefixCache:
             self._drop(node)
         if surplus:
             trim_prompt_cache(caches, surplus)
-        if surplus > shared:
-            cache_parts.shrink(caches)
+        cache_parts.shrink(caches, room)
         return caches, shared
 
     def _extra(self, place: Place[Held, Mark]) -> Any:

@@ -135,6 +135,11 @@ class Speculation:
         if self._mtp is None or self.off or self._model.ahead is None:
             return self._model.model(tokens, cache=caches)
         hidden, logits = self._model.ahead.forward(tokens, caches)
+        if self._model.streaming is not None:
+            import mlx.core as mx
+
+            # Nobody may read these for long; what is begun is waited for before other experts take the slots it reads.
+            mx.async_eval(hidden)
         self._mtp.observe(hidden, first, known)
         return logits
 

@@ -93,12 +93,19 @@ def streamed(
     precision: str = "exact",
     *,
     fuse: bool = True,
+    whole: bool = True,
     mode: str = "auto",
     **given: Any,
 ) -> tuple[list[Any], Streaming]:
-    """Return the logits with experts streamed, and what streamed them, closed."""
+    """Return the logits with experts streamed, and what streamed them, closed.
+
+    `whole` lets modules with experts be one operation, as in a model that is loaded for use.
+    """
     model, streaming = open_streamed(folder, slots, mode=mode)
-    installed = install(model, precision, fuse=fuse)
+    with streaming.sleeping():
+        installed = install(model, precision, fuse=fuse)
+    if whole:
+        streaming.fuse(model, installed)
     try:
         return outputs(model, **given), streaming
     finally:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from edger1.errors import StreamError
+from edger1.experts import page_cache
 from edger1.experts import store as store_module
 from edger1.experts.anatomy import LayerExperts, Part
 from edger1.experts.bank import Bank
@@ -185,6 +186,52 @@ def test_guesses_that_come_while_they_are_given_up_make_way(
     assert holds(bank, 4)
 
 
+class SlowArrivals:
+    """Arrivals whose teller takes a while; `said` is what they were told, in order."""
+
+    def __init__(self) -> None:
+        self.said: list[tuple[str, int]] = []
+        self.go = threading.Event()
+        self.telling = threading.Event()
+
+    def expect(self, slots: list[int]) -> None:
+        self.said += [("expect", slot) for slot in slots]
+
+    def done(self, slot: int) -> None:
+        self._late("done", slot)
+
+    def fail(self, slot: int) -> None:
+        self._late("fail", slot)
+
+    def _late(self, what: str, slot: int) -> None:
+        self.telling.set()
+        assert self.go.wait(10)
+        self.said.append((what, slot))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_slot_is_not_used_again_before_its_last_read_was_told(
+    layer: LayerExperts, store: Store, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    """Else what is told of the one would be taken for the other, and a slot computed with that is still to be read."""
+
+    def fail(*_: Any) -> int:
+        raise OSError(5, "Input/output error")
+
+    bank = Bank(layer, 1, store, LRU(EXPERTS))
+    bank.arrivals = arrivals = SlowArrivals()
+    if fails:
+        monkeypatch.setattr(store_module.os, "preadv", fail)
+    first = bank.request(3, ())
+    assert first is not None
+    assert arrivals.telling.wait(10)
+    threading.Timer(0.1, arrivals.go.set).start()
+    while (second := bank.request(4, {4})) is None:
+        assert first.wait(10)
+    assert second.wait(10)
+    assert arrivals.said == [("expect", 0), ("fail" if fails else "done", 0)] * 2
+
+
 @pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="giving pages back needs Linux")
 def test_memory_goes_back_and_comes_again(layer: LayerExperts, store: Store) -> None:
     bank = Bank(layer, 6, store, LRU(EXPERTS))
@@ -201,6 +248,17 @@ def test_memory_goes_back_and_comes_again(layer: LayerExperts, store: Store) -> 
     assert all(holds(bank, expert) for expert in (1, 2, 3, 5))
     assert bank.grow(9) == layer.expert_bytes
     assert bank.usable_slots == 6
+
+
+def test_where_no_memory_goes_back_no_expert_leaves_for_it(
+    layer: LayerExperts, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(page_cache, "sys", SimpleNamespace(platform="darwin"))
+    bank = Bank(layer, 4, store, LRU(EXPERTS))
+    bank.ensure([0, 1, 2, 3])
+    assert bank.shrink(2) == 0
+    assert bank.resident() == [0, 1, 2, 3]
+    assert bank.usable_slots == 4
 
 
 def test_every_expert_in_the_slot_of_its_number(layer: LayerExperts, store: Store) -> None:
@@ -252,6 +310,22 @@ def test_guesses_for_longer_stay_until_their_slots_are_needed(
     gate.open()
     bank.ensure([11])
     assert holds(bank, 11)
+
+
+def test_who_needs_experts_at_once_does_not_wait_for_a_warm_start(
+    layer: LayerExperts, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guesses that hold all slots, however long they are good for, make way for what is asked for."""
+    gate = Gate(monkeypatch)
+    bank = Bank(layer, 8, store, LRU(EXPERTS))
+    gate.close()
+    for expert in range(8):
+        bank.request(expert, (), guessed=True, lasting=True)
+    opening = threading.Timer(0.2, gate.open)
+    opening.start()
+    bank.ensure([10, 11, 3], [10, 11, 3])
+    opening.join()
+    assert all(holds(bank, expert) for expert in (3, 10, 11))
 
 
 def test_a_warm_start_is_not_given_up_by_the_first_call(

@@ -10,18 +10,19 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from mlx_lm.models.cache import KVCache
 from typer.testing import CliRunner
 
 import edger1
 from edger1 import client, installed, planning
 from edger1.cli import app
 from edger1.client import next_id
-from edger1.errors import MemoryCeilingError, StreamError, UnstreamableError, UsageError
+from edger1.errors import FormatError, MemoryCeilingError, StreamError, UnstreamableError, UsageError
 from edger1.experts import store as store_module
 from edger1.experts.pressure import Pressure
 from edger1.experts.streaming import Streaming
@@ -263,3 +264,110 @@ def test_banks_give_back_what_the_context_asks_for(nano: Path, answer: Any, monk
         model.generate("What is 2 + 2? " * 500, raw=True, temperature=0, max_tokens=8)
     assert all(nbytes <= max(allowed, plan.bank_bytes) for allowed, nbytes in held)
     assert held[-1][1] < short
+
+
+def readers() -> int:
+    return sum(thread.name == "edger1-reader" for thread in threading.enumerate())
+
+
+def test_a_load_that_fails_or_is_given_up_leaves_nothing_running(nano: Path, tmp_path: Path) -> None:
+    import mlx.core as mx
+
+    from edger1 import loader
+    from edger1.kernels import functions
+    from edger1.quant.formats.folder import MTP_NAME
+
+    before, replaced = readers(), functions.installed()
+
+    def load(folder: Path, slots: str | int | None) -> Generator[Any, None, Any]:
+        return loader.load("m", folder, ceiling_bytes=1 << 40, context=512, precision="exact", expert_slots=slots)
+
+    given_up = load(nano, "100%")
+    while readers() == before:
+        next(given_up)
+    given_up.close()
+    assert readers() == before
+
+    folder = tmp_path / "nano-moe"
+    shutil.copytree(nano, folder)
+    file = str(folder / MTP_NAME)
+    loaded: Any = mx.load(file)
+    weights = {name: mx.array(value) for name, value in loaded.items()}
+    name = next(name for name in weights if "eh_proj" in name and name.endswith(".weight"))
+    weights[name] = weights[name][1:]
+    mx.eval(weights)
+    mx.save_safetensors(file, weights, metadata={"format": "mlx"})
+    for experts in (4, None):
+        with pytest.raises(FormatError, match="MTP layer .* does not fit"):
+            list(load(folder, experts))
+    assert readers() == before
+    assert functions.installed() is replaced
+
+
+def test_states_of_a_short_prompt_are_computed_before_its_experts_leave(nano: Path) -> None:
+    """An MTP layer reads them later, when other requests have had their tokens."""
+    import mlx.core as mx
+    import numpy as np
+
+    from edger1 import loader
+    from edger1.sampling import RandomState, RandomTurn, Sampler
+    from edger1.speculate import Speculation
+
+    prompt, known = [11, 22, 33], [11, 22, 33, 44]
+    found = []
+    for slots in (None, 16):
+        steps = loader.load("m", nano, ceiling_bytes=1 << 40, context=512, precision="exact", expert_slots=slots)
+        try:
+            while True:
+                next(steps)
+        except StopIteration as stop:
+            model = stop.value
+        sampler, random = Sampler(model.sampling, model.vocabulary), RandomState.seeded(1)
+        drafts = Speculation(model, "mtp", sampler, random, RandomTurn(), seeded=True)
+        # The second time all that it asks for is there.
+        for _ in range(2):
+            caches = model.new_caches()
+            drafts.begin(None)
+            drafts.forward(mx.array([prompt]), caches, 0, known)
+            mx.eval([cache.state for cache in caches])
+        others = model.new_caches()
+        for token in range(100, 140):
+            mx.eval(model.model(mx.array([[token]]), cache=others))
+        assert drafts._mtp is not None
+        found.append(np.array(drafts._mtp._hidden))
+        model.close()
+    np.testing.assert_array_equal(*found)
+
+
+def test_the_room_of_an_mtp_layer_is_all_that_it_takes(nano: Path) -> None:
+    """Under the smallest ceiling too, where the model's own experts take turns in fewer slots than its layer gets."""
+    import mlx.core as mx
+
+    from edger1 import loader
+    from edger1.drafting import loading
+    from edger1.experts.store import read_buffer_bytes
+
+    context = 64
+    least = edger1.plan(nano, context=context).smallest_ceiling_bytes
+    steps = loader.load("m", nano, ceiling_bytes=least, context=context, precision="exact", expert_slots=None)
+    try:
+        while True:
+            next(steps)
+    except StopIteration as stop:
+        model = stop.value
+    share, found = loading.share(model.plan), loading.find(model.folder)
+    assert found is not None
+    assert share == 2 / 32
+    ahead = loading.load(found, model.folder, model.model, "exact", share)
+    try:
+        assert ahead.streaming is not None
+        states = mx.zeros((1, context, model.folder.config["hidden_size"]))
+        cache = KVCache()
+        ahead.predictor(states, states, cache)
+        store = ahead.streaming.store
+        buffers = len(store._threads) * read_buffer_bytes(store._largest)
+        taken = ahead.nbytes + buffers + cache.nbytes + states.nbytes
+        assert taken <= loading.room(found, model.plan, model.folder.config)
+    finally:
+        ahead.close()
+        model.close()

@@ -34,26 +34,33 @@ def test_the_list_of_families_is_whole() -> None:
 @pytest.mark.parametrize("family", moe_families())
 @pytest.mark.parametrize("precision", ["exact", "fast"])
 def test_streamed_equals_resident(family: str, precision: str, tmp_path: Path) -> None:
-    """Bit for bit: decoding, and a prompt of up to 16 rows, with half of the experts in slots."""
+    """Bit for bit: decoding, and a prompt of up to 16 rows, with half of the experts in slots.
+
+    Whether modules with experts are one operation, as in models that are loaded for use, or not.
+    """
     folder = streamed_models.write(tmp_path / family, family)
     expected = streamed_models.resident(folder, precision)
-    got, streaming = streamed_models.streamed(folder, half, precision)
-    figures = streaming.figures.sum(axis=0)
-    assert figures[MISSES] > 0
-    assert figures[HITS] > 0
-    for step, (a, b) in enumerate(zip(expected, got, strict=True)):
-        np.testing.assert_array_equal(a, b, err_msg=f"{family}, step {step}")
+    for whole in (True, False):
+        got, streaming = streamed_models.streamed(folder, half, precision, whole=whole)
+        figures = streaming.figures.sum(axis=0)
+        assert figures[MISSES] > 0
+        assert figures[HITS] > 0
+        for step, (a, b) in enumerate(zip(expected, got, strict=True)):
+            np.testing.assert_array_equal(a, b, err_msg=f"{family}, step {step}, {whole=}")
 
 
 @pytest.mark.parametrize(
     "family", ["deepseek_v3", "gpt_oss", "llama4", "mixtral", "nemotron_h", "olmoe", "phimoe", "qwen2_moe"]
 )
 @pytest.mark.parametrize("precision", ["exact", "fast"])
-def test_experts_that_take_turns_in_two_slots_give_the_same(family: str, precision: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("whole", [True, False])
+def test_experts_that_take_turns_in_two_slots_give_the_same(
+    family: str, precision: str, whole: bool, tmp_path: Path
+) -> None:
     """Bit for bit with fewer slots than a token has experts, whether the whole module is one operation or not."""
     folder = streamed_models.write(tmp_path / family, family)
     expected = streamed_models.resident(folder, precision)
-    got, streaming = streamed_models.streamed(folder, lambda _: LEAST_SLOTS, precision)
+    got, streaming = streamed_models.streamed(folder, lambda _: LEAST_SLOTS, precision, whole=whole)
     assert streaming.figures[:, MISSES].sum() > 0
     for step, (a, b) in enumerate(zip(expected, got, strict=True)):
         np.testing.assert_array_equal(a, b, err_msg=f"{family}, step {step}")

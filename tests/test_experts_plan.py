@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from tiny import write_mixture
 
 import edger1
 from edger1 import paths
-from edger1.experts import rates
+from edger1.experts import page_cache, rates
 from edger1.experts.anatomy import LayerExperts, Part
 from edger1.units import format_bytes
 
@@ -64,6 +65,18 @@ def test_a_plan_of_a_mixture_of_experts(mixture: Path) -> None:
 
 
 @pytest.mark.usefixtures("known_rates")
+@pytest.mark.usefixtures("known_rates")
+def test_nothing_is_lent_that_cannot_be_given_back(mixture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = edger1.plan(mixture).smallest_ceiling_bytes + 2 * 3 * EXPERT
+    lent = edger1.plan(mixture, memory=memory).stream
+    assert lent is not None
+    monkeypatch.setattr(page_cache, "sys", SimpleNamespace(platform="darwin"))
+    kept = edger1.plan(mixture, memory=memory).stream
+    assert kept is not None
+    assert kept.slots == lent.slots == kept.lent_slots
+    assert sum(lent.lent_slots) > sum(lent.slots)
+
+
 def test_every_ceiling_from_the_smallest_on_works() -> None:
     # The experts of nano-moe take hardly more than the buffers that streaming them needs.
     most = edger1.plan("nano-moe").total_bytes

@@ -6,7 +6,9 @@ import errno
 import os
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -124,6 +126,19 @@ def test_a_file_that_was_replaced_goes_on_as_it_was(store: Store, layer: LayerEx
     assert [part.tobytes() for part in into] == wanted
 
 
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="looking at open files needs /proc")
+def test_a_file_that_cannot_be_opened_leaves_no_other_open(layer: LayerExperts) -> None:
+    def is_open() -> bool:
+        return any(each.resolve() == layer.parts[0].file.resolve() for each in Path("/proc/self/fd").iterdir())
+
+    for number in range(8):
+        missing = layer.parts[0].file.with_name(f"missing-{number}")
+        gone = replace(layer, parts=(*layer.parts, replace(layer.parts[0], file=missing)))
+        with pytest.raises(StreamError, match=f"missing-{number} cannot be read"):
+            Store([gone])
+        assert not is_open()
+
+
 def test_an_io_error_says_where(store: Store, layer: LayerExperts, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> int:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
@@ -163,6 +178,40 @@ def test_what_is_wanted_goes_before_guesses(layer: LayerExperts, monkeypatch: py
     assert firsts == [0, 4, 3, 2]
     assert reads[1].error is not None
     store.close()
+
+
+@pytest.mark.parametrize("mode", ["auto", "direct"])
+def test_without_memory_for_direct_reads_they_are_buffered(
+    layer: LayerExperts, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: int) -> None:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    monkeypatch.setattr(store_module, "_staging", refuse)
+    drop_from_page_cache(layer.parts[0].file)
+    store, into = Store([layer], mode=mode), room(layer)
+    try:
+        read = store.read(layer, 3, into)
+        assert read.wait(10)
+        assert read.error is None
+        assert [each.tobytes() for each in into] == expected(layer, 3)
+    finally:
+        store.close()
+
+
+def test_files_that_nobody_can_guard_are_not_computed_on(layer: LayerExperts) -> None:
+    def too_many(_: Any) -> None:
+        raise RuntimeError("512 maps are guarded already")
+
+    store = Store([layer])
+    try:
+        assert store.maps(layer, SimpleNamespace(MapGuard=too_many)) is None
+        found = store.maps(layer, SimpleNamespace(MapGuard=lambda mapped: mapped))
+        if found is not None:
+            read = [bytes(found[part.projection, part.name][2]) for part in layer.parts]
+            assert read == expected(layer, 2)
+    finally:
+        store.close()
 
 
 def test_closing_does_not_wait_for_a_disk_that_hangs(layer: LayerExperts, monkeypatch: pytest.MonkeyPatch) -> None:

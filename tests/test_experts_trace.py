@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -61,14 +62,28 @@ def test_what_is_no_trace_is_said_to_be_none(tmp_path: Path, content: bytes) -> 
         trace.load(path)
 
 
+def test_a_damaged_file_is_no_trace_or_has_the_same_in_it(tmp_path: Path) -> None:
+    path, saved = tmp_path / "t.npz", made()
+    trace.save(path, saved)
+    whole = path.read_bytes()
+    for place in range(0, len(whole), 3):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
+        try:
+            found = trace.load(path)
+        except FormatError:
+            continue
+        assert np.array_equal(found.chosen, saved.chosen)
+        assert np.array_equal(found.nearness, saved.nearness)
+
+
 def test_another_version_is_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "t.npz", version=np.array(2))
     with pytest.raises(FormatError, match="version 2; expected 1"):
         trace.load(tmp_path / "t.npz")
 
 
-def test_a_models_routers_are_recorded_as_they_decide() -> None:
-    mx.random.seed(3)
+def routed(experts: int) -> Any:
+    """A model with two layers that choose among so many experts."""
     args = deepseek_v3.ModelArgs(
         vocab_size=50,
         hidden_size=32,
@@ -78,7 +93,7 @@ def test_a_models_routers_are_recorded_as_they_decide() -> None:
         num_attention_heads=2,
         num_key_value_heads=2,
         n_shared_experts=1,
-        n_routed_experts=8,
+        n_routed_experts=experts,
         num_experts_per_tok=2,
         n_group=1,
         topk_group=1,
@@ -89,7 +104,12 @@ def test_a_models_routers_are_recorded_as_they_decide() -> None:
         qk_nope_head_dim=8,
         v_head_dim=8,
     )
-    model = deepseek_v3.Model(args)
+    return deepseek_v3.Model(args)
+
+
+def test_a_models_routers_are_recorded_as_they_decide() -> None:
+    mx.random.seed(3)
+    model = routed(8)
     gates = [layer.mlp.gate for layer in model.model.layers[1:]]
     for gate in gates:
         gate.weight = mx.random.normal(gate.weight.shape)
@@ -112,6 +132,13 @@ def test_a_models_routers_are_recorded_as_they_decide() -> None:
     scores = mx.sigmoid(layer.post_attention_layernorm(attended) @ gates[0].weight.T) + gates[0].e_score_correction_bias
     assert np.array_equal(found.chosen[:, 0], np.argsort(-np.array(scores)[0], axis=-1)[:, :2])
     assert all(type(gate) is deepseek_v3.MoEGate for gate in gates)
+
+
+def test_more_experts_than_a_file_can_number_are_refused() -> None:
+    with pytest.raises(ValueError, match="257 experts a layer; expected 256 or fewer"), trace.recording(routed(257)):
+        pass
+    with trace.recording(routed(256)):
+        pass
 
 
 def test_a_model_without_routers_cannot_be_recorded() -> None:

@@ -12,12 +12,13 @@ import streamed_models
 from streamed_models import moe_families
 from typer.testing import CliRunner
 
-from edger1 import worker
+from edger1 import kernels, worker
 from edger1.cli import app
-from edger1.errors import FormatError, StreamError
+from edger1.errors import FormatError, StreamError, UsageError
 from edger1.experts import verify as verify_module
 from edger1.experts.store import Store
 from edger1.experts.verify import ROWS, verify
+from edger1.kernels.experts_streamed import StreamedOperation
 
 ONLY_16 = {"deepseek_v41", "kimi_k3"}
 """Families with layers that are given more than rows and masks, so that they cannot be called alone with other rows."""
@@ -73,6 +74,23 @@ def test_the_command_writes_what_it_found(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_model_without_experts_has_nothing_to_verify(tiny_folder: Path) -> None:
     with pytest.raises(FormatError, match="no routed experts"):
         worker.call(lambda: verify(tiny_folder))
+
+
+@pytest.mark.skipif(not kernels.state().available, reason="without kernels no layer is one operation")
+def test_what_is_compared_is_what_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loaded model's layers with streamed experts are one operation each, where that is known to stand for them."""
+    folder = streamed_models.write(tmp_path / "m", "olmoe")
+    given = StreamedOperation.given
+    monkeypatch.setattr(StreamedOperation, "given", lambda *arguments: given(*arguments) * 2)
+    certificate = verify(folder, precision="exact")
+    assert not any(layer.outputs[0].same for layer in certificate.layers)
+
+
+def test_slots_that_cannot_be_are_refused(tmp_path: Path) -> None:
+    folder = streamed_models.write(tmp_path / "m", "olmoe")
+    for wrong in (0, "0%"):
+        with pytest.raises(UsageError, match="expert_slots is"):
+            verify(folder, expert_slots=wrong)
 
 
 def test_a_file_that_cannot_be_read_is_no_certificate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from mlx_lm.models.cache import ArraysCache, KVCache, QuantizedKVCache, RotatingKVCache
+from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, QuantizedKVCache, RotatingKVCache
 
 from edger1.cache import Entry, KVStore
 from edger1.cache_parts import Part, divide, divisible, join
@@ -321,3 +321,64 @@ def test_the_tree_has_a_node_for_each_place_where_sequences_part_or_end() -> Non
     gone.held = None
     tree.prune(gone)
     assert tree.walk([1, 2, 5]).matched == 2
+
+
+def fed(caches: list[Any], ids: list[int]) -> list[Any]:
+    """Feed ids to caches as a prompt is, in steps."""
+    for first in range(0, len(ids), 512):
+        keys = mx.array(ids[first : first + 512], mx.float32)[None, None, :, None]
+        for cache in caches:
+            cache.update_and_fetch(keys, -keys)
+    mx.eval([cache.state for cache in caches])
+    return caches
+
+
+@pytest.mark.parametrize("windows", [0, 1])
+@pytest.mark.parametrize(("length", "shared", "asked"), [(1000, 510, 511), (1000, 510, 600), (1000, 512, 1020)])
+@pytest.mark.parametrize("fits", [always, never])
+def test_what_is_handed_over_never_takes_more_than_its_request_has_set_aside(
+    windows: int, length: int, shared: int, asked: int, fits: Any
+) -> None:
+    """The bound of `KVLayout.nbytes`: trimming alone keeps the buffers of what was longer."""
+    kept = PrefixCache()
+    made = [RotatingKVCache(4096) for _ in range(windows)] + [KVCache() for _ in range(LAYERS - windows)]
+    kept.put(Entry(list(range(length)), "", fed(made, list(range(length)))))
+    ids = [*range(shared), *range(10_000, 10_000 + asked - shared)]
+    caches, found = kept.take(ids, fits)
+    assert caches is not None
+    assert (found, tokens_in(caches)) == (shared, ids[:shared])
+    set_aside = (asked + 256) * BYTES
+    assert sum(cache.nbytes for cache in caches) <= set_aside
+    fed(caches, ids[shared:])
+    assert tokens_in(caches) == ids
+    assert sum(cache.nbytes for cache in caches) <= set_aside
+
+
+def test_what_ends_at_a_step_and_has_room_behind_it_grows_by_no_more_than_a_step() -> None:
+    """There mlx-lm's caches would add room to room."""
+    ids = list(range(768))
+    made = fed([KVCache() for _ in range(LAYERS)], ids[:700])
+    for cache in made:
+        # As where a token has been generated behind 700.
+        cache.keys, cache.values = (a[..., :700, :] for a in (cache.keys, cache.values))
+    for i in ids[700:]:
+        fed(made, [i])
+    kept = PrefixCache()
+    kept.put(Entry(ids, "", made))
+    asked = [*ids, *range(10_000, 10_300)]
+    caches, shared = kept.take(asked, never)
+    assert caches is not None
+    assert shared == 768
+    fed(caches, asked[768:])
+    assert tokens_in(caches) == asked
+    assert sum(cache.nbytes for cache in caches) <= (len(asked) + 256) * BYTES
+
+
+def test_caches_that_a_layer_has_several_of_are_trimmed_as_well() -> None:
+    kept = PrefixCache()
+    ids = list(range(1000))
+    kept.put(Entry(ids, "", [CacheList(*fed([KVCache(), KVCache()], ids))]))
+    caches, shared = kept.take([*ids[:600], 7], never)
+    assert caches is not None
+    assert (shared, tokens_in(list(caches[0].caches))) == (600, ids[:600])
+    assert caches[0].nbytes <= (601 + 256) * BYTES

@@ -10,12 +10,17 @@ from typing import Any
 
 from edger1.drafting.mtp import Ahead
 from edger1.errors import FormatError
+from edger1.experts.anatomy import top_k
+from edger1.experts.budget import LEAST_SLOTS
+from edger1.experts.store import THREADS, read_buffer_bytes
 from edger1.folder import ModelFolder
 from edger1.memory import Plan
 from edger1.quant.formats import safetensors
 from edger1.quant.formats.folder import MTP_NAME
 
 _KV_BYTES = 4
+# mlx-lm's KV caches grow by this many tokens at a time.
+_KV_STEP = 256
 NO_ROOM = "its MTP layer does not fit under the memory ceiling"
 
 
@@ -29,6 +34,8 @@ class Found:
     nbytes: int
     expert_bytes: int
     """Of those, the bytes of stacked experts."""
+    largest_bytes: int = 0
+    """Of these, the bytes of the largest tensor."""
 
 
 def find(folder: ModelFolder) -> Found | None:
@@ -50,8 +57,8 @@ def find(folder: ModelFolder) -> Found | None:
         return None
     paths = tuple(path for path in files if any(path == own for own, _ in found.values()))
     nbytes = sum(nbytes for _, nbytes in found.values())
-    experts = sum(nbytes for name, (_, nbytes) in found.items() if ".switch_mlp." in name)
-    return Found(prefix, paths, frozenset(found), nbytes, experts)
+    experts = [nbytes for name, (_, nbytes) in found.items() if ".switch_mlp." in name]
+    return Found(prefix, paths, frozenset(found), nbytes, sum(experts), max(experts, default=0))
 
 
 def share(plan: Plan) -> float | None:
@@ -62,16 +69,22 @@ def share(plan: Plan) -> float | None:
 
 
 def room(found: Found, plan: Plan, config: Mapping[str, Any]) -> int:
-    """Return what the layer takes at most beside a model so planned: weights, widened where they are, its KV cache, and
-    hidden states that it has yet to read.
+    """Return what the layer takes at most beside a model so planned: weights, widened where they are, what reads of its
+    experts go through, its KV cache, and hidden states that it has yet to read.
 
     The cache is counted as keys and values as wide as the hidden state, which no family exceeds.
     """
     text = config.get("text_config")
     hidden = (text if isinstance(text, Mapping) else config).get("hidden_size")
     width = hidden if isinstance(hidden, int) else 0
-    experts = found.expert_bytes * (1.0 if (slots := share(plan)) is None else slots)
-    return int(experts) + 2 * (found.nbytes - found.expert_bytes) + 2 * plan.context * width * _KV_BYTES
+    experts = found.expert_bytes
+    if plan.stream is not None and experts:
+        # As many as the model's layers have, and with as many slots as `slots_by_hand` makes of the share.
+        count = max(plan.stream.experts)
+        slots = max(-int(-count * (share(plan) or 0) // 1), top_k(config), LEAST_SLOTS)
+        experts = experts * min(count, slots) // count + THREADS * read_buffer_bytes(-(-found.largest_bytes // count))
+    cached = 2 * (plan.context + _KV_STEP) * width * _KV_BYTES
+    return experts + 2 * (found.nbytes - found.expert_bytes) + cached
 
 
 def is_worth(with_layer: Plan, without: Plan) -> bool:
@@ -104,27 +117,32 @@ def load(found: Found, folder: ModelFolder, model: Any, precision: str, slots_sh
             f"Convert the model again, or remove {MTP_NAME} to go without."
         ) from error
     del weights
-    streaming = None if slots_share is None else _streamed(found, folder, predictor, slots_share)
-    on_disk = (
-        {f"{layer.path.split('.mlp.')[-1]}" for layer in _layers(found, folder, predictor)} if streaming else set()
-    )
-    for key, value in tree_flatten(predictor.parameters()):
-        if any(f".mlp.{path}." in f".{key}" for path in on_disk):
-            continue
-        taken = value.astype(mx.float32) if is_widened(value) else value
-        mx.eval(taken)
-        predictor.update(tree_unflatten([(key, taken)]))
-    mx.eval([v for m in predictor.modules() for v in vars(m).values() if isinstance(v, mx.array)])
-    if streaming is not None:
-        streaming.attach(_tree(found, predictor))
-        for _ in streaming.fill():
-            pass
-    with streaming.sleeping() if streaming is not None else contextlib.nullcontext():
-        installed = install(predictor, "exact" if precision == "exact" else "fast")
-    if streaming is not None:
-        streaming.fuse(predictor, installed)
-    nbytes = sum(value.nbytes for _, value in tree_flatten(predictor.parameters()))
-    return Ahead(predictor, base_of(model), installed, nbytes, streaming)
+    # Who reads experts, and what is replaced for the process, would outlive a layer that does not come to be.
+    with contextlib.ExitStack() as undo:
+        streaming = None if slots_share is None else _streamed(found, folder, predictor, slots_share)
+        if streaming is not None:
+            undo.callback(streaming.close)
+        layers = _layers(found, folder, predictor) if streaming is not None else ()
+        on_disk = {f"{layer.path.split('.mlp.')[-1]}" for layer in layers}
+        for key, value in tree_flatten(predictor.parameters()):
+            if any(f".mlp.{path}." in f".{key}" for path in on_disk):
+                continue
+            taken = value.astype(mx.float32) if is_widened(value) else value
+            mx.eval(taken)
+            predictor.update(tree_unflatten([(key, taken)]))
+        mx.eval([v for m in predictor.modules() for v in vars(m).values() if isinstance(v, mx.array)])
+        if streaming is not None:
+            streaming.attach(_tree(found, predictor))
+            for _ in streaming.fill():
+                pass
+        with streaming.sleeping() if streaming is not None else contextlib.nullcontext():
+            installed = install(predictor, "exact" if precision == "exact" else "fast")
+        undo.callback(installed.uninstall)
+        if streaming is not None:
+            streaming.fuse(predictor, installed)
+        nbytes = sum(value.nbytes for _, value in tree_flatten(predictor.parameters()))
+        undo.pop_all()
+        return Ahead(predictor, base_of(model), installed, nbytes, streaming)
 
 
 def _tree(found: Found, predictor: Any) -> dict[str, Any]:

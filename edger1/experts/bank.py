@@ -9,7 +9,7 @@ An expert's bytes are there when its read has ended well. A read that failed, or
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,8 @@ from edger1.experts.policy import Policy
 from edger1.experts.store import DIRECT_BLOCK, Bytes, Read, Store
 
 ABSENT = -1
+PATIENCE_S = 0.05
+"""How long to wait for a read before it is looked whether anyone still wants it."""
 _ALIGNED = 8
 """What begins at another number of bytes is not read in place: vectors of no dtype may begin there."""
 
@@ -52,6 +54,8 @@ class Bank:
         self._released: list[int] = []
         self.identity = False
         """Whether expert e lies in slot e for all of them, so that indices need no translation."""
+        self.check: Callable[[], None] = lambda: None
+        """Called while it waits; raises where nobody wants the answer any more."""
 
     @property
     def nbytes(self) -> int:
@@ -108,16 +112,33 @@ class Bank:
         return self._start(expert, slot, guessed=guessed)
 
     def ensure(self, experts: Sequence[int], keep: Collection[int] = ()) -> None:
-        """Bring experts in and wait until they are there. Raises StreamError where a read fails."""
+        """Bring experts in and wait until they are there.
+
+        Raises StreamError where a read fails, and ValueError for more experts, with those to keep, than usable slots.
+        """
         wanted = {*experts, *keep}
+        if len(wanted) > self.usable_slots:
+            raise ValueError(f"{len(wanted)} experts at once in {self.usable_slots} slots")
         missing = [e for e in dict.fromkeys(experts) if self.table[e] < 0]
-        reads = []
+        reads: list[Read] = []
         for expert in missing:
-            read = self.request(expert, wanted)
-            if read is None:
-                raise ValueError(f"{len(wanted)} experts at once in {self.slots} slots")
+            while (read := self.request(expert, wanted)) is None:
+                self.make_way(wanted, reads)
             reads.append(read)
         self.wait(reads)
+
+    def make_way(self, keep: Collection[int], reads: Collection[Read], patience_s: float = PATIENCE_S) -> None:
+        """Go on towards a free slot where the slots suffice, but guesses hold some; `reads` are those to be kept.
+
+        To be called again until `request` gives a read.
+        """
+        self.give_up_guesses(keep, lasting=True)
+        self.settle()
+        under_way = self.others_under_way(reads)
+        # A guess that came just now holds a slot that can be had.
+        if not self.has_free_slots and under_way:
+            under_way[0].wait(patience_s)
+        self.check()
 
     def wait(self, reads: Sequence[Read]) -> None:
         """Wait until reads have ended, and raise what the first failed of. Who can be interrupted puts its own here."""
@@ -151,9 +172,12 @@ class Bank:
         return [read for read in held if read not in reads]
 
     def forget_arrivals(self) -> None:
-        """Begin with new arrivals: reads that nobody waits for any more tell the old ones."""
-        if self.arrivals is not None:
-            self.arrivals = type(self.arrivals)(self.arrivals.slots)
+        """Begin with new arrivals, which those reads tell as well that are under way: the next call may want them."""
+        if self.arrivals is None:
+            return
+        self.arrivals = type(self.arrivals)(self.arrivals.slots)
+        for expert, read in self.loading.items():
+            self._tell(read, self._slot_of_read[expert])
 
     def give_up_guesses(self, wanted: Collection[int], *, lasting: bool = False) -> None:
         """Cancel the guesses that are not among `wanted`; what is being read by now is read to its end.
@@ -170,6 +194,9 @@ class Bank:
 
     def shrink(self, slots: int, keep: Collection[int] = ()) -> int:
         """Give the memory of up to `slots` slots back to the system; returns how many bytes went."""
+        if not page_cache.can_release():
+            # No expert is to leave for nothing.
+            return 0
         self.settle()
         given = 0
         for _ in range(slots):
@@ -197,16 +224,19 @@ class Bank:
         return sorted(self._here)
 
     def _start(self, expert: int, slot: int, *, guessed: bool) -> Read:
-        arrivals = self.arrivals
-        if arrivals is not None:
-            arrivals.expect([slot])
         read = self.store.read(self.layer, expert, [row[slot] for row in self._rows], guessed=guessed)
         self.loading[expert] = read
         self._slot_of_read[expert] = slot
         self.places[expert] = slot
-        if arrivals is not None:
-            read.then(lambda ended: arrivals.done(slot) if ended.error is None else arrivals.fail(slot))
+        self._tell(read, slot)
         return read
+
+    def _tell(self, read: Read, slot: int) -> None:
+        """Let operations wait for a read."""
+        arrivals = self.arrivals
+        if arrivals is not None:
+            arrivals.expect([slot])
+            read.then(lambda ended: arrivals.done(slot) if ended.error is None else arrivals.fail(slot))
 
     def _take_slot(self, keep: Collection[int]) -> int | None:
         if self._free:

@@ -251,13 +251,15 @@ def with_experts(
     miss_cost_s: Sequence[float] | None = None,
     expert_slots: str | int | None = None,
     in_turns: bool = False,
+    lends: bool = True,
     read_threads: int = THREADS,
 ) -> Plan:
     """Turn the plan of a model that is wholly resident into the one to load it by.
 
     Where all fits under the ceiling, and no slots were asked for, experts stay resident, and the plan only learns which
     smaller ceiling would do; see `plan_stream` for `in_turns`. Else their banks get what is left beside
-    `other_bytes`, the weights that are no experts.
+    `other_bytes`, the weights that are no experts, and if it `lends` the KV cache's memory as well, which they must be
+    able to give back.
 
     Raises UsageError where slots are asked for and there are no experts to give them to.
     """
@@ -270,7 +272,7 @@ def with_experts(
         layers,
         plan.ceiling_bytes - beside.beside_banks_bytes,
         prefill_tokens=prefill_tokens,
-        lent_bytes=plan.kv_bytes,
+        lent_bytes=plan.kv_bytes if lends else 0,
         popularity=popularity,
         miss_cost_s=miss_cost_s,
         expert_slots=expert_slots,

@@ -56,6 +56,7 @@ class StreamedExperts:
         """Whether slots behind the bank's are the experts on the map of their files."""
         self._on_map = 0
         bank.wait = self._wait  # type: ignore[method-assign]
+        bank.check = streaming.check
         self._streaming = streaming
 
     def switch(self, switch: Any, x: Any, indices: Any, compute: Compute) -> Any:
@@ -121,6 +122,9 @@ class StreamedExperts:
         slots = bank.places[chosen]
         for expert in on_map:
             slots[chosen == expert] = bank.slots + expert
+        if (slots < 0).any():
+            # A read has failed already, and its slot is free again.
+            self._wait(reads)
         with self._waiting():
             done = operation.given(x, _array(slots), weights, bank.arrivals)
             if done is None:
@@ -200,14 +204,7 @@ class StreamedExperts:
             if self.bank.places[expert] < 0:
                 self.figures[BYTES_READ] += self.bank.layer.expert_bytes
             while (read := self.bank.request(expert, keep)) is None:
-                # The slots suffice, but guesses hold some.
-                self.bank.give_up_guesses(keep, lasting=True)
-                self.bank.settle()
-                under_way = self.bank.others_under_way(reads)
-                # A guess that came just now holds a slot that can be had.
-                if not self.bank.has_free_slots and under_way:
-                    under_way[0].wait(self._streaming.patience_s)
-                self._streaming.check()
+                self.bank.make_way(keep, reads, self._streaming.patience_s)
             reads.append(read)
         return reads
 

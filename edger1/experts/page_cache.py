@@ -57,9 +57,14 @@ def let_go(mapped: mmap.mmap, address: int, offset: int, nbytes: int) -> None:
         _libc().madvise(first, last - first, mmap.MADV_DONTNEED)
 
 
+def can_release() -> bool:
+    """Say whether `release` ever gives anything back on this system."""
+    return sys.platform == "linux"
+
+
 def release(address: int, nbytes: int) -> int:
     """Give whole pages of anonymous memory back to the system, which reads as zeros after; return how many bytes."""
-    if sys.platform != "linux":
+    if not can_release():
         return 0
     first = -(-address // PAGE) * PAGE
     last = (address + nbytes) // PAGE * PAGE

@@ -55,9 +55,9 @@ class Read:
         self.guessed = guessed
         """Whether nobody has asked for it yet."""
         self.error: BaseException | None = None
-        self.seconds = 0.0
         self._left = pieces
         self._done = threading.Event()
+        self._over = False
         self._lock = threading.Lock()
         self._cancelled = False
         self._callbacks: list[Callable[[Read], None]] = []
@@ -66,12 +66,13 @@ class Read:
     def over(cls, layer: LayerExperts, expert: int) -> Read:
         """Return a read that has ended well."""
         read = cls(layer, expert, 0, guessed=False)
+        read._over = True
         read._done.set()
         return read
 
     @property
     def done(self) -> bool:
-        """Whether it has ended: the bytes are there, or `error` says why not."""
+        """Whether it has ended, and who asked for that was told: the bytes are there, or `error` says why not."""
         return self._done.is_set()
 
     @property
@@ -86,7 +87,7 @@ class Read:
     def then(self, callback: Callable[[Read], None]) -> None:
         """Call `callback` when it has ended, from a reading thread, or at once where it has."""
         with self._lock:
-            if not self._done.is_set():
+            if not self._over:
                 self._callbacks.append(callback)
                 return
         callback(self)
@@ -102,10 +103,14 @@ class Read:
             self.error = self.error or error
             if self._left:
                 return
-            self._done.set()
+            self._over = True
             callbacks, self._callbacks = self._callbacks, []
-        for callback in callbacks:
-            callback(self)
+        try:
+            for callback in callbacks:
+                callback(self)
+        finally:
+            # Last: who sees that it is done may have its memory filled anew, and is not to be told of this one then.
+            self._done.set()
 
 
 @dataclass(frozen=True)
@@ -147,9 +152,7 @@ class _File:
 class Counts:
     """What a store has read so far."""
 
-    reads: int = 0
     nbytes: int = 0
-    direct_bytes: int = 0
     busy_s: float = 0.0
     """Seconds that threads spent reading, added up."""
 
@@ -166,8 +169,12 @@ class Store:
         """Whether there is memory for the page cache to keep a good part of what is read; in mode auto."""
         self.counts = Counts()
         self._files: dict[Path, _File] = {}
-        for path in {part.file for layer in layers for part in layer.parts}:
-            self._files[path] = _open(path, mode)
+        try:
+            for path in {part.file for layer in layers for part in layer.parts}:
+                self._files[path] = _open(path, mode)
+        except BaseException:
+            self._close_files()
+            raise
         self._largest = max((part.nbytes for layer in layers for part in layer.parts), default=0)
         self._wanted: collections.deque[_Piece] = collections.deque()
         self._guessed: collections.deque[_Piece] = collections.deque()
@@ -180,13 +187,6 @@ class Store:
         ]
         for thread in self._threads:
             thread.start()
-
-    @property
-    def staging_bytes(self) -> int:
-        """Bytes that direct reads pass through, in all threads."""
-        if all(file.direct is None for file in self._files.values()):
-            return 0
-        return len(self._threads) * read_buffer_bytes(self._largest)
 
     def look_for_plenty(self, free_bytes: int) -> None:
         """Decide how to read by what is free, in bytes, beside all that the model holds."""
@@ -215,14 +215,18 @@ class Store:
     def maps(self, layer: LayerExperts, extension: Any) -> dict[tuple[str, str], list[memoryview]] | None:
         """Return for each part of a layer a buffer for each expert, on a map of its file; None where there are no maps.
 
-        `extension` is the kernels'. It sees to it that a file which is cut short does not end the process.
+        `extension` is the kernels'. It sees to it that a file which is cut short does not end the process; where it
+        cannot, for more files than it keeps an eye on, nothing is computed on maps.
         """
         files = [self._files[part.file] for part in layer.parts]
         if any(file.map is None for file in files):
             return None
         found = {}
         for part, file in zip(layer.parts, files, strict=True):
-            file.guard = file.guard or extension.MapGuard(file.map)
+            try:
+                file.guard = file.guard or extension.MapGuard(file.map)
+            except RuntimeError:
+                return None
             whole = memoryview(file.map)[part.offset : part.offset + layer.experts * part.nbytes]  # type: ignore[arg-type]
             experts = [whole[e * part.nbytes : (e + 1) * part.nbytes] for e in range(layer.experts)]
             found[part.projection, part.name] = experts
@@ -276,6 +280,9 @@ class Store:
             thread.join(timeout=1)
         if any(thread.is_alive() for thread in self._threads):
             return
+        self._close_files()
+
+    def _close_files(self) -> None:
         for file in self._files.values():
             os.close(file.buffered)
             if file.direct is not None:
@@ -297,18 +304,17 @@ class Store:
             else:
                 try:
                     if staging is None and any(file.direct is not None for file in self._files.values()):
-                        staging = _staging(self._largest)
+                        # Without one reads are buffered.
+                        with contextlib.suppress(OSError):
+                            staging = _staging(self._largest)
                     began = time.perf_counter()
                     for part, into in parts:
                         self._read_part(part, read.expert, into, staging)
                     # Whatever changed before or meanwhile is seen here; a file that ended was seen there.
                     for file in {id(file): file for file in (self._files[part.file] for part, _ in parts)}.values():
                         file.check()
-                    seconds = time.perf_counter() - began
-                    read.seconds += seconds
                     with self._counting:
-                        self.counts.reads += 1
-                        self.counts.busy_s += seconds
+                        self.counts.busy_s += time.perf_counter() - began
                 except BaseException as caught:
                     error = caught
             read.finish_piece(error)
@@ -322,7 +328,6 @@ class Store:
             if direct and not spare:
                 self._read_direct(file, offset, into, staging)
             else:
-                direct = False
                 _read_buffered(file, offset, into)
         except OSError as error:
             raise StreamError(
@@ -331,7 +336,6 @@ class Store:
             ) from error
         with self._counting:
             self.counts.nbytes += part.nbytes
-            self.counts.direct_bytes += part.nbytes if direct else 0
 
     def _read_direct(self, file: _File, offset: int, into: Bytes, staging: Any) -> None:
         if into.ctypes.data % DIRECT_BLOCK == offset % DIRECT_BLOCK and _read_in_place(file, offset, into, staging):

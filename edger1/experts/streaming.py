@@ -11,7 +11,7 @@ import numpy as np
 
 from edger1.experts import anatomy
 from edger1.experts.anatomy import LayerExperts
-from edger1.experts.bank import Bank
+from edger1.experts.bank import PATIENCE_S, Bank
 from edger1.experts.budget import least_slots
 from edger1.experts.device import Device, MLXDevice
 from edger1.experts.figures import BYTES_READ, COMPUTE_S, STALL_S, empty
@@ -36,7 +36,7 @@ class Streaming:
     `slots` is the number of slots of each layer.
     """
 
-    patience_s = 0.05
+    patience_s = PATIENCE_S
     """How long it waits for a read before it looks whether anyone still wants it."""
 
     def __init__(

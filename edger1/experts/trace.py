@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +31,12 @@ from edger1.errors import FormatError
 
 VERSION = 1
 LEVELS = 15
+_MOST_EXPERTS = 256
+_DAMAGE = (
+    *(OSError, EOFError, ValueError, KeyError, TypeError),
+    # The last is what zipfile says of flags and methods of compression that it does not know.
+    *(zipfile.BadZipFile, zlib.error, NotImplementedError),
+)
 
 
 @dataclass(frozen=True)
@@ -90,7 +97,7 @@ def load(path: Path) -> Trace:
             packed, about = file["nearness"], json.loads(str(file["about"]))
             near = np.stack([packed & LEVELS, packed >> 4], axis=-1).reshape(*packed.shape[:-1], -1)
             return Trace(file["experts"], near[..., : about["experts"]], file["sessions"], about)
-    except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+    except _DAMAGE as error:
         raise FormatError(f"{path} is no routing trace ({error}). Record it again.") from error
 
 
@@ -141,7 +148,7 @@ def recording(model: Any) -> Iterator[Recorder]:
     """Record the routers of a DeepSeek-V3 model of mlx-lm while the context lasts, for one sequence at a time.
 
     After each forward pass evaluate its result and `pending()`, then call `end_pass()`.
-    Raises ValueError where the model has no such routers.
+    Raises ValueError where the model has no such routers, or more experts a layer than a file can number.
     """
     import mlx.core as mx
     from mlx_lm.models.deepseek_v3 import MoEGate
@@ -160,6 +167,9 @@ def recording(model: Any) -> Iterator[Recorder]:
     gates = [layer.mlp.gate for layer in model.model.layers if isinstance(getattr(layer.mlp, "gate", None), MoEGate)]
     if not gates:
         raise ValueError("expected a DeepSeek-V3 model with MoE layers: there is no MoEGate in it")
+    experts = max(gate.weight.shape[0] for gate in gates)
+    if experts > _MOST_EXPERTS:
+        raise ValueError(f"the model has {experts} experts a layer; expected {_MOST_EXPERTS} or fewer, a byte each")
     classes = [type(gate) for gate in gates]
     for gate in gates:
         gate.__class__ = Watched

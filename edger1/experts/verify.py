@@ -129,10 +129,11 @@ def verify(
     layers = anatomy.find(model, folder)
     if not layers:
         raise FormatError(f"{path.name} has no routed experts, so there is nothing to stream and nothing to verify.")
+    asked = "25%" if expert_slots is None else expert_slots
     slots = [
         # Where every expert had its slot nothing would be read, so nothing would be shown.
         max(least_slots(layer), min(layer.experts - 1, count))
-        for layer, count in zip(layers, slots_by_hand(layers, expert_slots or "25%"), strict=True)
+        for layer, count in zip(layers, slots_by_hand(layers, asked), strict=True)
     ]
     walk = _Walk(_decoders(model, layers), slots, Certificate(path.name, precision), on_layer)
     with walk.hooked():
@@ -239,24 +240,26 @@ class _Walk:
         switches = dict(anatomy.switches(module))
         resident_weights = _sha256([_resident_bytes(switches[layer.path], layer) for layer in layers])
         resident, left_out = {}, []
-        for rows in ROWS:
-            try:
-                resident[rows] = _output(module, precision, x, args, kwargs, rows)
-            except Exception as error:
-                # With its own rows it was called before; another number may not suit what else it is given.
-                if rows == x.shape[1]:
-                    raise
-                left_out.append(f"{rows} rows: {type(error).__name__}: {str(error)[:200]}")
+        with _running(module, precision):
+            for rows in ROWS:
+                try:
+                    resident[rows] = _output(module, x, args, kwargs, rows)
+                except Exception as error:
+                    # With its own rows it was called before; another number may not suit what else it is given.
+                    if rows == x.shape[1]:
+                        raise
+                    left_out.append(f"{rows} rows: {type(error).__name__}: {str(error)[:200]}")
         streaming = Streaming(layers, slots)
         try:
             streamed_weights = _sha256([_stored_bytes(streaming.store, layer) for layer in layers])
             streaming.attach(module)
             outputs = []
-            for rows, expected in resident.items():
-                before = streaming.figures[:, MISSES].sum()
-                got = _output(module, precision, x, args, kwargs, rows)
-                misses = int(streaming.figures[:, MISSES].sum() - before)
-                outputs.append(_comparison(rows, expected, got, misses))
+            with _running(module, precision, streaming):
+                for rows, expected in resident.items():
+                    before = streaming.figures[:, MISSES].sum()
+                    got = _output(module, x, args, kwargs, rows)
+                    misses = int(streaming.figures[:, MISSES].sum() - before)
+                    outputs.append(_comparison(rows, expected, got, misses))
         finally:
             streaming.close()
         return LayerCertificate(
@@ -286,11 +289,24 @@ def _parts(module: Any, layers: Sequence[LayerExperts]) -> list[tuple[Any, str, 
     return [(linear, name, a) for linear in linears for name, a in linear.items() if hasattr(a, "shape")]
 
 
-def _output(module: Any, precision: str, x: Any, args: Any, kwargs: Any, rows: int) -> Any:
+@contextlib.contextmanager
+def _running(module: Any, precision: str, streaming: Streaming | None = None) -> Iterator[None]:
+    """Let a layer run inside as it does in a loaded model, its experts resident or streamed."""
+    from edger1.kernels.install import install
+
+    with contextlib.nullcontext() if streaming is None else streaming.sleeping():
+        installed = install(module, "exact" if precision == "exact" else "fast")
+    try:
+        if streaming is not None:
+            streaming.fuse(module, installed)
+        yield
+    finally:
+        installed.uninstall()
+
+
+def _output(module: Any, x: Any, args: Any, kwargs: Any, rows: int) -> Any:
     """Return a layer's output for `rows` rows: those of x, its first ones, or all of them again and again."""
     import mlx.core as mx
-
-    from edger1.kernels.install import install
 
     had = x.shape[1]
     # Some layers write into what they are given.
@@ -299,14 +315,10 @@ def _output(module: Any, precision: str, x: Any, args: Any, kwargs: Any, rows: i
         args = tuple(_with_rows(argument, had, rows) for argument in args)
         kwargs = {name: _with_rows(argument, had, rows) for name, argument in kwargs.items()}
         x = _with_rows(x, had, rows)
-    installed = install(module, "exact" if precision == "exact" else "fast")
-    try:
-        found = module(x, *args, **kwargs)
-        found = found[0] if isinstance(found, tuple) else found
-        mx.eval(found)
-        return np.array(found.astype(mx.float32))
-    finally:
-        installed.uninstall()
+    found = module(x, *args, **kwargs)
+    found = found[0] if isinstance(found, tuple) else found
+    mx.eval(found)
+    return np.array(found.astype(mx.float32))
 
 
 def _copied(argument: Any) -> Any:

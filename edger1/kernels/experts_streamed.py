@@ -48,8 +48,6 @@ class StreamedOperation:
     """Whether `route` and `given` stand for the whole module; otherwise it routes in its own code."""
     takes_ranks: bool
     """Whether the module does the same, and has the weighted sum inside, when its switch layer answers with `Ranks`."""
-    takes_routing: bool
-    """Whether the module is called with x, indices and weights, and answers with the weighted sum: with `weighted`."""
     _call: Any
     _shared: Any
     _weight: Any
@@ -79,11 +77,6 @@ class StreamedOperation:
             return None
         shared: mx.array = self._shared(x)
         return done + (shared if self._weight is None else mx.sigmoid(self._weight(x)) * shared)
-
-    def weighted(self, x: mx.array, slots: mx.array, weights: mx.array, arrivals: Any = None) -> mx.array | None:
-        """Return the weighted sum over ranks, [..., hidden], without a shared expert."""
-        done: mx.array | None = self._call(x, slots, weights, arrivals)
-        return done
 
     def summed(self, x: mx.array, ranks: mx.array, weights: mx.array) -> mx.array | None:
         """Return what `given` answers, to the bit, from what `ranks` gave for x [..., ranks, hidden]: up to 16 rows."""
@@ -135,7 +128,6 @@ def streamed(
         mapped=bool(mapped),
         has_router=parts is not None,
         takes_ranks=takes_ranks,
-        takes_routing=probe.expected is None and probe.takes_routing(stand_in.held.call),
         _call=alone if parts is None else build(owner, start, parts, unwatched=switch),
         _shared=parts and parts.shared,
         _weight=parts and parts.weight,
