@@ -190,7 +190,7 @@ class ChatBase(App[None], inherit_bindings=False):
         answered = waiting is None or waiting.node in talk.tree.path()
         if talk is self.session.talk:
             if self.stage.failure is not None:
-                await self.fail(self.stage.failure.message)
+                await self.fail(self.stage.failure.message, self._way_out(self.stage.failure))
             self.head()
         self._after_answer(talk)
         return answered
@@ -290,8 +290,13 @@ class ChatBase(App[None], inherit_bindings=False):
         await self.stage.transcript.drop(question)
         self.query_one(Prompt).give_back(question.node.text, question.node.attachments)
 
-    async def fail(self, message: str) -> None:
-        """Show an error, and give a message that waited for the engine back."""
+    def _way_out(self, failure: Failed) -> str:
+        if failure.error != "ContextError" or self.session.talk.settings.context_shift:
+            return ""
+        return "/shift on drops the oldest turns of this conversation where its context is full."
+
+    async def fail(self, message: str, way_out: str = "") -> None:
+        """Show an error and what helps against it, and give a message that waited for the engine back."""
         await self.leave_welcome()
         self.stage.say("")
         if self.session.state is State.ASLEEP:
@@ -299,7 +304,7 @@ class ChatBase(App[None], inherit_bindings=False):
             if self.waiting is not None:
                 await self.take_back(self.waiting)
         else:
-            advice = "Your conversation is kept. Change your message and send it again."
+            advice = f"Your conversation is kept. {way_out or 'Change your message and send it again.'}"
         await self.stage.transcript.say(Notice.error(message, advice))
 
     def _complain(self, message: str) -> None:

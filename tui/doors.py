@@ -180,6 +180,10 @@ class Doors(ChatBase, inherit_bindings=False):
         """Where drafts come from."""
         self._change(dials.speculate, what)
 
+    def action_shift(self, what: str = "") -> None:
+        """Whether the oldest turns are dropped where the context is full."""
+        self._change(dials.shift, what)
+
     def _change(self, dial: dials.Dial, what: str) -> None:
         settings = dial(self.session.talk.settings, what)
         self.use_settings(settings, dials.said(dial, settings))

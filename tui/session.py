@@ -336,7 +336,12 @@ class Session:
         self._naming = asyncio.get_running_loop().create_future()
         said: list[str] = []
         finished = False
-        settings = Settings(sampling=Sampling(temperature=0.0), max_tokens=TITLE_TOKENS, think="off")
+        settings = Settings(
+            sampling=Sampling(temperature=0.0),
+            max_tokens=TITLE_TOKENS,
+            think="off",
+            context_shift=talk.settings.context_shift,
+        )
         try:
             asked = self.backend.ask(title_question(talk.tree, talk.settings.system), settings=settings)
             async with aclosing(to_the_end(asked, Done)) as events:

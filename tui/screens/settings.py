@@ -54,6 +54,7 @@ _PLAIN = {
     "max_tokens": "no limit", "think_budget": "no limit", "think_at_least": "0", "samples": "1",
 }  # fmt: skip
 _USUAL = Settings()
+SWITCH = ("off", "on")
 _OF_SAMPLING = frozenset(vars(Sampling()))
 
 
@@ -167,6 +168,7 @@ class SettingsScreen(ModalScreen[Settings | None]):
                 for field in THINKING:
                     yield from self._row(field)
                 yield from _choice("speculate", "Drafts", SPECULATE, "guesses, verified together: the same, sooner")
+                yield from _choice("context_shift", "Context shift", SWITCH, "the oldest turns go where it is full")
                 with Horizontal(classes="buttons"):
                     yield Button("Take", id="take", variant="primary", compact=True)
                     yield Button("Presets", id="presets", compact=True)
@@ -200,6 +202,7 @@ class SettingsScreen(ModalScreen[Settings | None]):
             self.query_one(f"#{field.name}", Input).value = shown(value_of(settings, field))
         for name in ("think", "speculate"):
             self.query_one(f"#{name}", Select).value = getattr(settings, name)
+        self.query_one("#context_shift", Select).value = SWITCH[settings.context_shift]
 
     def _read(self) -> Settings | None:
         """Return what is typed; None where something is wrong, which has the focus then."""
@@ -207,6 +210,7 @@ class SettingsScreen(ModalScreen[Settings | None]):
         chosen: dict[str, Any] = {
             name: str(self.query_one(f"#{name}", Select).value) for name in ("think", "speculate")
         }
+        chosen["context_shift"] = self.query_one("#context_shift", Select).value == "on"
         settings = replace(_USUAL, system=system if system.strip() else None, **chosen)
         try:
             for field in FIELDS:
@@ -428,6 +432,8 @@ def in_words(settings: Settings) -> str:
         words.append(f"think {settings.think}")
     if settings.speculate != "off":
         words.append(f"drafts {settings.speculate}")
+    if settings.context_shift:
+        words.append("context shift")
     if settings.system:
         words.append(f"system {' '.join(clean(settings.system).split())!r:.40}")
     return ", ".join(words) or "nothing"
