@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 from chatting import drive, screen, until
-from fake_backend import FIGURES, FakeBackend, words
+from fake_backend import FIGURES, HOLD, FakeBackend, words
 from textual.pilot import Pilot
 
-from edger1.messages import Failed
+from edger1.messages import Done, Failed
 from edger1.tui.app import ChatApp
 from edger1.tui.belongings import Belongings
 from edger1.tui.session import State
@@ -45,6 +45,7 @@ def test_a_conversation_that_is_told_to_goes_on_and_says_what_it_lost(tmp_path: 
         await send(pilot, app, "Go on?")
         await until(pilot, lambda: "4100 tokens in its middle were dropped" in screen(app))
         assert "It goes on." in screen(app)
+        assert screen(app).count("were dropped") == 1
         await until(pilot, lambda: len(backend.asked) == 3)
         # A title is asked of the same conversation, which has not grown shorter.
         assert [each.context_shift for each in backend.settings] == [False, True, True]
@@ -58,10 +59,33 @@ def test_a_conversation_that_is_told_to_goes_on_and_says_what_it_lost(tmp_path: 
     async def again(pilot: P, app: ChatApp) -> None:
         await until(pilot, lambda: "It goes on." in screen(app))
         assert app.session.talk.settings == Settings(context_shift=True)
+        # What the model does not know of a conversation is so on another day too.
+        assert screen(app).count("4100 tokens in its middle were dropped") == 1
         assert "context shift" in screen(app)
 
     store = Store.open(tmp_path / "c.db")
-    drive(FakeBackend(), again, belongings=Belongings(store=store), resume=store.list()[0].id)
+    drive(FakeBackend(), again, size=(140, 24), belongings=Belongings(store=store), resume=store.list()[0].id)
+
+
+def test_what_is_said_of_an_answer_stays_with_it() -> None:
+    stopped = Done("", "cancelled", notes=[NOTE])
+    backend = FakeBackend([*words("The first."), SHIFTED], [*words("The second"), HOLD, stopped])
+
+    async def scenario(pilot: P, app: ChatApp) -> None:
+        await send(pilot, app, "Go on?")
+        await until(pilot, lambda: "were dropped" in screen(app))
+        await pilot.press("f7")
+        await until(pilot, lambda: "The second" in screen(app))
+        assert "were dropped" not in screen(app)
+        # It is shown as stopped at once; what is to be said of it comes with its end.
+        await pilot.press("escape")
+        await until(pilot, lambda: "were dropped" in screen(app))
+        assert "Stopped." in screen(app)
+        await pilot.press("alt+left")
+        await until(pilot, lambda: "The first." in screen(app))
+        assert screen(app).count("were dropped") == 1
+
+    drive(backend, scenario, size=(140, 24))
 
 
 def test_a_context_that_is_full_in_spite_of_it_is_no_reason_to_ask_for_it() -> None:

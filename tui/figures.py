@@ -59,7 +59,7 @@ def fields(cost: Figures, usage: Usage | None = None, *, live: bool = False) -> 
 
 
 def held(settings: Settings) -> Field | None:
-    """What a conversation is held under that is not the usual, such as thinking, samples and drafts; None where all is."""
+    """What a conversation is held under that is not the usual, as thinking, samples and drafts; None where all is."""
     long, short = [], []
     if settings.think != "auto":
         long.append(f"thinking {settings.think}")

@@ -102,6 +102,14 @@ class Stage:
         if self.answer is not None:
             await self.answer.finish(REMARKS["cancelled"])
 
+    def _unowned(self, done: Done) -> list[str]:
+        """Return the notes that no answer keeps: those on several samples together."""
+        from edger1.tui.widgets.answer import notes_of
+
+        tree = self._session.tree
+        kept = [] if tree.head is None else notes_of(tree[tree.head])
+        return [note for note in done.notes if note not in kept]
+
     async def _draw(self, event: SessionEvent, waiting: Question | None) -> None:
         match event:
             case Rewound():
@@ -130,7 +138,7 @@ class Stage:
                 self._history.add(running, time.time())
             case Done() as done:
                 self.status.show(done.figures, done.usage)
-                for note in done.notes:
+                for note in self._unowned(done):
                     await self.transcript.say(Notice.remark(note))
             case Failed() as failed:
                 self.failure = failed

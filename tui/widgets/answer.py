@@ -37,6 +37,12 @@ REMARKS = {
 """What is said below an answer that did not end by itself, by `Node.finish`."""
 
 
+def notes_of(node: Node) -> list[str]:
+    """Return what an answer's figures say of what in it is not as it seems."""
+    notes = (node.figures or {}).get("notes")
+    return [each for each in notes if isinstance(each, str)] if isinstance(notes, list | tuple) else []
+
+
 class Answer(Turn):
     """Shows an answer: one that is there, or one that comes.
 
@@ -68,6 +74,7 @@ class Answer(Turn):
         self._pacer = Pacer(self._show)
         self._writing: AnswerText | None = None
         self._thinking: Thinking | None = None
+        self._noted: list[str] = []
         self._finished = not (node.finish is None if coming is None else coming)
         self.text = clean(node.text).lstrip()
 
@@ -106,6 +113,9 @@ class Answer(Turn):
         remark = REMARKS.get(self.node.finish, "") if self._finished else ""
         if remark:
             yield Notice.remark(remark)
+        if self._finished:
+            self._noted = notes_of(self.node)
+            yield from map(Notice.remark, self._noted)
         yield self.foot
 
     def render_lines(self, crop: Region) -> list[Strip]:
@@ -148,11 +158,17 @@ class Answer(Turn):
         """
         if self._thinking is not None and self.node.finish:
             self._thinking.count(thought_tokens(self.node))
-        if self._finished:
-            return
-        self._finished = True
-        if not self.is_attached:
-            return
+        if not self._finished:
+            self._finished = True
+            if self.is_attached:
+                await self._end(remark)
+        if self.is_attached:
+            # Who stops an answer sees it end before the engine has told what became of it.
+            new = [each for each in notes_of(self.node) if each not in self._noted]
+            self._noted += new
+            await self.mount_all(map(Notice.remark, new), before=self.foot)
+
+    async def _end(self, remark: str | None) -> None:
         if self._thinking is not None:
             await self._thinking.finish()
         await self._pacer.drain()
@@ -167,7 +183,7 @@ class Answer(Turn):
 
     async def resume(self) -> None:
         """More of a finished answer is going to come: what is fed after this goes on where it ended."""
-        self._finished = False
+        self._finished, self._noted = False, []
         if self._thinking is not None and not self.text:
             self._thinking.resume()
         await self.query_children(Notice).remove()
