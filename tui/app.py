@@ -145,11 +145,11 @@ class ChatApp(Doors, Acts, inherit_bindings=False):
         if self.session.state in (State.ANSWERING, State.STOPPING) and self.stage.answer is not None:
             self.notify("The answer is still coming. Esc stops it.", markup=False)
             return
+        node = Node("user", event.text, attachments=tuple(event.attachments))
+        self.waiting = Question(node, waiting=True)
         self.query_one(Prompt).taken()
         self.keep_draft()
         await self.leave_welcome()
-        node = Node("user", event.text, attachments=tuple(event.attachments))
-        self.waiting = Question(node, waiting=True)
         await self.stage.transcript.say(self.waiting)
         if self.session.state is State.READY:
             self.ask_soon()

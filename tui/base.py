@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing
@@ -26,9 +27,10 @@ from edger1.tui.settings import Settings
 from edger1.tui.stage import Stage
 from edger1.tui.talk import Talk
 from edger1.tui.themes import COLOURLESS, DARK, THEMES
+from edger1.tui.tree import Node
 from edger1.tui.widgets.heading import Heading
 from edger1.tui.widgets.notice import Notice
-from edger1.tui.widgets.prompt import Prompt
+from edger1.tui.widgets.prompt import Prompt, ahead
 from edger1.tui.widgets.question import Question
 from edger1.tui.widgets.welcome import Welcome
 
@@ -92,14 +94,21 @@ class ChatBase(App[None], inherit_bindings=False):
         return False
 
     def keep_draft(self) -> None:
-        """Keep what is typed and not sent."""
+        """Keep what is typed, and what waits to be asked: until it is, it is in no conversation."""
         if self.recorder is not None:
             text, attachments = self.query_one(Prompt).draft
+            if self.waiting is not None:
+                asked = self.waiting.node
+                text, attachments = ahead(asked.text, text), (*asked.attachments, *attachments)
             self.recorder.save_draft(self.session.talk.id, text, attachments)
 
     async def action_new(self) -> None:
-        """Leave this conversation and begin another."""
+        """Leave this conversation and begin another. What is typed, or waits, goes along."""
         self.session.stop()
+        if self.waiting is not None:
+            await self.take_back(self.waiting)
+        if self.recorder is not None and self.session.talk.id is not None:
+            self.recorder.save_draft(self.session.talk.id, "", ())
         self.session.restart()
         self.leave_talk()
         await self.show_talk()
@@ -118,6 +127,7 @@ class ChatBase(App[None], inherit_bindings=False):
         """Ask what waits."""
         question, self.waiting = self.waiting, None
         if question is not None:
+            self.keep_draft()
             self.run_worker(self._ask(question), name="ask", group="engine")
 
     async def _load(self) -> None:
@@ -165,12 +175,27 @@ class ChatBase(App[None], inherit_bindings=False):
     async def _ask(self, question: Question) -> None:
         talk, node = self.session.talk, question.node
         answered = await self.follow(self.session.ask(node), waiting=question)
-        if answered or talk is not self.session.talk:
+        if answered:
+            return
+        if talk is not self.session.talk:
+            await self._leave_to(talk, node)
             return
         # A question that got no word of an answer is typed again, or changed first.
         self.query_one(Prompt).give_back(node.text, node.attachments)
         if self.stage.failure is None and not talk.tree.path():
             await self.show_talk()
+
+    async def _leave_to(self, talk: Talk, asked: Node) -> None:
+        """Have a question that got no word of an answer typed again where its conversation is opened again."""
+        # Where it is the only message, it is shown: there is none before it that could be.
+        if self.recorder is None or talk.id is None or not talk.tree.path():
+            return
+        await self.recorder.settled()
+        text, attachments = await asyncio.to_thread(self.recorder.store.draft, talk.id)
+        if talk.id == self.session.talk.id:
+            self.query_one(Prompt).give_back(asked.text, asked.attachments)
+        else:
+            self.recorder.save_draft(talk.id, ahead(asked.text, text), (*asked.attachments, *attachments))
 
     async def follow(
         self,

@@ -240,13 +240,19 @@ class Doors(ChatBase, inherit_bindings=False):
             return
         if node is not None and node in stored.tree and node not in [each.id for each in stored.tree.path()]:
             stored.tree.head = stored.tree.deepest(node)
+        if self.waiting is not None:
+            await self.take_back(self.waiting)
+        self.session.stop()
         prompt = self.query_one(Prompt)
-        self.keep_draft()
-        self.session.open(stored)
+        if stored.id == self.session.talk.id:
+            self.session.open(stored)
+        else:
+            # Each conversation has a draft of its own. From here on this one's may be saved, so it is in the box.
+            self.keep_draft()
+            self.session.open(stored)
+            prompt.restore(text, attachments)
         self.leave_talk()
         await self.show_talk(node)
-        # Each conversation has a draft of its own.
-        prompt.restore(text, attachments)
         prompt.focus()
 
     def action_title(self, title: str = "") -> None:

@@ -324,9 +324,8 @@ class Prompt(TextArea):
 
     def give_back(self, text: str, attachments: Sequence[Attachment] = ()) -> None:
         """Put a message that was not answered back, before what has been typed since."""
-        draft = self.text
         returned = tuple(Chip(each.name, (each,)) for each in attachments)
-        self._change(f"{text}\n\n{draft}" if draft.strip() else text, returned + self.chips)
+        self._change(ahead(text, self.text), returned + self.chips)
         self.recount()
 
     # Pasting
@@ -438,6 +437,11 @@ class Prompt(TextArea):
         counted = [replace(each, tokens=await count(each.text)) for each in chip.attachments]
         chip.attachments = tuple(counted)
         self.mutate_reactive(Prompt.chips)
+
+
+def ahead(text: str, draft: str) -> str:
+    """Return a text that was sent in front of what has been typed since."""
+    return f"{text}\n\n{draft}" if draft.strip() else text
 
 
 def unknown(name: str, names: Sequence[str]) -> str:
