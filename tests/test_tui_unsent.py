@@ -9,7 +9,7 @@ from chatting import drive, screen, until
 from fake_backend import FIGURES, HOLD, FakeBackend, words
 from textual.pilot import Pilot
 
-from edger1.messages import Loaded
+from edger1.messages import Done, Loaded, Text
 from edger1.tui.app import ChatApp
 from edger1.tui.belongings import Belongings
 from edger1.tui.session import State
@@ -18,6 +18,7 @@ from edger1.tui.store import Store
 from edger1.tui.tree import Attachment
 from edger1.tui.widgets.prompt import Prompt
 from edger1.tui.widgets.transcript import Transcript
+from edger1.tui.widgets.turn import Editor
 
 P = Pilot[None]
 LOADING = [[HOLD, Loaded("", "smollm2")]]
@@ -164,3 +165,28 @@ def test_what_goes_along_into_a_new_conversation_does_not_stay_behind(store: Sto
         assert store.draft(here)[0] == ""
 
     drive(FakeBackend(), scenario, belongings=Belongings(store=store))
+
+
+def test_an_edit_that_cannot_be_asked_yet_is_not_thrown_away() -> None:
+    backend = FakeBackend(
+        [*words("One."), FIGURES], [Text("", "Two"), HOLD, Done("", "stop")], [*words("Ten."), FIGURES]
+    )
+
+    async def scenario(pilot: P, app: ChatApp) -> None:
+        await answered(pilot, app, "one?", "One.")
+        await send(pilot, app, "two?")
+        await until(pilot, lambda: "Two" in screen(app))
+        await pilot.press("f5")
+        await until(pilot, lambda: len(app.query(Editor)) == 1)
+        await pilot.press(*" or ten?", "enter")
+        await until(pilot, lambda: any("still coming" in each.message for each in app._notifications))
+        await until(pilot, lambda: len(app.query(Editor)) == 1)
+        assert app.query_one(Editor).text == "two? or ten?"
+        backend.release()
+        await until(pilot, lambda: app.session.state is State.READY)
+        await pilot.press("enter")
+        await until(pilot, lambda: "Ten." in screen(app))
+        assert [node.text for node in app.session.tree.path()][2] == "two? or ten?"
+        assert not app.query(Editor)
+
+    drive(backend, scenario)

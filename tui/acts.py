@@ -34,12 +34,15 @@ class Acts(ChatBase, inherit_bindings=False):
             if not self.busy("the conversation goes on elsewhere"):
                 await self._branch(node)
         elif event.action == "edit" and node.role == "assistant":
-            if not self.busy("an answer is changed"):
+            if self.busy("an answer is changed"):
+                await self._edit(node)
+            else:
                 session.edit_answer(node.id, event.text or "")
                 await transcript.follow(session.tree)
                 self.query_one(Prompt).focus()
         elif event.action == "edit":
-            self._go(session.ask_instead(node.id, event.text or ""))
+            if not self._go(session.ask_instead(node.id, event.text or "")):
+                await self._edit(node)
         elif event.action == "regenerate":
             asked = node.id if node.role == "user" else node.parent
             if asked is not None:
@@ -74,11 +77,17 @@ class Acts(ChatBase, inherit_bindings=False):
         self.run_worker(self.follow(self.session.go_on(node.id), answer=answer), name="ask", group="engine")
         self.query_one(Prompt).focus()
 
-    def _go(self, events: AsyncGenerator[SessionEvent, None]) -> None:
+    def _go(self, events: AsyncGenerator[SessionEvent, None]) -> bool:
         if self.busy("something else is asked") or not self.ready():
-            return
+            return False
         self.run_worker(self.follow(events), name="ask", group="engine")
         self.query_one(Prompt).focus()
+        return True
+
+    async def _edit(self, node: Node) -> None:
+        for turn in self.query(Turn):
+            if turn.node is node:
+                await turn.begin_edit()
 
     # The same from anywhere, for the latest message
 
@@ -119,9 +128,7 @@ class Acts(ChatBase, inherit_bindings=False):
             self.notify("There is no question yet.", markup=False)
             return
         await self.stage.transcript.show(node.id, focus=True)
-        for turn in self.query(Turn):
-            if turn.node is node:
-                await turn.begin_edit()
+        await self._edit(node)
 
     def action_copy(self, what: str = "") -> None:
         """Copy the last answer, or "all" of the conversation."""

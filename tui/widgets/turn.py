@@ -243,7 +243,8 @@ class Turn(Growing, can_focus=True):
     async def end_edit(self, text: str | None) -> None:
         """Stop changing it; `text` is what it is to say, None leaves it as it is."""
         editor = self.query_one(Editor)
-        self._draft = editor.text if text is None else None
+        # Also of what is saved: it may have to wait until something else is over.
+        self._draft = editor.text
         self.remove_class("-editing")
         await editor.remove()
         self.focus()
