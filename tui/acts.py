@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Iterable, Sequence
 from textual.widget import Widget
 
 from edger1.tui.base import ChatBase
-from edger1.tui.session import SessionEvent
+from edger1.tui.session import SessionEvent, State
 from edger1.tui.tree import Node
 from edger1.tui.widgets.prompt import Prompt
 from edger1.tui.widgets.tool_call import CallView
@@ -66,12 +66,14 @@ class Acts(ChatBase, inherit_bindings=False):
     async def _continue(self, node: Node) -> None:
         if self.busy("an answer goes on") or not self.ready():
             return
+        self.session.engage()
         self.session.talk.show(node.id)
         transcript = self.stage.transcript
         await transcript.follow(self.session.tree)
         await transcript.show_last()
         answer = transcript.answer(node.id)
         if answer is None:
+            self.session.state = State.READY
             return
         await answer.resume()
         self.run_worker(self.follow(self.session.go_on(node.id), answer=answer), name="ask", group="engine")
@@ -80,6 +82,7 @@ class Acts(ChatBase, inherit_bindings=False):
     def _go(self, events: AsyncGenerator[SessionEvent, None]) -> bool:
         if self.busy("something else is asked") or not self.ready():
             return False
+        self.session.engage()
         self.run_worker(self.follow(events), name="ask", group="engine")
         self.query_one(Prompt).focus()
         return True

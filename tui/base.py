@@ -128,6 +128,8 @@ class ChatBase(App[None], inherit_bindings=False):
         question, self.waiting = self.waiting, None
         if question is not None:
             self.keep_draft()
+            # At once, as for loading: another key may be pressed before the work begins.
+            self.session.engage()
             self.run_worker(self._ask(question), name="ask", group="engine")
 
     async def _load(self) -> None:
