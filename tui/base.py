@@ -9,6 +9,7 @@ from contextlib import aclosing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from textual import events
 from textual.app import App
 from textual.css.query import NoMatches
 from textual.timer import Timer
@@ -18,6 +19,7 @@ from edger1.messages import AdapterUsed, Failed, Loaded, Progress
 from edger1.tools.kinds import Call, Tool
 from edger1.tui.backend import Backend
 from edger1.tui.belongings import Belongings
+from edger1.tui.clean import clean
 from edger1.tui.engine_history import History
 from edger1.tui.fetches import Fetches
 from edger1.tui.figures import held
@@ -88,6 +90,16 @@ class ChatBase(App[None], inherit_bindings=False):
         self._on_painted = on_painted
         self.waiting: Question | None = None
         self._name_timer: Timer | None = None
+
+    async def on_event(self, event: events.Event) -> None:
+        """Take what a terminal would obey out of what is pasted, wherever it goes."""
+        if isinstance(event, events.Paste):
+            event.text = clean(event.text.replace("\r\n", "\n").replace("\r", "\n"))
+        await super().on_event(event)
+
+    def copy_to_clipboard(self, text: str) -> None:
+        """Copy a text, as it may be pasted again."""
+        super().copy_to_clipboard(clean(text))
 
     async def approve(self, call: Call, tool: Tool) -> bool:
         """Return whether a tool may run; nothing may unless somebody can be asked."""

@@ -197,7 +197,7 @@ class SettingsScreen(ModalScreen[Settings | None]):
         return shown(own) if own is not None else _PLAIN[field.name]
 
     def _fill(self, settings: Settings) -> None:
-        self.query_one(TextArea).text = settings.system or ""
+        self.query_one(TextArea).text = clean(settings.system or "")
         for field in FIELDS:
             self.query_one(f"#{field.name}", Input).value = shown(value_of(settings, field))
         for name in ("think", "speculate"):

@@ -13,6 +13,7 @@ from textual.selection import Selection
 from textual.style import Style
 from textual.widgets import Static, TextArea
 
+from edger1.tui.clean import clean
 from edger1.tui.tree import Node
 from edger1.tui.widgets.growing import Growing
 
@@ -108,7 +109,7 @@ class Editor(TextArea):
     """
 
     def __init__(self, text: str) -> None:
-        super().__init__(text, highlight_cursor_line=False)
+        super().__init__(clean(text), highlight_cursor_line=False)
         self.cursor_blink = False
         self.border_subtitle = "⏎ save · ^j new line · esc leave"
 

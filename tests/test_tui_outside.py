@@ -1,0 +1,108 @@
+"""What comes from outside the chat: what is pasted, imported, or said by an engine, however odd it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from chatting import drive, screen, until
+from fake_backend import FakeBackend
+from textual import events
+from textual.pilot import Pilot
+from textual.widgets import Input, TextArea
+
+from edger1.tui.app import ChatApp
+from edger1.tui.belongings import Belongings
+from edger1.tui.screens.conversations import ConversationsScreen
+from edger1.tui.screens.settings import SettingsScreen
+from edger1.tui.session import State
+from edger1.tui.settings import Settings
+from edger1.tui.store import Store
+from edger1.tui.store.records import Stored
+from edger1.tui.tree import Node, Tree
+from edger1.tui.widgets.prompt import Prompt
+from edger1.tui.widgets.turn import Editor
+
+P = Pilot[None]
+HOSTILE = "a\x1b]0;title\x07b\x85c\u202ed"
+TAMED = "a]0;titlebcd"
+
+
+@pytest.fixture(autouse=True)
+def _no_titles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edger1.tui.base.NAME_AFTER_S", 600)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store.open(tmp_path / "c.db")
+
+
+def safe(app: ChatApp) -> bool:
+    return not any(each in screen(app) for each in "\x1b\x07\x85\u202e")
+
+
+async def ask(pilot: P, app: ChatApp, text: str, answer: str) -> None:
+    await until(pilot, lambda: app.session.state is State.READY)
+    app.query_one(Prompt).restore(text)
+    await pilot.press("enter")
+    await until(pilot, lambda: answer in screen(app) and app.session.state is State.READY)
+
+
+def test_what_is_pasted_anywhere_is_text_and_nothing_a_terminal_would_obey(store: Store) -> None:
+    async def paste(pilot: P, app: ChatApp) -> None:
+        app.post_message(events.Paste(HOSTILE))
+        await pilot.pause()
+
+    async def scenario(pilot: P, app: ChatApp) -> None:
+        await ask(pilot, app, "one?", "Hello.")
+        await paste(pilot, app)
+        assert app.query_one(Prompt).text == TAMED
+        await pilot.press("f5")
+        await until(pilot, lambda: len(app.query(Editor)) == 1)
+        await paste(pilot, app)
+        assert app.query_one(Editor).text == f"one?{TAMED}"
+        await pilot.press("escape", "f3")
+        await until(pilot, lambda: isinstance(app.screen, SettingsScreen))
+        app.screen.query_one(TextArea).focus()
+        await paste(pilot, app)
+        assert app.screen.query_one(TextArea).text == TAMED
+        await pilot.press("escape", "ctrl+o")
+        await until(pilot, lambda: isinstance(app.screen, ConversationsScreen))
+        await paste(pilot, app)
+        assert app.screen.query_one("#search", Input).value == TAMED
+        assert safe(app)
+        # Lines stay lines, however the terminal ends them.
+        await pilot.press("escape", "escape")
+        await until(pilot, lambda: len(app.screen_stack) == 1)
+        app.query_one(Prompt).restore("")
+        app.query_one(Prompt).focus()
+        app.post_message(events.Paste("a\r\nb\rc"))
+        await until(pilot, lambda: app.query_one(Prompt).text == "a\nb\nc")
+
+    drive(FakeBackend(), scenario, belongings=Belongings(store=store))
+
+
+def test_what_was_imported_is_edited_as_text(store: Store) -> None:
+    tree = Tree()
+    asked = tree.add(Node("user", HOSTILE))
+    tree.add(Node("assistant", "Hm.", parent=asked.id, finish="stop"))
+    store.insert(Stored("x" * 32, HOSTILE, tree, Settings(system=HOSTILE)))
+
+    async def scenario(pilot: P, app: ChatApp) -> None:
+        await until(pilot, lambda: "Hm." in screen(app))
+        await pilot.press("f5")
+        await until(pilot, lambda: len(app.query(Editor)) == 1)
+        assert app.query_one(Editor).text == TAMED
+        assert safe(app)
+        await pilot.press("escape", "f3")
+        await until(pilot, lambda: isinstance(app.screen, SettingsScreen))
+        assert app.screen.query_one(TextArea).text == TAMED
+        await pilot.press("escape", "ctrl+o")
+        await until(pilot, lambda: isinstance(app.screen, ConversationsScreen) and "Hm" not in screen(app))
+        await pilot.press("ctrl+r")
+        await until(pilot, lambda: app.screen.query_one("#line", Input).has_focus)
+        assert app.screen.query_one("#line", Input).value == "a]0;titleb cd"
+        assert safe(app)
+
+    drive(FakeBackend(), scenario, belongings=Belongings(store=store), resume="x" * 32)
