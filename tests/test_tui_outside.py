@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 from chatting import drive, screen, until
-from fake_backend import FakeBackend
+from fake_backend import FIGURES, FakeBackend
 from textual import events
 from textual.pilot import Pilot
 from textual.widgets import Input, TextArea
 
+from edger1.messages import Text
 from edger1.tui.app import ChatApp
 from edger1.tui.belongings import Belongings
 from edger1.tui.screens.conversations import ConversationsScreen
@@ -106,3 +107,14 @@ def test_what_was_imported_is_edited_as_text(store: Store) -> None:
         assert safe(app)
 
     drive(FakeBackend(), scenario, belongings=Belongings(store=store), resume="x" * 32)
+
+
+def test_half_a_character_is_copied_as_what_it_looks_like() -> None:
+    async def scenario(pilot: P, app: ChatApp) -> None:
+        await ask(pilot, app, "one?", "Half")
+        await pilot.press("f9")
+        assert app.clipboard == "Half \ufffd"
+        app.action_copy("all")
+        assert app.clipboard.endswith("Half \ufffd\n")
+
+    drive(FakeBackend([Text("", "Half \ud83d"), FIGURES]), scenario)

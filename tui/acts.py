@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator, Iterable, Sequence
 from textual.widget import Widget
 
 from edger1.tui.base import ChatBase
+from edger1.tui.clean import clean
 from edger1.tui.session import SessionEvent, State
 from edger1.tui.tree import Node
 from edger1.tui.widgets.prompt import Prompt
@@ -142,8 +143,9 @@ class Acts(ChatBase, inherit_bindings=False):
         if node is None:
             self.notify("There is no answer yet.", markup=False)
             return
-        self.copy_to_clipboard(node.text)
-        self.notify(f"Copied the answer: {len(node.text):,} characters.", markup=False)
+        text = clean(node.text)
+        self.copy_to_clipboard(text)
+        self.notify(f"Copied the answer: {len(text):,} characters.", markup=False)
 
     def called(self, node: Node, results: Sequence[Node]) -> Iterable[Widget]:
         """Return what shows an answer's calls, with what came of them."""

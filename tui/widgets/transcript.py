@@ -22,6 +22,7 @@ from textual.reactive import Reactive
 from textual.scrollbar import ScrollBar
 from textual.widget import Widget
 
+from edger1.tui.clean import clean
 from edger1.tui.tree import Node, Tree
 from edger1.tui.widgets.entry import Entry, span
 from edger1.tui.widgets.question import Question
@@ -331,6 +332,7 @@ class Transcript(VerticalScroll, can_focus=False):
             self.app.push_screen(CopyCode(blocks), chosen)
 
     def _copy(self, text: str, what: str) -> None:
+        text = clean(text)
         self.app.copy_to_clipboard(text)
         self.notify(f"Copied {what}: {len(text):,} characters.", markup=False)
 
