@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from edger1.tui.screens.settings import SettingsScreen
 from edger1.tui.session import State
 from edger1.tui.settings import Settings
 from edger1.tui.store import Store
+from edger1.tui.store.imports import bring_in
 from edger1.tui.store.records import Stored
 from edger1.tui.tree import Node, Tree
 from edger1.tui.widgets.prompt import Prompt
@@ -118,3 +120,35 @@ def test_half_a_character_is_copied_as_what_it_looks_like() -> None:
         assert app.clipboard.endswith("Half \ufffd\n")
 
     drive(FakeBackend([Text("", "Half \ud83d"), FIGURES]), scenario)
+
+
+@pytest.mark.parametrize(
+    "figures",
+    [
+        {"usage": 5, "figures": "none"},
+        {"figures": {"context_size": "8192", "context_used": []}, "usage": {"prompt_tokens": {}}},
+        {"figures": {"experts": {"decode": 3}, "drafts": {"off": ""}}},
+        {"notes": 7, "vote": {"tally": [["a", "b"], 3]}},
+        {"figures": {"decode_tokens_per_s": 4.0, "context_size": 100, "context_used": 7}, "notes": ["It is so."]},
+    ],
+    ids=range(5),
+)
+def test_figures_that_another_program_wrote_are_left_out_where_they_are_none(
+    store: Store, tmp_path: Path, figures: dict[str, object]
+) -> None:
+    file = tmp_path / "in.json"
+    messages = [
+        {"id": "a", "parent": None, "role": "user", "text": "one?", "created_at": 1.0},
+        {"id": "b", "parent": "a", "role": "assistant", "text": "Hm.", "created_at": 2.0, "figures": figures},
+    ]
+    file.write_text(json.dumps({"format": "edger1-conversation", "version": 1, "id": "c", "messages": messages}))
+    bring_in(store, file)
+
+    async def scenario(pilot: P, app: ChatApp) -> None:
+        await until(pilot, lambda: "Hm." in screen(app))
+        await pilot.press("shift+tab", "i")
+        whole = "notes" in figures and "figures" in figures
+        await until(pilot, lambda: ("4.0 tok/s" if whole else "Nothing was measured") in screen(app))
+        assert ("It is so." in screen(app)) is whole
+
+    drive(FakeBackend(), scenario, belongings=Belongings(store=store), resume="c")

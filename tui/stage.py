@@ -15,6 +15,7 @@ from edger1.tui.clean import clean
 from edger1.tui.engine_history import History
 from edger1.tui.figures import memory
 from edger1.tui.pacing import spare_collector
+from edger1.tui.recalled import notes_of
 from edger1.tui.samples import FirstEnded, Voted
 from edger1.tui.session import Begun, Ended, Rewound, Session, SessionEvent, State
 from edger1.tui.talk import Talk
@@ -104,8 +105,6 @@ class Stage:
 
     def _unowned(self, done: Done) -> list[str]:
         """Return the notes that no answer keeps: those on several samples together."""
-        from edger1.tui.widgets.answer import notes_of
-
         tree = self._session.tree
         kept = [] if tree.head is None else notes_of(tree[tree.head])
         return [note for note in done.notes if note not in kept]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import fields
-from typing import Any
 
 from textual.app import ComposeResult
 from textual.content import Content
@@ -13,13 +11,13 @@ from textual.geometry import Region
 from textual.strip import Strip
 from textual.widget import Widget
 
-from edger1.messages import Done, Figures, Usage
 from edger1.tui.clean import clean
 from edger1.tui.figures import SEPARATOR
 from edger1.tui.figures import fields as figures_of
 from edger1.tui.hearing import thought_tokens
 from edger1.tui.markdown import code_blocks
 from edger1.tui.pacing import Pacer
+from edger1.tui.recalled import notes_of, recalled
 from edger1.tui.tree import Node
 from edger1.tui.votes import LONGEST, tally_of
 from edger1.tui.widgets.answer_text import AnswerText
@@ -35,12 +33,6 @@ REMARKS = {
     None: "Broken off.",
 }
 """What is said below an answer that did not end by itself, by `Node.finish`."""
-
-
-def notes_of(node: Node) -> list[str]:
-    """Return what an answer's figures say of what in it is not as it seems."""
-    notes = (node.figures or {}).get("notes")
-    return [each for each in notes if isinstance(each, str)] if isinstance(notes, list | tuple) else []
 
 
 class Answer(Turn):
@@ -244,21 +236,6 @@ class Answer(Turn):
                 self._writing = AnswerText()
                 await self.mount(self._writing, before=0 if self._thinking is None else 1)
         self._writing.append(text)
-
-
-def recalled(found: dict[str, Any]) -> Done:
-    """Read the figures that a node keeps; what another version has added is left out."""
-
-    def known(kind: type, given: Any) -> dict[str, Any]:
-        names = {each.name for each in fields(kind)}
-        return {name: value for name, value in (given or {}).items() if name in names}
-
-    return Done(
-        "",
-        str(found.get("finish_reason", "")),
-        Usage(**known(Usage, found.get("usage"))),
-        Figures(**known(Figures, found.get("figures"))),
-    )
 
 
 def votes_of(node: Node, longest: int = LONGEST) -> Content | None:
