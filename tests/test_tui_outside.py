@@ -152,3 +152,41 @@ def test_figures_that_another_program_wrote_are_left_out_where_they_are_none(
         assert ("It is so." in screen(app)) is whole
 
     drive(FakeBackend(), scenario, belongings=Belongings(store=store), resume="c")
+
+
+def test_a_path_that_is_none_is_said_and_the_chat_goes_on(store: Store, tmp_path: Path) -> None:
+    there = tmp_path / "there.md"
+    there.write_text("mine")
+    paths = {
+        "/export ~nobody-of-this-name/x.md": "no user",
+        f"/export {tmp_path}/{'x' * 300}.md": "too long",
+        f"/export {there}": "there already",
+        "/import ~nobody-of-this-name/x.json": "no user",
+        f"/import {tmp_path}/{'x' * 300}.json": "too long",
+    }
+
+    async def scenario(pilot: P, app: ChatApp) -> None:
+        await ask(pilot, app, "one?", "Hello.")
+        for typed, reason in paths.items():
+            app.query_one(Prompt).restore(typed)
+            await pilot.press("enter")
+            await until(pilot, lambda reason=reason: any(reason in each.message for each in app._notifications))
+            app.clear_notifications()
+        assert there.read_text() == "mine"
+        # Without a name it gets one, and twice in a row another.
+        for _ in range(2):
+            app.query_one(Prompt).restore("/export")
+            await pilot.press("enter")
+            await until(pilot, lambda: any("Written to" in each.message for each in app._notifications))
+            app.clear_notifications()
+        await pilot.press("ctrl+o")
+        await until(pilot, lambda: isinstance(app.screen, ConversationsScreen))
+        await pilot.press("ctrl+e")
+        await until(pilot, lambda: app.screen.query_one("#line", Input).has_focus)
+        for path, reason in (("~nobody-of-this-name/x.md", "no user"), (f"{tmp_path}/{'x' * 300}.md", "too long")):
+            app.screen.query_one("#line", Input).value = path
+            await pilot.press("enter")
+            await until(pilot, lambda reason=reason: reason in app.screen._said)
+
+    drive(FakeBackend(), scenario, size=(140, 24), belongings=Belongings(store=store, exports=tmp_path))
+    assert sorted(each.name for each in tmp_path.glob("*.md")) == ["conversation-2.md", "conversation.md", "there.md"]

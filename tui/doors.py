@@ -6,7 +6,6 @@ import asyncio
 import dataclasses
 from collections.abc import Coroutine
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edger1.errors import EdgeR1Error, UsageError
@@ -285,22 +284,27 @@ class Doors(ChatBase, inherit_bindings=False):
         here = await self._saved()
         if here is None:
             return
-        from edger1.tui.store.export import suggested_name, write
+        from edger1.tui.store.export import free, named, suggested_name, write
 
         stored = await asyncio.to_thread(here[0].load, here[1])
         name = suggested_name(stored.title or "conversation")
-        target = Path(path).expanduser() if path else self.belongings.exports / f"{name}.md"
+        target = named(path) if path else free(self.belongings.exports, name)
         await asyncio.to_thread(write, stored, target)
         self.notify(f"Written to {target}.", markup=False)
 
-    async def action_import(self, path: str = "") -> None:
+    def action_import(self, path: str = "") -> None:
         """Read conversations from another program's export, or one of ours."""
         if self.recorder is None or not path:
             self.notify("Give the file, as in /import conversations.json.", markup=False)
             return
+        # It may take a while, and the keys go on meanwhile.
+        self.open_soon(self._import(self.recorder.store, path), "import")
+
+    async def _import(self, store: Store, path: str) -> None:
+        from edger1.tui.store.export import named
         from edger1.tui.store.imports import bring_in
 
-        imported = await asyncio.to_thread(bring_in, self.recorder.store, Path(path).expanduser())
+        imported = await asyncio.to_thread(bring_in, store, named(path))
         self.notify(f"{imported}. Ctrl+O lists them.", markup=False)
 
     async def _saved(self) -> tuple[Store, str] | None:
