@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from chatting import drive, screen, until
-from fake_backend import FIGURES, FakeBackend
+from fake_backend import FIGURES, FakeBackend, words
 from textual import events
 from textual.pilot import Pilot
 from textual.widgets import Input, TextArea
@@ -190,3 +190,18 @@ def test_a_path_that_is_none_is_said_and_the_chat_goes_on(store: Store, tmp_path
 
     drive(FakeBackend(), scenario, size=(140, 24), belongings=Belongings(store=store, exports=tmp_path))
     assert sorted(each.name for each in tmp_path.glob("*.md")) == ["conversation-2.md", "conversation.md", "there.md"]
+
+
+def test_wide_letters_keep_the_line_of_figures_whole() -> None:
+    async def scenario(pilot: P, app: ChatApp) -> None:
+        await ask(pilot, app, "one?", "Hello.")
+        app.stage.say("Loading 深度求索模型")
+        await until(pilot, lambda: "深度求索模型" in screen(app))
+        line = next(each for each in screen(app).splitlines() if "深度求索模型" in each)
+        assert line.rstrip().endswith(app.stage.status._fields[0].long) or "tok/s" in line
+        assert app.stage.status.render().cell_length == app.stage.status.content_size.width
+        app.stage.say("深" * 100)
+        await pilot.pause()
+        assert app.stage.status.render().cell_length == app.stage.status.content_size.width
+
+    drive(FakeBackend([*words("Hello."), FIGURES]), scenario)
