@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 from chatting import drive, screen, until
 from fake_backend import FIGURES, FakeBackend, words
+from fake_catalogue import FakeCatalogue
 from textual import events
 from textual.pilot import Pilot
 from textual.widgets import Input, TextArea
 
 from edger1.messages import Text
+from edger1.tools import Toolbox
 from edger1.tui.app import ChatApp
 from edger1.tui.belongings import Belongings
 from edger1.tui.screens.conversations import ConversationsScreen
@@ -205,3 +207,25 @@ def test_wide_letters_keep_the_line_of_figures_whole() -> None:
         assert app.stage.status.render().cell_length == app.stage.status.content_size.width
 
     drive(FakeBackend([*words("Hello."), FIGURES]), scenario)
+
+
+@pytest.mark.parametrize("key", ["f2", "f6", "f8", "ctrl+o"])
+def test_a_list_without_a_row_is_paged_through(store: Store, key: str) -> None:
+    async def scenario(pilot: P, app: ChatApp) -> None:
+        await until(pilot, lambda: app.session.state is State.READY)
+        await pilot.press(key)
+        await until(pilot, lambda: len(app.screen_stack) == 2)
+        await pilot.pause()
+        await pilot.resize_terminal(3, 2)
+        await pilot.press("pagedown", "pageup")
+        await pilot.resize_terminal(80, 24)
+        await pilot.press("pagedown", "escape")
+        await until(pilot, lambda: len(app.screen_stack) == 1)
+
+    toolbox = Toolbox(functions=[sum_of])
+    drive(FakeBackend(), scenario, belongings=Belongings(store=store, catalogue=FakeCatalogue(), toolbox=toolbox))
+
+
+def sum_of(a: int, b: int) -> int:
+    """Add two numbers."""
+    return a + b

@@ -25,6 +25,7 @@ from edger1.tui.screens.conversation_rows import grouped, heading_row, hit_row, 
 from edger1.tui.store import Hit, Store, Summary
 from edger1.tui.store.export import named, suggested_name, write
 from edger1.tui.store.imports import bring_in
+from edger1.tui.widgets.options import Options
 
 DEBOUNCE_S = 0.12
 """How long after the last key a search begins."""
@@ -139,7 +140,7 @@ class ConversationsScreen(ModalScreen[Choice | None]):
             box.border_title = "Conversations"
             box.border_subtitle = "Enter opens, Esc closes"
             yield Input(self._words, placeholder="Type to search titles, messages and thoughts", id="search")
-            yield OptionList(markup=False)
+            yield Options(markup=False)
             yield Static("", id="what", markup=False)
             yield Input(id="line", select_on_focus=False)
             yield Static("", id="said", markup=False)

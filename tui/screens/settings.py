@@ -20,6 +20,7 @@ from edger1.tui.clean import clean
 from edger1.tui.presets import Presets
 from edger1.tui.screens.confirm import ConfirmScreen
 from edger1.tui.settings import SPECULATE, THINK, Settings, check
+from edger1.tui.widgets.options import Options
 
 
 @dataclass(frozen=True)
@@ -382,7 +383,7 @@ class PresetsScreen(ModalScreen[str | None]):
         with Vertical() as box:
             box.border_title = "Presets"
             box.border_subtitle = "Enter fills in · ^D deletes · Esc back"
-            yield OptionList(*self._options(), markup=False)
+            yield Options(*self._options(), markup=False)
             yield Static(id="said", markup=False)
 
     def _options(self) -> list[Option]:
