@@ -209,15 +209,16 @@ def test_wide_letters_keep_the_line_of_figures_whole() -> None:
     drive(FakeBackend([*words("Hello."), FIGURES]), scenario)
 
 
-@pytest.mark.parametrize("key", ["f2", "f6", "f8", "ctrl+o"])
-def test_a_list_without_a_row_is_paged_through(store: Store, key: str) -> None:
+@pytest.mark.parametrize("key", ["f2", "f3", "f6", "f8", "ctrl+o", "ctrl+p"])
+def test_a_terminal_of_next_to_no_size_is_gone_through(store: Store, key: str) -> None:
     async def scenario(pilot: P, app: ChatApp) -> None:
         await until(pilot, lambda: app.session.state is State.READY)
         await pilot.press(key)
         await until(pilot, lambda: len(app.screen_stack) == 2)
         await pilot.pause()
-        await pilot.resize_terminal(3, 2)
-        await pilot.press("pagedown", "pageup")
+        for size in ((3, 2), (1, 1), (80, 3), (4, 24)):
+            await pilot.resize_terminal(*size)
+            await pilot.press("pagedown", "pageup")
         await pilot.resize_terminal(80, 24)
         await pilot.press("pagedown", "escape")
         await until(pilot, lambda: len(app.screen_stack) == 1)

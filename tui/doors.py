@@ -12,7 +12,7 @@ from edger1.errors import EdgeR1Error, UsageError
 from edger1.tui import dials
 from edger1.tui.base import ChatBase
 from edger1.tui.commands import DEEDS, Deed
-from edger1.tui.commands_provider import PaletteCommand
+from edger1.tui.commands_provider import Palette, PaletteCommand
 from edger1.tui.mentions import Command
 from edger1.tui.widgets.prompt import Prompt
 
@@ -46,6 +46,11 @@ class Doors(ChatBase, inherit_bindings=False):
             for deed in DEEDS
             if not deed.takes or deed.takes.startswith("[")
         ]
+
+    def action_command_palette(self) -> None:
+        """Show the command palette."""
+        if not Palette.is_open(self):
+            self.push_screen(Palette(id="--command-palette"))
 
     async def obey(self, name: str, argument: str) -> None:
         """Do what a command of `prompt_commands` says."""

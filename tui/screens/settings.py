@@ -21,6 +21,7 @@ from edger1.tui.presets import Presets
 from edger1.tui.screens.confirm import ConfirmScreen
 from edger1.tui.settings import SPECULATE, THINK, Settings, check
 from edger1.tui.widgets.options import Options
+from edger1.tui.widgets.text_box import TextBox
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,7 @@ class SettingsScreen(ModalScreen[Settings | None]):
             box.border_subtitle = "^S take · ^R reset · ^O presets · ^N save as preset · Esc back"
             with VerticalScroll(can_focus=False):
                 yield Label("System prompt")
-                system = TextArea(placeholder="none", highlight_cursor_line=False, tab_behavior="focus")
+                system = TextBox(placeholder="none", highlight_cursor_line=False, tab_behavior="focus")
                 system.cursor_blink = False
                 yield system
                 for field in DRAWING:

@@ -15,7 +15,6 @@ from textual.document._edit import Edit
 from textual.message import Message
 from textual.reactive import reactive
 from textual.timer import Timer
-from textual.widgets import TextArea
 
 from edger1.tui import attaching
 from edger1.tui.attaching import AttachError, TooLargeError
@@ -25,6 +24,7 @@ from edger1.tui.mentions import Command, command_in, mention, nearest, plain
 from edger1.tui.recall import Recall
 from edger1.tui.tree import Attachment
 from edger1.tui.widgets.prompt_edits import ChipEdit, PromptHistory
+from edger1.tui.widgets.text_box import TextBox
 
 NEWLINE_KEYS = ("ctrl+j", "shift+enter", "alt+enter")
 PASTE_LINES = 20
@@ -53,7 +53,7 @@ class Assist(Protocol):
         """Act on a key while it is open; False: the key means nothing to it."""
 
 
-class Prompt(TextArea):
+class Prompt(TextBox):
     """A text box of several lines: Enter sends, Shift+Enter and Ctrl+J begin a new line.
 
     `commands`, `past` (what was sent, latest last), `count` (tokens of a text by the loaded model), `context` (tokens
