@@ -345,8 +345,20 @@ class Doors(ChatBase, inherit_bindings=False):
             # The screens are the app's: this may be called from a task that has no active app.
             waiting: asyncio.Future[Answer | None] = asyncio.get_running_loop().create_future()
             changed = approvals is not None and approvals.changed(tool)
-            self.push_screen(ApproveScreen(call, tool, changed=changed), waiting.set_result)
-            return await waiting or "no"
+            screen = ApproveScreen(call, tool, changed=changed)
+
+            def answered(answer: Answer | None) -> None:
+                if not waiting.done():
+                    waiting.set_result(answer)
+
+            self.push_screen(screen, answered)
+            try:
+                return await waiting or "no"
+            except asyncio.CancelledError:
+                # The answer was stopped: nothing is to be allowed any more.
+                if self.screen is screen:
+                    screen.dismiss(None)
+                raise
 
         return approvals is not None and await approvals.approve(call, tool, ask)
 
