@@ -59,6 +59,7 @@ class ChatApp(Doors, Acts, inherit_bindings=False):
         binding("models", "models", "Models", priority=True),
         binding("help", "help", "Help"),
         binding("quit", "quit", "Quit", priority=True),
+        binding("palette", "command_palette", "Commands", priority=True, show=False),
         binding("thoughts", "toggle_thinking", "Thoughts", priority=True, show=False),
         binding("think", "think", "Think first", priority=True, show=False),
         binding("budget", "budget", "Thinking budget", priority=True, show=False),
@@ -219,7 +220,8 @@ class ChatApp(Doors, Acts, inherit_bindings=False):
         self._close_messages_no_wait()
 
 
-HERE = frozenset(each.action.partition("(")[0] for each in ChatApp.BINDINGS if isinstance(each, Binding)) - {"quit"}
+HERE = frozenset(each.action.partition("(")[0] for each in ChatApp.BINDINGS if isinstance(each, Binding))
+HERE -= {"quit", "command_palette"}
 """Actions that belong to the conversation, and to no screen over it."""
 
 

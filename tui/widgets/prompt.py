@@ -20,13 +20,13 @@ from edger1.tui import attaching
 from edger1.tui.attaching import AttachError, TooLargeError
 from edger1.tui.chips import Chip
 from edger1.tui.clean import clean
+from edger1.tui.keymap import binding, keys_of
 from edger1.tui.mentions import Command, command_in, mention, nearest, plain
 from edger1.tui.recall import Recall
 from edger1.tui.tree import Attachment
 from edger1.tui.widgets.prompt_edits import ChipEdit, PromptHistory
 from edger1.tui.widgets.text_box import TextBox
 
-NEWLINE_KEYS = ("ctrl+j", "shift+enter", "alt+enter")
 PASTE_LINES = 20
 PASTE_CHARACTERS = 2_000
 """What is pasted above one of these becomes an attachment."""
@@ -54,19 +54,19 @@ class Assist(Protocol):
 
 
 class Prompt(TextBox):
-    """A text box of several lines: Enter sends, Shift+Enter and Ctrl+J begin a new line.
+    """A text box of several lines: Enter sends, Shift+Enter and Ctrl+J begin a new line, unless the user's keys do.
 
     `commands`, `past` (what was sent, latest last), `count` (tokens of a text by the loaded model), `context` (tokens
     that it holds) and `root` (the user's working directory) are set from outside.
     """
 
     BINDINGS = [  # noqa: RUF012
-        Binding("enter", "send", "Send", key_display="⏎"),
-        Binding(",".join(NEWLINE_KEYS), "newline", "New line", key_display="^j"),
+        binding("send", "send", "Send", key_display="⏎"),
+        binding("newline", "newline", "New line", key_display="^j"),
         Binding("ctrl+r", "search_history", "Search what was typed", show=False),
         # The conversation scrolls without the focus leaving the text box.
-        Binding("pageup", "app.scroll_conversation(-1)", "Scroll up", show=False),
-        Binding("pagedown", "app.scroll_conversation(1)", "Scroll down", show=False),
+        binding("scroll_up", "app.scroll_conversation(-1)", "Scroll up", show=False),
+        binding("scroll_down", "app.scroll_conversation(1)", "Scroll down", show=False),
     ]
 
     DEFAULT_CSS = """
@@ -143,10 +143,10 @@ class Prompt(TextBox):
         if any(assist.is_open and assist.take_key(event) for assist in self.assists):
             return True
         match event.key:
-            case "enter":
-                self.action_send()
-            case "ctrl+j" | "shift+enter" | "alt+enter":
+            case key if key in keys_of(self.app, "newline"):
                 self.action_newline()
+            case key if key in keys_of(self.app, "send"):
+                self.action_send()
             case "ctrl+r":
                 self.action_search_history()
             case "up":

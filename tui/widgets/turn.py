@@ -14,11 +14,12 @@ from textual.style import Style
 from textual.widgets import Static, TextArea
 
 from edger1.tui.clean import clean
+from edger1.tui.keymap import keys_of, shown
 from edger1.tui.tree import Node
 from edger1.tui.widgets.growing import Growing
 
-NEWLINE_KEYS = ("ctrl+j", "shift+enter", "alt+enter")
-SAVE_KEYS = ("enter", "ctrl+enter", "ctrl+s")
+SAVE_KEYS = ("ctrl+enter", "ctrl+s")
+"""Keys that keep an edit, besides the one that sends."""
 KEYS: dict[str, tuple[str, str]] = {
     "edit": ("e", "edit"),
     "regenerate": ("r", "again"),
@@ -111,22 +112,26 @@ class Editor(TextArea):
     def __init__(self, text: str) -> None:
         super().__init__(clean(text), highlight_cursor_line=False)
         self.cursor_blink = False
-        self.border_subtitle = "⏎ save · ^j new line · esc leave"
 
     def on_mount(self) -> None:
         """Begin at the end, and leave room for what is around."""
+        save, newline = keys_of(self.app, "send")[0], keys_of(self.app, "newline")
+        signs = {"enter": "⏎", "ctrl+j": "^j"}
+        line = "ctrl+j" if "ctrl+j" in newline else newline[0]
+        said = [signs.get(each) or shown(each) for each in (save, line)]
+        self.border_subtitle = f"{said[0]} save · {said[1]} new line · esc leave"
         self.styles.max_height = max(3, self.screen.size.height * 45 // 100)
         self.move_cursor(self.document.end)
 
     async def _on_key(self, event: events.Key) -> None:
-        if event.key in SAVE_KEYS:
-            event.stop()
-            event.prevent_default()
-            await self.query_ancestor(Turn).end_edit(self.text)
-        elif event.key in NEWLINE_KEYS:
+        if event.key in keys_of(self.app, "newline"):
             event.stop()
             event.prevent_default()
             self.insert("\n")
+        elif event.key in (*keys_of(self.app, "send"), *SAVE_KEYS):
+            event.stop()
+            event.prevent_default()
+            await self.query_ancestor(Turn).end_edit(self.text)
         elif event.key == "escape":
             event.stop()
             event.prevent_default()
