@@ -49,7 +49,7 @@ class Doors(ChatBase, inherit_bindings=False):
 
     def action_command_palette(self) -> None:
         """Show the command palette."""
-        if not Palette.is_open(self):
+        if not isinstance(self.screen, Palette):
             self.push_screen(Palette(id="--command-palette"))
 
     async def obey(self, name: str, argument: str) -> None:
