@@ -7,17 +7,16 @@ which no cache depends), and `edger1.kv_layout` reads off what would be cached.
 from __future__ import annotations
 
 import importlib
-import re
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from marked_tables import renewed, write_or_check
 
 from edger1 import mlx_runtime
 from edger1.memory import KVLayout
 
 TARGET = Path(__file__).with_name("caches.md")
-BEGIN, END = "<!-- docs/cache_tables.py: begin -->", "<!-- end -->"
 
 _YARN = {"type": "yarn", "factor": 40, "mscale": 1.0, "mscale_all_dim": 1.0, "original_max_position_embeddings": 4096}
 _LATENT = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128}
@@ -147,23 +146,10 @@ def rows() -> Iterator[str]:
         yield f"| `{family}` | {name} | {config['num_hidden_layers']} | {' | '.join(cells)} | {_bounded(found[0])} |"
 
 
-def page(text: str) -> str:
-    """Return the page `text` with its table made anew. Raises ValueError where the table has no place."""
-    place = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
-    if len(place.findall(text)) != 1:
-        raise ValueError(f"{TARGET.name} should have one place for the table: {BEGIN}")
-    made = "\n".join((BEGIN, *rows(), END))
-    return place.sub(lambda _: made, text)
-
-
 def main() -> None:
     """Write the page, or with --check fail where it is stale."""
-    text = TARGET.read_text(encoding="utf-8")
-    made = page(text)
-    if "--check" not in sys.argv[1:]:
-        TARGET.write_text(made, encoding="utf-8")
-    elif text != made:
-        sys.exit("docs/caches.md is stale; renew it with: python docs/cache_tables.py")
+    script = Path(__file__).name
+    write_or_check(TARGET, renewed(TARGET.read_text(encoding="utf-8"), script, {"begin": rows}), script)
 
 
 if __name__ == "__main__":

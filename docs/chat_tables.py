@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from marked_tables import renewed, write_or_check
 
 from edger1.tui.commands import DEEDS
 from edger1.tui.keymap import CHAT, COMMANDS, ENGINE, EVERYWHERE, Keymap
@@ -44,26 +44,10 @@ def messages() -> Iterator[str]:
 TABLES: dict[str, Callable[[], Iterator[str]]] = {"keys": keys, "commands": commands, "messages": messages}
 
 
-def page(text: str) -> str:
-    """Return the page `text` with its tables made anew. Raises ValueError where a table has no place."""
-    for name, table in TABLES.items():
-        begin, end = f"<!-- docs/chat_tables.py: {name} -->", "<!-- end -->"
-        rows = "\n".join(table())
-        place = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
-        if len(place.findall(text)) != 1:
-            raise ValueError(f"{TARGET.name} should have one place for the table of {name}: {begin}")
-        text = place.sub(lambda _, made=f"{begin}\n{rows}\n{end}": made, text)  # type: ignore[misc]
-    return text
-
-
 def main() -> None:
     """Write the page, or with --check fail where it is stale."""
-    text = TARGET.read_text(encoding="utf-8")
-    made = page(text)
-    if "--check" not in sys.argv[1:]:
-        TARGET.write_text(made, encoding="utf-8")
-    elif text != made:
-        sys.exit("docs/chat.md is stale; renew it with: python docs/chat_tables.py")
+    script = Path(__file__).name
+    write_or_check(TARGET, renewed(TARGET.read_text(encoding="utf-8"), script, TABLES), script)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from marked_tables import write_or_check
+
 TARGET = Path(__file__).with_name("cli.md")
 PLAIN = {"COLUMNS": "100", "TERM": "dumb", "NO_COLOR": "1", "_TYPER_FORCE_DISABLE_TERMINAL": "1"}
 # In a process of its own, since how help is printed is decided when it is imported.
@@ -47,11 +49,7 @@ def page() -> str:
 
 def main() -> None:
     """Write the page, or with --check fail where it is stale."""
-    if "--check" in sys.argv[1:]:
-        if TARGET.read_text(encoding="utf-8") != page():
-            sys.exit("docs/cli.md is stale; renew it with: python docs/reference.py")
-        return
-    TARGET.write_text(page(), encoding="utf-8")
+    write_or_check(TARGET, page(), Path(__file__).name)
 
 
 if __name__ == "__main__":

@@ -54,7 +54,10 @@ def words(text: str, kind: type[Text] | type[Thought] = Text) -> list[Event]:
 
 
 class FakeBackend:
-    """Plays one script for each load and each question; the last script is played again for what comes after."""
+    """Plays one script for each load and each question; the last script is played again for what comes after.
+
+    One that is cancelled ends with its last step where that is a cancelled Done, else with a plain one.
+    """
 
     def __init__(
         self,
@@ -165,7 +168,8 @@ class FakeBackend:
                 raise step
             if self.cancel_count > cancels:
                 self._go.clear()
-                yield Done("", "cancelled")
+                end = script[-1]
+                yield end if isinstance(end, Done) and end.finish_reason == "cancelled" else Done("", "cancelled")
                 return
             if not isinstance(step, str | Exception):
                 yield step

@@ -174,6 +174,23 @@ def test_settings_and_continuation_reach_the_engine(loaded: ChildBackend) -> Non
     asyncio.run(scenario(loaded))
 
 
+def test_a_conversation_longer_than_the_context_goes_on_where_that_is_asked_for(tiny_folder: Path) -> None:
+    turns = [{"role": role, "content": "word " * 10} for role in ("user", "assistant") * 4]
+    messages = [*turns, *ASKED]
+
+    async def scenario(backend: ChildBackend) -> None:
+        assert isinstance(await last(backend.load()), Loaded)
+        refused = await last(backend.ask(messages, settings=GREEDY))
+        assert isinstance(refused, Failed)
+        assert refused.error == "ContextError"
+        shifting = replace(GREEDY, context_shift=True)
+        done = await last(backend.ask(messages, settings=shifting))
+        assert isinstance(done, Done)
+        assert "oldest turns" in done.notes[0]
+
+    run(tiny_folder, scenario, context=256)
+
+
 def test_bounds_of_the_thought_and_drafts_reach_the_engine(tiny_folder: Path, other_folder: Path) -> None:
     async def scenario(backend: ChildBackend) -> None:
         assert isinstance(await last(backend.load()), Loaded)

@@ -323,7 +323,7 @@ def test_no_colour_where_it_is_refused_or_missing(environ: dict[str, str], colou
 def test_thinking_samples_and_drafts_are_set_by_commands_and_kept(tmp_path: Path) -> None:
     store = Store.open(tmp_path / "c.db")
     backend = Scripted([*words("One."), DRAFTED])
-    typed = "/think off\n/budget 200-2000\n/think\n/samples\n/speculate auto\n/budget much\n/samples 99\n"
+    typed = "/think off\n/budget 200-2000\n/think\n/samples\n/speculate auto\n/shift on\n/budget much\n/samples 99\n"
     typed += "q\n/figures\n/others\n"
     said = talk(typed, backend, store=store, settings=Settings(think="on"))
     assert "With thinking on.\n" in said
@@ -333,11 +333,12 @@ def test_thinking_samples_and_drafts_are_set_by_commands_and_kept(tmp_path: Path
     assert "You: /think\nThinking: auto, 200–2,000 tokens of thought.\n" in said
     assert "One answer to each question.\n" in said
     assert "Drafts: auto.\n" in said
+    assert "Context shift: on. Where the context is full, the oldest turns are dropped.\n" in said
     assert "expected tokens, as in 500" in said
     assert "from 1 to 64" in said
     assert "drafts 75% stood, 1.5 times as fast" in said
     assert "The last answer was not voted on" in said
-    settings = Settings(think_budget=2000, think_at_least=200, speculate="auto")
+    settings = Settings(think_budget=2000, think_at_least=200, speculate="auto", context_shift=True)
     assert backend.under == [settings]
     assert store.load(store.list()[0].id).settings == settings
 

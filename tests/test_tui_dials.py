@@ -1,4 +1,4 @@
-"""What is typed for thinking, samples and drafts, how it is kept, and how it is told."""
+"""What is typed for thinking, samples, drafts and a full context, how it is kept, and how it is told."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from edger1.tui.presets import Presets
 from edger1.tui.settings import Settings, check
 from edger1.tui.store import Store
 
-FULL = Settings("Be brief.", Sampling(temperature=0.7), 256, "on", 500, 20, 5, "auto")
+FULL = Settings("Be brief.", Sampling(temperature=0.7), 256, "on", 500, 20, 5, "auto", True)
 
 
 @pytest.mark.parametrize(
@@ -34,6 +34,18 @@ FULL = Settings("Be brief.", Sampling(temperature=0.7), 256, "on", 500, 20, 5, "
         (dials.samples, "5", Settings(samples=5), "5 answers to each question, of which the majority decides."),
         (dials.samples, "1", Settings(), "One answer to each question."),
         (dials.speculate, "lookup", Settings(speculate="lookup"), "Drafts: lookup."),
+        (
+            dials.shift,
+            " ON",
+            Settings(context_shift=True),
+            "Context shift: on. Where the context is full, the oldest turns are dropped.",
+        ),
+        (
+            dials.shift,
+            "off",
+            Settings(),
+            "Context shift: off. Where the context is full, nothing is dropped and the answer ends.",
+        ),
     ],
 )
 def test_what_is_typed_is_taken_and_told(dial: dials.Dial, words: str, expected: Settings, said: str) -> None:
@@ -61,6 +73,7 @@ def test_a_limit_of_thought_is_no_wish_to_have_none() -> None:
         (dials.samples, "65", "from 1 to 64"),
         (dials.samples, "two", "a whole number"),
         (dials.speculate, "much", "one of off, auto, lookup, mtp, draft"),
+        (dials.shift, "yes", "on or off"),
     ],
 )
 def test_what_is_not_understood_is_said(dial: dials.Dial, words: str, reason: str) -> None:
@@ -75,6 +88,7 @@ def test_what_is_not_understood_is_said(dial: dials.Dial, words: str, reason: st
         (dials.budget, "think_budget", [500, 2000, 8000, None]),
         (dials.samples, "samples", [3, 5, 9, 1]),
         (dials.speculate, "speculate", ["auto", "off"]),
+        (dials.shift, "context_shift", [True, False]),
     ],
 )
 def test_without_words_a_dial_goes_on_to_its_next_choice(dial: dials.Dial, name: str, expected: list[object]) -> None:
@@ -97,13 +111,21 @@ def test_settings_survive_the_store_and_a_preset(tmp_path: Path) -> None:
     assert store.load(id_).settings == Settings()
     Presets(tmp_path / "presets.toml").save("full", FULL)
     assert Presets(tmp_path / "presets.toml").get("full") == FULL
-    assert 'speculate = "auto"' in (tmp_path / "presets.toml").read_text()
+    assert 'speculate = "auto"\ncontext_shift = true\n' in (tmp_path / "presets.toml").read_text()
 
 
 def test_settings_of_an_older_version_are_read_and_what_is_no_use_is_left_out() -> None:
     older = {"system": "S", "sampling": {"temperature": 0.5}, "max_tokens": 9, "think": "on"}
     assert Settings.from_json(older) == Settings("S", Sampling(0.5), 9, "on")
-    odd = {**older, "samples": 0, "think_budget": "much", "think_at_least": 7, "speculate": "wildly", "later": 1}
+    odd = {
+        **older,
+        "samples": 0,
+        "think_budget": "much",
+        "think_at_least": 7,
+        "speculate": "wildly",
+        "context_shift": 1,
+        "later": 1,
+    }
     assert Settings.from_json(odd) == Settings("S", Sampling(0.5), 9, "on", think_at_least=7)
 
 
@@ -116,6 +138,7 @@ def test_settings_of_an_older_version_are_read_and_what_is_no_use_is_left_out() 
         {"think_budget": 3, "think_at_least": 4},
         {"samples": None},
         {"speculate": "x"},
+        {"context_shift": "on"},
     ],
 )
 def test_settings_out_of_range_are_refused(wrong: dict[str, object]) -> None:
@@ -130,10 +153,10 @@ def test_what_is_not_usual_is_told_in_as_many_words_as_there_is_room_for() -> No
     assert held(Settings("A prompt.", Sampling(temperature=1.0))) is None
     found = held(FULL)
     assert found is not None
-    assert found.long == "thinking on, 20–500 tokens of thought, 5 samples, drafts auto"
-    assert found.short == "think on 20–500 5× drafts"
+    assert found.long == "thinking on, 20–500 tokens of thought, 5 samples, drafts auto, context shift"
+    assert found.short == "think on 20–500 5× drafts shift"
     # It is told before any figure where there is little room.
-    shown = [said for said, _ in fit([found, *fields(FIGURES.figures)], 46)]
+    shown = [said for said, _ in fit([found, *fields(FIGURES.figures)], 52)]
     assert shown == [found.short, " 48.3 tok/s"]
 
 

@@ -8,11 +8,19 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from chatting import drive, screen, until
+from fake_backend import FIGURES, FakeBackend, words
 from hypothesis import given
 from hypothesis import strategies as st
 from textual.app import App
+from textual.pilot import Pilot
 
+from edger1.tui.app import ChatApp
+from edger1.tui.belongings import Belongings
 from edger1.tui.keymap import COMMANDS, EVERYWHERE, Keymap, binding, parse_key, read_keymap, shown
+from edger1.tui.session import State
+from edger1.tui.widgets.prompt import Prompt
+from edger1.tui.widgets.turn import Editor
 
 
 def test_no_two_commands_of_a_screen_share_a_key() -> None:
@@ -130,3 +138,36 @@ def test_textual_takes_the_users_keys(tmp_path: Path) -> None:
             assert app.noted[5:] == ["new", "new"]
 
     asyncio.run(run())
+
+
+def test_every_command_of_the_chat_can_have_other_keys(tmp_path: Path) -> None:
+    keys = 'send = "ctrl+enter"\nnewline = "enter"\nscroll_up = "f11"\nscroll_down = "f12"\npalette = "ctrl+l"\n'
+    moved = keymap(tmp_path, keys)
+    backend = FakeBackend([*words("\n\n".join(f"Line {at}." for at in range(40))), FIGURES])
+
+    async def scenario(pilot: Pilot[None], app: ChatApp) -> None:
+        await until(pilot, lambda: app.session.state is State.READY)
+        await pilot.press("a", "enter", "b")
+        assert app.query_one(Prompt).text == "a\nb"
+        await pilot.press("ctrl+enter")
+        await until(pilot, lambda: "Line 39." in screen(app) and app.session.state is State.READY)
+        assert backend.asked[0][-1]["content"] == "a\nb"
+        await pilot.press("f11")
+        await until(pilot, lambda: "Line 39." not in screen(app))
+        await pilot.press("f12")
+        await until(pilot, lambda: "Line 39." in screen(app))
+        # A message that is edited is left by the same keys.
+        await pilot.press("f5")
+        await until(pilot, lambda: len(app.query(Editor)) == 1)
+        assert app.query_one(Editor).border_subtitle == "Ctrl+Enter save · ⏎ new line · esc leave"
+        await pilot.press("enter", "c")
+        assert app.query_one(Editor).text == "a\nb\nc"
+        await pilot.press("ctrl+enter")
+        await until(pilot, lambda: len(backend.asked) == 2)
+        assert backend.asked[1][-1]["content"] == "a\nb\nc"
+        await pilot.press("ctrl+p")
+        assert len(app.screen_stack) == 1
+        await pilot.press("ctrl+l")
+        await until(pilot, lambda: len(app.screen_stack) == 2)
+
+    drive(backend, scenario, belongings=Belongings(keymap=moved))

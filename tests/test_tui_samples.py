@@ -158,10 +158,10 @@ def test_the_command_line_sets_them(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(f"sys.{stream}.isatty", lambda: True)
     monkeypatch.setenv("TERM", "xterm")
     chat_command("m", system="S", think="on", think_budget=9, think_at_least=3, samples=5, speculate="lookup")
-    chat_command("m", draft="small")
+    chat_command("m", draft="small", context_shift=True)
     assert [each.settings for each in opened] == [
         Settings("S", think="on", think_budget=9, think_at_least=3, samples=5, speculate="lookup"),
-        Settings(speculate="auto"),
+        Settings(speculate="auto", context_shift=True),
     ]
     assert [each.draft for each in opened] == [None, "small"]
     with pytest.raises(UsageError, match="think_budget"):

@@ -15,7 +15,7 @@ from edger1.tui.screens.settings import SettingsScreen
 from edger1.tui.settings import Settings
 
 P = Pilot[None]
-GIVEN = Settings("Be brief.", Sampling(temperature=0.7, top_k=20), 256, "on", 500, 20, 5, "lookup")
+GIVEN = Settings("Be brief.", Sampling(temperature=0.7, top_k=20), 256, "on", 500, 20, 5, "lookup", True)
 
 
 @pytest.fixture
@@ -57,12 +57,14 @@ def test_every_field_is_reached_by_the_keyboard_and_taken(presets: Presets, size
             assert app.screen.query_one("#said").parent.region.contains_region(box(app, name).region)  # type: ignore
             await pilot.press("home", "ctrl+k", *text, "enter")
         assert app.screen.query_one("#speculate", Select).has_focus
+        await pilot.press("tab")
+        assert app.screen.query_one("#context_shift", Select).has_focus
         app.screen.query_one(TextArea).focus()
         await pilot.press("end", "enter", *"Or not.")
         await pilot.press("ctrl+s")
         await until(pilot, lambda: app.result is not NOTHING)
         sampling = Sampling(0.5, 0.9, 40, 0.05, 1.1, 7)
-        assert app.result == Settings("Be brief.\nOr not.", sampling, 100, "on", 900, 90, 3, "lookup")
+        assert app.result == Settings("Be brief.\nOr not.", sampling, 100, "on", 900, 90, 3, "lookup", True)
 
     drive(presets, scenario, size)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -129,6 +130,38 @@ def test_an_empty_file_is_a_new_database(path: Path) -> None:
     path.touch()
     store = Store.open(path)
     assert store.notices == []
+    works(store)
+
+
+def test_values_of_a_wrong_kind_and_letters_that_are_none_hide_nothing_else(path: Path) -> None:
+    id_, _ = begun(path)
+    store = Store.open(path)
+    other = store.create(model="nano", settings=Settings(), title="Whole")
+    store.add(other, Node("user", "whole"))
+    odd = store.create(model="nano", settings=Settings())
+    store.add(odd, Node("assistant", "odd", created_at=1.0))
+    store.close()
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.execute("update conversations set title = cast(x'4bff' as text) where id = ?", (id_,))
+        connection.execute(
+            "update conversations set title = x'ff', model = x'01', updated_at = 'x', created_at = 'y', settings = 3,"
+            " head = 7 where id = ?",
+            (odd,),
+        )
+        connection.execute(
+            "update messages set text = x'61ff', thought = x'62', created_at = 'soon', thought_s = 'long', finish = 7,"
+            " figures = '[]', attachments = 3, call_id = x'63' where role = 'assistant'"
+        )
+        connection.execute("insert into pieces (message, text, thought) select seq, x'ff', '' from messages")
+        connection.commit()
+    store = Store.open(path)
+    assert {each.name for each in store.list()} == {"K\ufffd", "Whole", "\ufffd"}
+    assert all(isinstance(each.updated_at, float) for each in store.list())
+    assert store.load(other).tree.path()[0].text == "whole\ufffd"
+    (found,) = store.load(odd).tree
+    assert (found.text, found.thought, found.thought_s) == ("a\ufffd\ufffd", "b", 0.0)
+    assert {hit.conversation for hit in store.search("whole")} == {other}
+    assert [hit.conversation for hit in store.search("odd")] == [odd]
     works(store)
 
 

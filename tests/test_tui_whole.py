@@ -338,6 +338,33 @@ def test_escape_refuses_a_tool_and_stops_the_answer(tmp_path: Path) -> None:
     assert ran == []
 
 
+@pytest.mark.parametrize("under", [False, True], ids=["on top", "under another"])
+def test_a_question_whose_answer_was_stopped_is_asked_no_longer(tmp_path: Path, under: bool) -> None:
+    ran: list[tuple[int, int]] = []
+
+    async def scenario(pilot: P, app: ChatApp) -> None:
+        await until(pilot, lambda: app.session.state is State.READY)
+        app.query_one(Prompt).restore("2 + 2?")
+        await pilot.press("enter")
+        await until(pilot, lambda: isinstance(app.screen, ApproveScreen))
+        if under:
+            app.push_screen(ThemeScreen())
+            await until(pilot, lambda: isinstance(app.screen, ThemeScreen))
+        # As the palette does, which opens over a question too.
+        await app.action_new()
+        await until(pilot, lambda: app.session.state is State.READY)
+        if under:
+            await pilot.press("escape")
+            await until(pilot, lambda: isinstance(app.screen, ApproveScreen))
+            await pilot.pause(0.5)
+            await pilot.click("#once")
+        await until(pilot, lambda: len(app.screen_stack) == 1)
+        await pilot.pause()
+
+    drive(FakeBackend(CALLING, [Text("", "x"), FIGURES]), scenario, belongings=kept(tmp_path, toolbox=adding(ran)))
+    assert ran == []
+
+
 def test_tools_can_be_switched_off(tmp_path: Path) -> None:
     backend = FakeBackend()
 

@@ -7,7 +7,8 @@ from collections.abc import AsyncGenerator, Iterable, Sequence
 from textual.widget import Widget
 
 from edger1.tui.base import ChatBase
-from edger1.tui.session import SessionEvent
+from edger1.tui.clean import clean
+from edger1.tui.session import SessionEvent, State
 from edger1.tui.tree import Node
 from edger1.tui.widgets.prompt import Prompt
 from edger1.tui.widgets.tool_call import CallView
@@ -34,12 +35,15 @@ class Acts(ChatBase, inherit_bindings=False):
             if not self.busy("the conversation goes on elsewhere"):
                 await self._branch(node)
         elif event.action == "edit" and node.role == "assistant":
-            if not self.busy("an answer is changed"):
+            if self.busy("an answer is changed"):
+                await self._edit(node)
+            else:
                 session.edit_answer(node.id, event.text or "")
                 await transcript.follow(session.tree)
                 self.query_one(Prompt).focus()
         elif event.action == "edit":
-            self._go(session.ask_instead(node.id, event.text or ""))
+            if not self._go(session.ask_instead(node.id, event.text or "")):
+                await self._edit(node)
         elif event.action == "regenerate":
             asked = node.id if node.role == "user" else node.parent
             if asked is not None:
@@ -63,22 +67,31 @@ class Acts(ChatBase, inherit_bindings=False):
     async def _continue(self, node: Node) -> None:
         if self.busy("an answer goes on") or not self.ready():
             return
+        self.session.engage()
         self.session.talk.show(node.id)
         transcript = self.stage.transcript
         await transcript.follow(self.session.tree)
         await transcript.show_last()
         answer = transcript.answer(node.id)
         if answer is None:
+            self.session.state = State.READY
             return
         await answer.resume()
         self.run_worker(self.follow(self.session.go_on(node.id), answer=answer), name="ask", group="engine")
         self.query_one(Prompt).focus()
 
-    def _go(self, events: AsyncGenerator[SessionEvent, None]) -> None:
+    def _go(self, events: AsyncGenerator[SessionEvent, None]) -> bool:
         if self.busy("something else is asked") or not self.ready():
-            return
+            return False
+        self.session.engage()
         self.run_worker(self.follow(events), name="ask", group="engine")
         self.query_one(Prompt).focus()
+        return True
+
+    async def _edit(self, node: Node) -> None:
+        for turn in self.query(Turn):
+            if turn.node is node:
+                await turn.begin_edit()
 
     # The same from anywhere, for the latest message
 
@@ -119,9 +132,7 @@ class Acts(ChatBase, inherit_bindings=False):
             self.notify("There is no question yet.", markup=False)
             return
         await self.stage.transcript.show(node.id, focus=True)
-        for turn in self.query(Turn):
-            if turn.node is node:
-                await turn.begin_edit()
+        await self._edit(node)
 
     def action_copy(self, what: str = "") -> None:
         """Copy the last answer, or "all" of the conversation."""
@@ -132,8 +143,9 @@ class Acts(ChatBase, inherit_bindings=False):
         if node is None:
             self.notify("There is no answer yet.", markup=False)
             return
-        self.copy_to_clipboard(node.text)
-        self.notify(f"Copied the answer: {len(node.text):,} characters.", markup=False)
+        text = clean(node.text)
+        self.copy_to_clipboard(text)
+        self.notify(f"Copied the answer: {len(text):,} characters.", markup=False)
 
     def called(self, node: Node, results: Sequence[Node]) -> Iterable[Widget]:
         """Return what shows an answer's calls, with what came of them."""

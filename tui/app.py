@@ -59,6 +59,7 @@ class ChatApp(Doors, Acts, inherit_bindings=False):
         binding("models", "models", "Models", priority=True),
         binding("help", "help", "Help"),
         binding("quit", "quit", "Quit", priority=True),
+        binding("palette", "command_palette", "Commands", priority=True, show=False),
         binding("thoughts", "toggle_thinking", "Thoughts", priority=True, show=False),
         binding("think", "think", "Think first", priority=True, show=False),
         binding("budget", "budget", "Thinking budget", priority=True, show=False),
@@ -145,11 +146,11 @@ class ChatApp(Doors, Acts, inherit_bindings=False):
         if self.session.state in (State.ANSWERING, State.STOPPING) and self.stage.answer is not None:
             self.notify("The answer is still coming. Esc stops it.", markup=False)
             return
+        node = Node("user", event.text, attachments=tuple(event.attachments))
+        self.waiting = Question(node, waiting=True)
         self.query_one(Prompt).taken()
         self.keep_draft()
         await self.leave_welcome()
-        node = Node("user", event.text, attachments=tuple(event.attachments))
-        self.waiting = Question(node, waiting=True)
         await self.stage.transcript.say(self.waiting)
         if self.session.state is State.READY:
             self.ask_soon()
@@ -219,7 +220,8 @@ class ChatApp(Doors, Acts, inherit_bindings=False):
         self._close_messages_no_wait()
 
 
-HERE = frozenset(each.action.partition("(")[0] for each in ChatApp.BINDINGS if isinstance(each, Binding)) - {"quit"}
+HERE = frozenset(each.action.partition("(")[0] for each in ChatApp.BINDINGS if isinstance(each, Binding))
+HERE -= {"quit", "command_palette"}
 """Actions that belong to the conversation, and to no screen over it."""
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from textual import events
 from textual.app import App
 from textual.css.query import NoMatches
 from textual.timer import Timer
@@ -17,6 +19,7 @@ from edger1.messages import AdapterUsed, Failed, Loaded, Progress
 from edger1.tools.kinds import Call, Tool
 from edger1.tui.backend import Backend
 from edger1.tui.belongings import Belongings
+from edger1.tui.clean import clean
 from edger1.tui.engine_history import History
 from edger1.tui.fetches import Fetches
 from edger1.tui.figures import held
@@ -26,9 +29,10 @@ from edger1.tui.settings import Settings
 from edger1.tui.stage import Stage
 from edger1.tui.talk import Talk
 from edger1.tui.themes import COLOURLESS, DARK, THEMES
+from edger1.tui.tree import Node
 from edger1.tui.widgets.heading import Heading
 from edger1.tui.widgets.notice import Notice
-from edger1.tui.widgets.prompt import Prompt
+from edger1.tui.widgets.prompt import Prompt, ahead
 from edger1.tui.widgets.question import Question
 from edger1.tui.widgets.welcome import Welcome
 
@@ -87,19 +91,36 @@ class ChatBase(App[None], inherit_bindings=False):
         self.waiting: Question | None = None
         self._name_timer: Timer | None = None
 
+    async def on_event(self, event: events.Event) -> None:
+        """Take what a terminal would obey out of what is pasted, wherever it goes."""
+        if isinstance(event, events.Paste):
+            event.text = clean(event.text.replace("\r\n", "\n").replace("\r", "\n"))
+        await super().on_event(event)
+
+    def copy_to_clipboard(self, text: str) -> None:
+        """Copy a text, as it may be pasted again."""
+        super().copy_to_clipboard(clean(text))
+
     async def approve(self, call: Call, tool: Tool) -> bool:
         """Return whether a tool may run; nothing may unless somebody can be asked."""
         return False
 
     def keep_draft(self) -> None:
-        """Keep what is typed and not sent."""
+        """Keep what is typed, and what waits to be asked: until it is, it is in no conversation."""
         if self.recorder is not None:
             text, attachments = self.query_one(Prompt).draft
+            if self.waiting is not None:
+                asked = self.waiting.node
+                text, attachments = ahead(asked.text, text), (*asked.attachments, *attachments)
             self.recorder.save_draft(self.session.talk.id, text, attachments)
 
     async def action_new(self) -> None:
-        """Leave this conversation and begin another."""
+        """Leave this conversation and begin another. What is typed, or waits, goes along."""
         self.session.stop()
+        if self.waiting is not None:
+            await self.take_back(self.waiting)
+        if self.recorder is not None and self.session.talk.id is not None:
+            self.recorder.save_draft(self.session.talk.id, "", ())
         self.session.restart()
         self.leave_talk()
         await self.show_talk()
@@ -118,6 +139,9 @@ class ChatBase(App[None], inherit_bindings=False):
         """Ask what waits."""
         question, self.waiting = self.waiting, None
         if question is not None:
+            self.keep_draft()
+            # At once, as for loading: another key may be pressed before the work begins.
+            self.session.engage()
             self.run_worker(self._ask(question), name="ask", group="engine")
 
     async def _load(self) -> None:
@@ -165,12 +189,27 @@ class ChatBase(App[None], inherit_bindings=False):
     async def _ask(self, question: Question) -> None:
         talk, node = self.session.talk, question.node
         answered = await self.follow(self.session.ask(node), waiting=question)
-        if answered or talk is not self.session.talk:
+        if answered:
+            return
+        if talk is not self.session.talk:
+            await self._leave_to(talk, node)
             return
         # A question that got no word of an answer is typed again, or changed first.
         self.query_one(Prompt).give_back(node.text, node.attachments)
         if self.stage.failure is None and not talk.tree.path():
             await self.show_talk()
+
+    async def _leave_to(self, talk: Talk, asked: Node) -> None:
+        """Have a question that got no word of an answer typed again where its conversation is opened again."""
+        # Where it is the only message, it is shown: there is none before it that could be.
+        if self.recorder is None or talk.id is None or not talk.tree.path():
+            return
+        await self.recorder.settled()
+        text, attachments = await asyncio.to_thread(self.recorder.store.draft, talk.id)
+        if talk.id == self.session.talk.id:
+            self.query_one(Prompt).give_back(asked.text, asked.attachments)
+        else:
+            self.recorder.save_draft(talk.id, ahead(asked.text, text), (*asked.attachments, *attachments))
 
     async def follow(
         self,
@@ -190,7 +229,7 @@ class ChatBase(App[None], inherit_bindings=False):
         answered = waiting is None or waiting.node in talk.tree.path()
         if talk is self.session.talk:
             if self.stage.failure is not None:
-                await self.fail(self.stage.failure.message)
+                await self.fail(self.stage.failure.message, self._way_out(self.stage.failure))
             self.head()
         self._after_answer(talk)
         return answered
@@ -290,8 +329,13 @@ class ChatBase(App[None], inherit_bindings=False):
         await self.stage.transcript.drop(question)
         self.query_one(Prompt).give_back(question.node.text, question.node.attachments)
 
-    async def fail(self, message: str) -> None:
-        """Show an error, and give a message that waited for the engine back."""
+    def _way_out(self, failure: Failed) -> str:
+        if failure.error != "ContextError" or self.session.talk.settings.context_shift:
+            return ""
+        return "/shift on drops the oldest turns of this conversation where its context is full."
+
+    async def fail(self, message: str, way_out: str = "") -> None:
+        """Show an error and what helps against it, and give a message that waited for the engine back."""
         await self.leave_welcome()
         self.stage.say("")
         if self.session.state is State.ASLEEP:
@@ -299,7 +343,7 @@ class ChatBase(App[None], inherit_bindings=False):
             if self.waiting is not None:
                 await self.take_back(self.waiting)
         else:
-            advice = "Your conversation is kept. Change your message and send it again."
+            advice = f"Your conversation is kept. {way_out or 'Change your message and send it again.'}"
         await self.stage.transcript.say(Notice.error(message, advice))
 
     def _complain(self, message: str) -> None:

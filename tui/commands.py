@@ -31,6 +31,7 @@ DEEDS = (
     Deed("budget", "how many tokens of thought: at most, or from-to", "budget", "[TOKENS|LEAST-MOST|none]", "budget"),
     Deed("samples", "draw several answers, of which the majority decides", "samples", "[N]"),
     Deed("speculate", "where drafts come from", "speculate", "[off|auto|lookup|mtp|draft]"),
+    Deed("shift", "whether the oldest turns are dropped where the context is full", "shift", "[on|off]"),
     Deed("tools", "which tools the model may ask for", "tools", binding="tools"),
     Deed("engine", "watch memory, rates and experts", "engine", binding="engine"),
     Deed("retry", "ask for another answer", "retry", binding="regenerate"),

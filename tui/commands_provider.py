@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from textual.app import App
-from textual.command import DiscoveryHit, Hit, Hits, Provider
+from textual.command import CommandList, CommandPalette, DiscoveryHit, Hit, Hits, Provider
 from textual.content import Content
 
 
@@ -18,6 +18,18 @@ class PaletteCommand(NamedTuple):
     callback: Callable[[], Any]
     key: str = ""
     """As people read it: "Ctrl+N"; empty where there is none."""
+
+
+class Palette(CommandPalette):
+    """Textual's palette; where its list has no row at all, there is nothing to move by, and no error."""
+
+    DEFAULT_CSS = """
+    Palette > Vertical { min-width: 16; }
+    """
+
+    def _action_command_list(self, action: str) -> None:
+        if self.query_one(CommandList).scrollable_content_region:
+            super()._action_command_list(action)
 
 
 def provider_of(commands: Callable[[App[Any]], Sequence[PaletteCommand]]) -> type[Provider]:

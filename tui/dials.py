@@ -1,4 +1,6 @@
-"""What is typed to change how answers are thought over, drawn and drafted; the chat and its line mode share it.
+"""What is typed to change how answers are thought over, drawn, drafted and fitted into the context.
+
+The chat and its line mode share it.
 
 A dial takes settings and the words after its command, and returns other settings; with no words it goes on to its next
 choice. It raises UsageError for words that it does not know.
@@ -74,6 +76,14 @@ def speculate(settings: Settings, words: str) -> Settings:
     return replace(settings, speculate=word)
 
 
+def shift(settings: Settings, words: str) -> Settings:
+    """Take "on" or "off": whether the oldest turns go where the context is full."""
+    word = words.strip().lower()
+    if word not in ("", "on", "off"):
+        raise UsageError(f"/shift is {words!r}; expected on or off.")
+    return replace(settings, context_shift=word == "on" if word else not settings.context_shift)
+
+
 def said(dial: Dial, settings: Settings) -> str:
     """Say in a sentence how a dial stands."""
     limits = thought_limits(settings)
@@ -85,6 +95,9 @@ def said(dial: Dial, settings: Settings) -> str:
     if dial is samples:
         many = f"{settings.samples} answers to each question, of which the majority decides."
         return many if settings.samples > 1 else "One answer to each question."
+    if dial is shift:
+        full = "the oldest turns are dropped" if settings.context_shift else "nothing is dropped and the answer ends"
+        return f"Context shift: {'on' if settings.context_shift else 'off'}. Where the context is full, {full}."
     return f"Drafts: {settings.speculate}."
 
 

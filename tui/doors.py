@@ -6,14 +6,13 @@ import asyncio
 import dataclasses
 from collections.abc import Coroutine
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edger1.errors import EdgeR1Error, UsageError
 from edger1.tui import dials
 from edger1.tui.base import ChatBase
 from edger1.tui.commands import DEEDS, Deed
-from edger1.tui.commands_provider import PaletteCommand
+from edger1.tui.commands_provider import Palette, PaletteCommand
 from edger1.tui.mentions import Command
 from edger1.tui.widgets.prompt import Prompt
 
@@ -47,6 +46,11 @@ class Doors(ChatBase, inherit_bindings=False):
             for deed in DEEDS
             if not deed.takes or deed.takes.startswith("[")
         ]
+
+    def action_command_palette(self) -> None:
+        """Show the command palette."""
+        if not isinstance(self.screen, Palette):
+            self.push_screen(Palette(id="--command-palette"))
 
     async def obey(self, name: str, argument: str) -> None:
         """Do what a command of `prompt_commands` says."""
@@ -180,6 +184,10 @@ class Doors(ChatBase, inherit_bindings=False):
         """Where drafts come from."""
         self._change(dials.speculate, what)
 
+    def action_shift(self, what: str = "") -> None:
+        """Whether the oldest turns are dropped where the context is full."""
+        self._change(dials.shift, what)
+
     def _change(self, dial: dials.Dial, what: str) -> None:
         settings = dial(self.session.talk.settings, what)
         self.use_settings(settings, dials.said(dial, settings))
@@ -236,13 +244,19 @@ class Doors(ChatBase, inherit_bindings=False):
             return
         if node is not None and node in stored.tree and node not in [each.id for each in stored.tree.path()]:
             stored.tree.head = stored.tree.deepest(node)
+        if self.waiting is not None:
+            await self.take_back(self.waiting)
+        self.session.stop()
         prompt = self.query_one(Prompt)
-        self.keep_draft()
-        self.session.open(stored)
+        if stored.id == self.session.talk.id:
+            self.session.open(stored)
+        else:
+            # Each conversation has a draft of its own. From here on this one's may be saved, so it is in the box.
+            self.keep_draft()
+            self.session.open(stored)
+            prompt.restore(text, attachments)
         self.leave_talk()
         await self.show_talk(node)
-        # Each conversation has a draft of its own.
-        prompt.restore(text, attachments)
         prompt.focus()
 
     def action_title(self, title: str = "") -> None:
@@ -275,22 +289,27 @@ class Doors(ChatBase, inherit_bindings=False):
         here = await self._saved()
         if here is None:
             return
-        from edger1.tui.store.export import suggested_name, write
+        from edger1.tui.store.export import free, named, suggested_name, write
 
         stored = await asyncio.to_thread(here[0].load, here[1])
         name = suggested_name(stored.title or "conversation")
-        target = Path(path).expanduser() if path else self.belongings.exports / f"{name}.md"
+        target = named(path) if path else free(self.belongings.exports, name)
         await asyncio.to_thread(write, stored, target)
         self.notify(f"Written to {target}.", markup=False)
 
-    async def action_import(self, path: str = "") -> None:
+    def action_import(self, path: str = "") -> None:
         """Read conversations from another program's export, or one of ours."""
         if self.recorder is None or not path:
             self.notify("Give the file, as in /import conversations.json.", markup=False)
             return
+        # It may take a while, and the keys go on meanwhile.
+        self.open_soon(self._import(self.recorder.store, path), "import")
+
+    async def _import(self, store: Store, path: str) -> None:
+        from edger1.tui.store.export import named
         from edger1.tui.store.imports import bring_in
 
-        imported = await asyncio.to_thread(bring_in, self.recorder.store, Path(path).expanduser())
+        imported = await asyncio.to_thread(bring_in, store, named(path))
         self.notify(f"{imported}. Ctrl+O lists them.", markup=False)
 
     async def _saved(self) -> tuple[Store, str] | None:
@@ -326,8 +345,20 @@ class Doors(ChatBase, inherit_bindings=False):
             # The screens are the app's: this may be called from a task that has no active app.
             waiting: asyncio.Future[Answer | None] = asyncio.get_running_loop().create_future()
             changed = approvals is not None and approvals.changed(tool)
-            self.push_screen(ApproveScreen(call, tool, changed=changed), waiting.set_result)
-            return await waiting or "no"
+            screen = ApproveScreen(call, tool, changed=changed)
+
+            def answered(answer: Answer | None) -> None:
+                if not waiting.done():
+                    waiting.set_result(answer)
+
+            self.push_screen(screen, answered)
+            try:
+                return await waiting or "no"
+            except asyncio.CancelledError:
+                # The answer was stopped: nothing is to be allowed any more.
+                if self.screen is screen:
+                    screen.dismiss(None)
+                raise
 
         return approvals is not None and await approvals.approve(call, tool, ask)
 

@@ -59,7 +59,7 @@ def fields(cost: Figures, usage: Usage | None = None, *, live: bool = False) -> 
 
 
 def held(settings: Settings) -> Field | None:
-    """What a conversation is held under that is not the usual: thinking, samples, drafts; None where all is."""
+    """What a conversation is held under that is not the usual, as thinking, samples and drafts; None where all is."""
     long, short = [], []
     if settings.think != "auto":
         long.append(f"thinking {settings.think}")
@@ -73,6 +73,9 @@ def held(settings: Settings) -> Field | None:
     if settings.speculate != "off":
         long.append(f"drafts {settings.speculate}")
         short.append("drafts" if settings.speculate == "auto" else settings.speculate)
+    if settings.context_shift:
+        long.append("context shift")
+        short.append("shift")
     return Field(", ".join(long), " ".join(short)) if long else None
 
 

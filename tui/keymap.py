@@ -15,12 +15,15 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from textual.binding import Binding
 from textual.keys import Keys, _character_to_key, format_key, key_to_character
 
 from edger1.tui.user_files import line_of, read_table
+
+if TYPE_CHECKING:
+    from textual.app import App
 
 EVERYWHERE = "everywhere"
 CHAT = "chat"
@@ -108,6 +111,12 @@ def binding(command: str, action: str, description: str = "", **more: Any) -> Bi
     """
     keys = {each.id: each.keys for each in COMMANDS}[command]
     return Binding(",".join(keys), action, description, id=command, **more)
+
+
+def keys_of(app: App[Any], command: str) -> tuple[str, ...]:
+    """Return the keys that a command of `COMMANDS` has in an app: those of its user, or else the usual ones."""
+    moved = app._keymap.get(command)
+    return tuple(moved.split(",")) if moved else next(each.keys for each in COMMANDS if each.id == command)
 
 
 def read_keymap(path: Path, commands: Sequence[Command] = COMMANDS) -> Keymap:

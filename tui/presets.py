@@ -25,7 +25,7 @@ from edger1.messages import Sampling
 from edger1.tui.settings import Settings, check
 
 _DRAWN = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
-_OTHERS = ("system", "max_tokens", "think", "think_budget", "think_at_least", "samples", "speculate")
+_OTHERS = ("system", "max_tokens", "think", "think_budget", "think_at_least", "samples", "speculate", "context_shift")
 _KEYS = ("system", *_DRAWN, *_OTHERS[1:])
 _MOST_LETTERS = 60
 
@@ -87,6 +87,8 @@ def to_toml(presets: dict[str, Settings]) -> str:
         for key, value in _values(settings).items():
             if isinstance(value, str):
                 lines.append(f"{key} = {_text(value)}")
+            elif isinstance(value, bool):
+                lines.append(f"{key} = {str(value).lower()}")
             else:
                 lines.append(f"{key} = {value!r}")
         blocks.append("\n".join(lines) + "\n")

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from edger1.messages import AdapterUsed, Done, Event, Failed, Loaded, Message, Sampling, Text, Thought
 from edger1.tools import loop
 from edger1.tools.kinds import Result, Tool
-from edger1.tools.loop import Approve, CallState, RoundBegins, Rounds, RoundsEnd
+from edger1.tools.loop import Approve, CallState, RoundBegins, Rounds, RoundsEnd, Step
 from edger1.tui.backend import Backend, to_the_end
 from edger1.tui.hearing import Hearing
 from edger1.tui.recorder import Recorder
@@ -142,6 +142,7 @@ class Session:
     async def load(self) -> AsyncGenerator[Event, None]:
         """Load the model: progress, then exactly one Loaded or Failed."""
         self.state = State.LOADING
+        await self._stop_naming()
         async with aclosing(to_the_end(self.backend.load(), Loaded)) as events:
             async for event in events:
                 if isinstance(event, Loaded):
@@ -212,13 +213,14 @@ class Session:
 
     async def _by_vote(self, talk: Talk, to: str, before: str | None) -> AsyncGenerator[SessionEvent, None]:
         """Let several samples decide on an answer. They are offered no tools: there is no voting on what these do."""
-        await self._stop_naming()
-        self.state = State.ANSWERING
+        await self._take_engine()
         messages = talk.tree.messages(talk.settings.system, to=to)
         nodes = [Node("assistant", parent=to, model=self.model) for _ in range(talk.settings.samples)]
         self._add(talk, nodes[0])
         samples = Samples(nodes, talk, partial(self._add, talk, shown=False), self._clock)
         self._samples = samples
+        if self.state is State.STOPPING:
+            samples.stop()
         try:
             yield Begun(nodes[0])
             asked = to_the_end(self.backend.ask(messages, settings=talk.settings), Done)
@@ -239,23 +241,20 @@ class Session:
 
     async def _by_rounds(self, talk: Talk, to: str, before: str | None) -> AsyncGenerator[SessionEvent, None]:
         """Answer until no tool is asked for."""
-        parent, hearing, silent = to, None, False
-        await self._stop_naming()
-        self.state = State.ANSWERING
+        parent, hearing, silent = to, None, True
+        await self._take_engine()
+        # Starting tools takes a while, in which the answer may be stopped.
         await self._tools.ready(self.off)
         messages = talk.tree.messages(talk.settings.system, to=to)
         rounds = self._rounds = Rounds(messages, self._asked(talk), self._tools, self._approve, off=self.off)
         try:
-            async with aclosing(rounds.run()) as steps:
+            async with aclosing(rounds.run() if self.state is State.ANSWERING else _nothing()) as steps:
                 async for step in steps:
                     if isinstance(step, RoundBegins):
-                        self.state = State.ANSWERING
                         node = self._add(talk, Node("assistant", parent=parent, model=self.model))
                         hearing = Hearing(talk, node, self._clock)
                         yield Begun(node)
                     elif isinstance(step, CallState):
-                        if self.state is State.READY:
-                            self.state = State.ANSWERING
                         if step.result is not None and hearing is not None:
                             found = Node("tool", step.result.text, parent=talk.tree.head, call_id=step.call.id)
                             parent = self._add(talk, found).id
@@ -274,7 +273,7 @@ class Session:
                 silent = parent == to and not hearing.node.text.strip() and not hearing.node.calls
             if self.state in (State.ANSWERING, State.STOPPING):
                 self.state = State.READY
-        if silent and hearing is not None and talk.tree.head == hearing.node.id:
+        if silent and talk.tree.head == (to if hearing is None else hearing.node.id):
             talk.show(before)
             yield Rewound()
 
@@ -282,8 +281,11 @@ class Session:
         """Go on with an answer where it ended."""
         talk = self.talk
         node = talk.tree[node_id]
-        await self._stop_naming()
-        self.state = State.ANSWERING
+        await self._take_engine()
+        if self.state is State.STOPPING:
+            self.state = State.READY
+            yield Ended(node, None)
+            return
         message: Message = {"role": "assistant", "content": node.text}
         if node.thought and not node.text:
             message["thought"] = node.thought
@@ -314,8 +316,9 @@ class Session:
     def _hears(self, event: Event) -> bool:
         """Follow what the engine does; False for words that come after it was told to stop."""
         if isinstance(event, Done):
-            stopped = self.state is State.STOPPING and event.finish_reason == "tools"
-            self.state = State.STOPPING if stopped else State.READY
+            if event.finish_reason != "tools":
+                # Calls belong to the answer: nothing else may be asked before it goes on, and it can be stopped.
+                self.state = State.READY
         elif isinstance(event, Failed):
             self.state = State.ASLEEP if event.error == "EngineError" else State.READY
         return not (self.state is State.STOPPING and isinstance(event, Text | Thought))
@@ -336,7 +339,12 @@ class Session:
         self._naming = asyncio.get_running_loop().create_future()
         said: list[str] = []
         finished = False
-        settings = Settings(sampling=Sampling(temperature=0.0), max_tokens=TITLE_TOKENS, think="off")
+        settings = Settings(
+            sampling=Sampling(temperature=0.0),
+            max_tokens=TITLE_TOKENS,
+            think="off",
+            context_shift=talk.settings.context_shift,
+        )
         try:
             asked = self.backend.ask(title_question(talk.tree, talk.settings.system), settings=settings)
             async with aclosing(to_the_end(asked, Done)) as events:
@@ -345,7 +353,7 @@ class Session:
                         said.append(event.text)
                     elif isinstance(event, Done):
                         finished = event.finish_reason != "cancelled"
-                    elif isinstance(event, Failed) and event.error == "EngineError":
+                    elif isinstance(event, Failed) and event.error == "EngineError" and self.state is State.READY:
                         self.state = State.ASLEEP
         finally:
             self._naming.set_result(None)
@@ -354,6 +362,16 @@ class Session:
             return None
         talk.rename(tidy("".join(said), talk.tree))
         return talk.title
+
+    def engage(self) -> None:
+        """Hold the engine for an answer that is about to be asked for; asking for it follows."""
+        self.state = State.ANSWERING
+
+    async def _take_engine(self) -> None:
+        """Have the engine answer, and nothing else; it may have been stopped before it could begin."""
+        if self.state is not State.STOPPING:
+            self.state = State.ANSWERING
+        await self._stop_naming()
 
     async def _stop_naming(self) -> None:
         if self._naming is not None:
@@ -382,6 +400,11 @@ class _NoTools:
 
     async def call(self, name: str, arguments: Any, *, tool: Tool | None = None) -> Result:
         raise NotImplementedError(name)
+
+
+async def _nothing() -> AsyncGenerator[Step, None]:
+    return
+    yield
 
 
 async def _nothing_allowed(call: object, tool: object) -> bool:

@@ -32,6 +32,8 @@ class Settings:
     """How many answers are drawn to a question, of which the majority decides."""
     speculate: str = "off"
     """Where drafts come from: "off", "auto", "lookup", "mtp" or "draft"."""
+    context_shift: bool = False
+    """Whether the oldest turns are dropped where the context is full."""
 
     def to_json(self) -> dict[str, Any]:
         """Return what `from_json` takes."""
@@ -68,6 +70,8 @@ def check_own(settings: Settings) -> None:
     count = settings.samples
     if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= SAMPLES_MAX:
         raise UsageError(f"samples is {count!r}; expected a whole number from 1 to {SAMPLES_MAX}.")
+    if not isinstance(settings.context_shift, bool):
+        raise UsageError(f"context_shift is {settings.context_shift!r:.100}; expected true or false.")
     bounds = {name: getattr(settings, name) for name in ("think", "think_budget", "think_at_least")}
     sampling.check_thinking(Generate("", "", **bounds))
 

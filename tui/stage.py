@@ -15,6 +15,7 @@ from edger1.tui.clean import clean
 from edger1.tui.engine_history import History
 from edger1.tui.figures import memory
 from edger1.tui.pacing import spare_collector
+from edger1.tui.recalled import notes_of
 from edger1.tui.samples import FirstEnded, Voted
 from edger1.tui.session import Begun, Ended, Rewound, Session, SessionEvent, State
 from edger1.tui.talk import Talk
@@ -102,6 +103,12 @@ class Stage:
         if self.answer is not None:
             await self.answer.finish(REMARKS["cancelled"])
 
+    def _unowned(self, done: Done) -> list[str]:
+        """Return the notes that no answer keeps: those on several samples together."""
+        tree = self._session.tree
+        kept = [] if tree.head is None else notes_of(tree[tree.head])
+        return [note for note in done.notes if note not in kept]
+
     async def _draw(self, event: SessionEvent, waiting: Question | None) -> None:
         match event:
             case Rewound():
@@ -130,7 +137,7 @@ class Stage:
                 self._history.add(running, time.time())
             case Done() as done:
                 self.status.show(done.figures, done.usage)
-                for note in done.notes:
+                for note in self._unowned(done):
                     await self.transcript.say(Notice.remark(note))
             case Failed() as failed:
                 self.failure = failed

@@ -144,6 +144,7 @@ class ChildBackend:
             speculate=settings.speculate,
             samples=settings.samples,
             each_sample=settings.samples > 1,
+            context_shift=settings.context_shift,
             tools=list(tools),
             continue_last=continue_last,
         )

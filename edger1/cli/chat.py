@@ -34,6 +34,7 @@ def chat_command(
     kv_bits: options.KvBits = None,
     draft: options.Draft = None,
     speculate: options.Speculate = None,
+    context_shift: options.ContextShift = False,
     plain: Annotated[
         bool, typer.Option("--plain", help="Talk in lines: for a screen reader, or a terminal without a full screen.")
     ] = False,
@@ -75,6 +76,7 @@ def chat_command(
         think_at_least=think_at_least,
         samples=1 if samples is None else samples,
         speculate=speculate or ("auto" if draft is not None else "off"),
+        context_shift=context_shift,
     )
     check(settings)
     if not lines and not all(terminals):
@@ -189,6 +191,7 @@ def _answer_once(
             think_at_least=settings.think_at_least,
             samples=settings.samples,
             speculate=settings.speculate,
+            context_shift=settings.context_shift,
         ):
             if isinstance(event, Text):
                 typer.echo(options.printable(event.text) if terminal else event.text, nl=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -107,9 +108,9 @@ def export_chat(
     if file is None:
         typer.echo(to_json(stored), nl=False)
         return
-    if file.exists() and not force:
+    if os.path.lexists(file) and not force:
         raise UsageError(f"{file} is there already; give another name, or --force to write over it.")
-    write(stored, file)
+    write(stored, file, over=force)
     typer.echo(f"Written to {file}.")
 
 

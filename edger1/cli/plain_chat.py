@@ -47,6 +47,7 @@ COMMANDS = {
     "budget": ("[TOKENS|LEAST-MOST|none]", "how many tokens of thought: at most, or from-to"),
     "samples": ("[N]", "draw several answers, of which the majority decides"),
     "speculate": ("[off|auto|lookup|mtp|draft]", "where drafts come from"),
+    "shift": ("[on|off]", "whether the oldest turns are dropped where the context is full"),
     "thoughts": ("on|off", "whether the model's reasoning is written out"),
     "figures": ("", "what the last answer cost"),
     "save": ("[FILE]", "write the conversation to a Markdown file"),
@@ -216,7 +217,7 @@ class PlainChat:
                 say("A new conversation.")
             case "system":
                 self._set_system(argument)
-            case "think" | "budget" | "samples" | "speculate":
+            case "think" | "budget" | "samples" | "speculate" | "shift":
                 self._dial(getattr(dials, name), argument)
             case "others":
                 self._write_others()

@@ -16,6 +16,7 @@ from textual.widgets.option_list import Option
 
 from edger1.tui import model_words
 from edger1.tui.catalogue import AdapterEntry
+from edger1.tui.widgets.options import Options
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class AdaptersScreen(ModalScreen[AdapterChoice | None]):
             box.border_title = Content(f"Adapter for {model_words.line(self._model)}")
             box.border_subtitle = "Enter takes it · Esc goes back"
             options = [Option(plain), *(Option(model_words.adapter(entry)) for entry in self._entries)]
-            yield OptionList(*options, markup=False)
+            yield Options(*options, markup=False)
 
     @on(OptionList.OptionSelected)
     def choose(self, event: OptionList.OptionSelected) -> None:

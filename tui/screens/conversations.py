@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
@@ -22,8 +23,9 @@ from edger1.errors import EdgeR1Error
 from edger1.tui.clean import clean
 from edger1.tui.screens.conversation_rows import grouped, heading_row, hit_row, summary_row
 from edger1.tui.store import Hit, Store, Summary
-from edger1.tui.store.export import suggested_name, write
+from edger1.tui.store.export import named, suggested_name, write
 from edger1.tui.store.imports import bring_in
+from edger1.tui.widgets.options import Options
 
 DEBOUNCE_S = 0.12
 """How long after the last key a search begins."""
@@ -138,7 +140,7 @@ class ConversationsScreen(ModalScreen[Choice | None]):
             box.border_title = "Conversations"
             box.border_subtitle = "Enter opens, Esc closes"
             yield Input(self._words, placeholder="Type to search titles, messages and thoughts", id="search")
-            yield OptionList(markup=False)
+            yield Options(markup=False)
             yield Static("", id="what", markup=False)
             yield Input(id="line", select_on_focus=False)
             yield Static("", id="said", markup=False)
@@ -269,7 +271,9 @@ class ConversationsScreen(ModalScreen[Choice | None]):
         self._confirmed = None
 
         async def export(name: str) -> None:
-            path = Path(name.strip()).expanduser()
+            path = await self._done(named, name)
+            if path is False:
+                return
             written = await self._done(self._export, found.id, path)
             if written == "there":
                 self._confirmed = path
@@ -285,7 +289,7 @@ class ConversationsScreen(ModalScreen[Choice | None]):
 
         async def bring(name: str) -> None:
             self._say("Reading")
-            found = await self._done(bring_in, self._store, Path(name.strip()).expanduser())
+            found = await self._done(lambda: bring_in(self._store, named(name)))
             if found:
                 self._end_line()
                 await self._reload()
@@ -334,9 +338,9 @@ class ConversationsScreen(ModalScreen[Choice | None]):
                 self.dismiss(Choice(id_, node))
 
     def _export(self, id_: str, path: Path) -> str:
-        if path.exists() and path != self._confirmed:
+        if os.path.lexists(path) and path != self._confirmed:
             return "there"
-        write(self._store.load(id_), path)
+        write(self._store.load(id_), path, over=True)
         return "written"
 
     async def _done(self, work: Callable[..., Any], *given: Any) -> Any:
@@ -438,8 +442,8 @@ class ConversationsScreen(ModalScreen[Choice | None]):
         self.refresh_bindings()
         label, line = self.query_one("#what", Static), self.query_one("#line", Input)
         label.update(Content(what))
-        line.value = value
-        line.cursor_position = len(value)
+        line.value = clean(value).replace("\n", " ")
+        line.cursor_position = len(line.value)
         for each in (label, line):
             each.add_class("-asked")
         self._say("")

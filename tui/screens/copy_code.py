@@ -14,6 +14,7 @@ from textual.widgets.option_list import Option
 
 from edger1.tui.clean import clean, tame
 from edger1.tui.markdown import Code
+from edger1.tui.widgets.options import Options
 
 SHOWN_MAX = 60
 
@@ -49,7 +50,7 @@ class CopyCode(ModalScreen[int | None]):
         """The list."""
         with Vertical() as box:
             box.border_title = "Copy which code block?"
-            yield OptionList(*(Option(_line(at, code)) for at, code in enumerate(self._blocks)))
+            yield Options(*(Option(_line(at, code)) for at, code in enumerate(self._blocks)))
 
     def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
         """Take the chosen one."""

@@ -22,6 +22,7 @@ from edger1.tui.fetches import Fetch, Fetches
 from edger1.tui.figures import memory
 from edger1.tui.screens.models import ModelsScreen
 from edger1.tui.screens.settings import NameScreen
+from edger1.tui.widgets.options import Options
 from edger1.units import format_bytes
 
 ALL, FOLDER = "all-models", "a-folder"
@@ -95,7 +96,7 @@ class FirstRunScreen(ModalScreen[Chosen | None]):
             box.border_subtitle = "Enter takes it · ^X stops a fetch · Esc back"
             machine = f"This machine has {memory(self._memory_bytes)} of memory{share}."
             yield Static(f"{machine} Times are for 100 Mbit/s.", id="machine", markup=False)
-            yield OptionList(markup=False)
+            yield Options(markup=False)
             yield Static(id="said", markup=False)
             yield Static(id="progress", markup=False)
 

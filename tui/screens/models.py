@@ -21,6 +21,7 @@ from edger1.tui.clean import clean
 from edger1.tui.fetches import Fetch, Fetches
 from edger1.tui.screens.adapters import AdaptersScreen
 from edger1.tui.screens.confirm import ConfirmScreen
+from edger1.tui.widgets.options import Options
 from edger1.units import format_bytes
 
 LOOKING = "Looking for models"
@@ -94,7 +95,7 @@ class ModelsScreen(ModalScreen[Chosen | None]):
             search.cursor_blink = False
             yield search
             with Horizontal():
-                models = OptionList(markup=False)
+                models = Options(markup=False)
                 # Typing goes on while the list moves.
                 models.can_focus = False
                 yield models

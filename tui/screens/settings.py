@@ -20,6 +20,8 @@ from edger1.tui.clean import clean
 from edger1.tui.presets import Presets
 from edger1.tui.screens.confirm import ConfirmScreen
 from edger1.tui.settings import SPECULATE, THINK, Settings, check
+from edger1.tui.widgets.options import Options
+from edger1.tui.widgets.text_box import TextBox
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ _PLAIN = {
     "max_tokens": "no limit", "think_budget": "no limit", "think_at_least": "0", "samples": "1",
 }  # fmt: skip
 _USUAL = Settings()
+SWITCH = ("off", "on")
 _OF_SAMPLING = frozenset(vars(Sampling()))
 
 
@@ -158,7 +161,7 @@ class SettingsScreen(ModalScreen[Settings | None]):
             box.border_subtitle = "^S take · ^R reset · ^O presets · ^N save as preset · Esc back"
             with VerticalScroll(can_focus=False):
                 yield Label("System prompt")
-                system = TextArea(placeholder="none", highlight_cursor_line=False, tab_behavior="focus")
+                system = TextBox(placeholder="none", highlight_cursor_line=False, tab_behavior="focus")
                 system.cursor_blink = False
                 yield system
                 for field in DRAWING:
@@ -167,6 +170,7 @@ class SettingsScreen(ModalScreen[Settings | None]):
                 for field in THINKING:
                     yield from self._row(field)
                 yield from _choice("speculate", "Drafts", SPECULATE, "guesses, verified together: the same, sooner")
+                yield from _choice("context_shift", "Context shift", SWITCH, "the oldest turns go where it is full")
                 with Horizontal(classes="buttons"):
                     yield Button("Take", id="take", variant="primary", compact=True)
                     yield Button("Presets", id="presets", compact=True)
@@ -195,11 +199,12 @@ class SettingsScreen(ModalScreen[Settings | None]):
         return shown(own) if own is not None else _PLAIN[field.name]
 
     def _fill(self, settings: Settings) -> None:
-        self.query_one(TextArea).text = settings.system or ""
+        self.query_one(TextArea).text = clean(settings.system or "")
         for field in FIELDS:
             self.query_one(f"#{field.name}", Input).value = shown(value_of(settings, field))
         for name in ("think", "speculate"):
             self.query_one(f"#{name}", Select).value = getattr(settings, name)
+        self.query_one("#context_shift", Select).value = SWITCH[settings.context_shift]
 
     def _read(self) -> Settings | None:
         """Return what is typed; None where something is wrong, which has the focus then."""
@@ -207,6 +212,7 @@ class SettingsScreen(ModalScreen[Settings | None]):
         chosen: dict[str, Any] = {
             name: str(self.query_one(f"#{name}", Select).value) for name in ("think", "speculate")
         }
+        chosen["context_shift"] = self.query_one("#context_shift", Select).value == "on"
         settings = replace(_USUAL, system=system if system.strip() else None, **chosen)
         try:
             for field in FIELDS:
@@ -378,7 +384,7 @@ class PresetsScreen(ModalScreen[str | None]):
         with Vertical() as box:
             box.border_title = "Presets"
             box.border_subtitle = "Enter fills in · ^D deletes · Esc back"
-            yield OptionList(*self._options(), markup=False)
+            yield Options(*self._options(), markup=False)
             yield Static(id="said", markup=False)
 
     def _options(self) -> list[Option]:
@@ -428,6 +434,8 @@ def in_words(settings: Settings) -> str:
         words.append(f"think {settings.think}")
     if settings.speculate != "off":
         words.append(f"drafts {settings.speculate}")
+    if settings.context_shift:
+        words.append("context shift")
     if settings.system:
         words.append(f"system {' '.join(clean(settings.system).split())!r:.40}")
     return ", ".join(words) or "nothing"

@@ -14,6 +14,7 @@ from textual.widgets.option_list import Option
 
 from edger1.tui.contrast import readings
 from edger1.tui.themes import COLOURLESS, THEMES
+from edger1.tui.widgets.options import Options
 
 
 class ThemeScreen(ModalScreen[str | None]):
@@ -58,7 +59,7 @@ class ThemeScreen(ModalScreen[str | None]):
         names = [*own, *users, *(name for name in others if name in BUILTIN_THEMES)]
         with Vertical() as box:
             box.border_title = "Theme"
-            yield OptionList(*(Option(Content(name), id=name) for name in names))
+            yield Options(*(Option(Content(name), id=name) for name in names))
 
     def on_mount(self) -> None:
         """Begin at the theme that is shown."""

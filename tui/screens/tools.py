@@ -18,6 +18,7 @@ from textual.widgets.option_list import Option
 from edger1.tools.kinds import Tool
 from edger1.tui.clean import clean
 from edger1.tui.widgets.arguments import reveal
+from edger1.tui.widgets.options import Options
 
 if TYPE_CHECKING:
     from edger1.tools.toolbox import ServerView
@@ -115,7 +116,7 @@ class ToolsScreen(ModalScreen[frozenset[str]]):
         """The list above, what there is to say of the marked line below."""
         with Vertical() as box:
             box.border_title = "Tools"
-            yield OptionList(markup=False)
+            yield Options(markup=False)
             with VerticalScroll():
                 yield Static(markup=False, id="about")
             yield Static(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import asdict
 from datetime import UTC, datetime
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -86,13 +88,31 @@ def suggested_name(name: str) -> str:
     return f"{words or 'conversation'}.md"
 
 
-def write(stored: Stored, path: Path) -> None:
+def named(typed: str) -> Path:
+    """Return the path that somebody typed, with ~ for a home. Raises FormatError where there is none of that user."""
+    try:
+        return Path(typed.strip()).expanduser()
+    except RuntimeError:
+        raise FormatError(f"There is no user whose home {typed.strip().split('/')[0]} is; give a whole path.") from None
+
+
+def free(folder: Path, name: str) -> Path:
+    """Return a path in a folder that is not taken: NAME.md, NAME-2.md ..."""
+    stem, _, ending = name.rpartition(".")
+    paths = (folder / (name if at == 1 else f"{stem}-{at}.{ending}") for at in count(1))
+    return next(path for path in paths if not os.path.lexists(path))
+
+
+def write(stored: Stored, path: Path, *, over: bool = False) -> None:
     """Write a conversation to a file: JSON where its name ends in .json, else Markdown with the thoughts.
 
-    Raises FormatError where the file cannot be written.
+    Raises FormatError where the file cannot be written, and where it is there already and is not to be written `over`.
     """
     text = to_json(stored) if path.suffix.lower() == ".json" else to_markdown(stored, thoughts=True)
     try:
-        path.write_text(text, encoding="utf-8")
+        with path.open("w" if over else "x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        raise FormatError(f"{path} is there already; give another name.") from None
     except OSError as error:
         raise FormatError(f"{path} cannot be written: {(error.strerror or str(error)).lower()}.") from error

@@ -25,6 +25,13 @@ def text(value: Any) -> str:
     return value if isinstance(value, str) else ""
 
 
+def number(value: Any, otherwise: float) -> float:
+    """Return a finite number, `otherwise` for what is none."""
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        return float(value)
+    return otherwise
+
+
 def mapping(value: Any) -> dict[str, Any]:
     """Return a mapping, an empty one for what is none."""
     return value if isinstance(value, dict) else {}

@@ -6,7 +6,7 @@ import sqlite3
 from collections.abc import Iterator
 from typing import Any
 
-from edger1.tui.store import search
+from edger1.tui.store import fields, search
 from edger1.tui.store.records import Hit
 
 HITS_A_CONVERSATION = 5
@@ -27,7 +27,7 @@ def take_out(connection: sqlite3.Connection, table: str, seq: int, **texts: str)
 
 def _into(connection: sqlite3.Connection, table: str, command: str, seq: int | None, texts: dict[str, str]) -> None:
     columns = ["rowid", *texts]
-    values: list[Any] = [seq, *map(search.indexed, texts.values())]
+    values: list[Any] = [seq, *(search.indexed(fields.text(each)) for each in texts.values())]
     if command:
         columns, values = [table, *columns], [command, *values]
     places = ", ".join("?" * len(values))
@@ -43,7 +43,7 @@ def hits(connection: sqlite3.Connection, query: search.Query, limit: int) -> lis
 
 def begins(text: str | None) -> str:
     """Return how a text begins, as one line."""
-    line = " ".join((text or "").split())
+    line = " ".join(fields.text(text).split())
     return line if len(line) <= _BEGINS_LENGTH else line[: _BEGINS_LENGTH - 1] + "…"
 
 
@@ -64,8 +64,8 @@ def _title_hits(connection: sqlite3.Connection, query: search.Query, limit: int)
         " order by c.updated_at desc limit ?",
         (*given, limit),
     ):
-        line, marks = search.snippet(title, query.patterns)
-        yield Hit(id_, begins(title), None, "title", line, marks, at)
+        line, marks = search.snippet(fields.text(title), query.patterns)
+        yield Hit(id_, begins(title), None, "title", line, marks, fields.number(at, 0.0))
 
 
 def _message_hits(connection: sqlite3.Connection, query: search.Query, limit: int) -> Iterator[Hit]:
@@ -95,7 +95,8 @@ def _message_hits(connection: sqlite3.Connection, query: search.Query, limit: in
             from messages m join conversations c on c.seq = m.conversation where m.seq = ?""",
             (seq,),
         ).fetchone()
+        text, thought = fields.text(text), fields.text(thought)
         folded = search.fold(text)
         shown = text if any(pattern.search(folded) for pattern in query.patterns) or not thought else thought
         line, marks = search.snippet(shown, query.patterns)
-        yield Hit(conversation, begins(title) or "Empty conversation", node, role, line, marks, at)
+        yield Hit(conversation, begins(title) or "Empty conversation", node, role, line, marks, fields.number(at, 0.0))

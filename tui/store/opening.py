@@ -84,6 +84,8 @@ def connect(path: Path, mode: str = "rwc") -> sqlite3.Connection:
     connection = sqlite3.connect(
         f"{address}?mode={mode}", uri=True, timeout=BUSY_S, isolation_level=None, check_same_thread=False
     )
+    # One letter that was damaged must not hide all conversations.
+    connection.text_factory = lambda data: data.decode("utf-8", "replace")
     for pragma in ("synchronous = normal", "foreign_keys = on", "trusted_schema = off", "cell_size_check = on"):
         connection.execute(f"pragma {pragma}")
     return connection

@@ -9,6 +9,8 @@ from dataclasses import asdict
 from typing import Any
 
 from edger1.tui.settings import Settings
+from edger1.tui.store import fields, index
+from edger1.tui.store.records import Summary
 from edger1.tui.tree import Attachment, Call, Node, Tree
 
 _SURROGATES = re.compile("[\ud800-\udfff]")
@@ -50,18 +52,32 @@ def to_node(row: tuple[Any, ...]) -> Node:
     (id_, parent, role, text, thought, created_at, thought_s, model, finish, figures, attachments, calls, call_id) = row
     return Node(
         role if role in ("user", "assistant", "tool") else "user",
-        text,
-        id_,
+        fields.text(text),
+        fields.text(id_),
         parent,
-        created_at,
-        thought,
-        thought_s,
-        model,
-        finish,
+        fields.number(created_at, 0.0),
+        fields.text(thought),
+        None if thought_s is None else fields.number(thought_s, 0.0),
+        fields.text(model) or None,
+        fields.text(finish) or None,
         found if figures and isinstance(found := loaded(figures), dict) else None,
         attachments_from_json(attachments),
         calls_from_json(calls),
-        call_id,
+        fields.text(call_id) or None,
+    )
+
+
+def to_summary(row: tuple[Any, ...]) -> Summary:
+    """Return a conversation of a list, of a row with its columns and how its first question begins."""
+    id_, title, model, pinned, updated_at, count, asked = row
+    return Summary(
+        id_,
+        fields.text(title) or None,
+        fields.text(model) or None,
+        bool(pinned),
+        fields.number(updated_at, 0.0),
+        count,
+        index.begins(asked),
     )
 
 

@@ -20,7 +20,7 @@ from typing import Any
 from edger1 import paths
 from edger1.errors import StoreError
 from edger1.tui.settings import Settings
-from edger1.tui.store import index, rows, search
+from edger1.tui.store import fields, index, rows, search
 from edger1.tui.store.opening import Lane, Opened, explained, open_database
 from edger1.tui.store.records import Hit, Stored, Summary
 from edger1.tui.tree import Attachment, Node, new_id
@@ -167,14 +167,22 @@ class Store:
         said: dict[int, tuple[list[str], list[str]]] = {}
         for at, text, thought in pieces:
             texts, thoughts = said.setdefault(at, ([], []))
-            texts.append(text)
-            thoughts.append(thought)
+            texts.append(fields.text(text))
+            thoughts.append(fields.text(thought))
         for at, (texts, thoughts) in said.items():
             nodes[at].text += "".join(texts)
             nodes[at].thought += "".join(thoughts)
         tree = rows.to_tree(nodes.values(), head)
         return Stored(
-            id_, title, tree, rows.to_settings(settings), model, adapter, bool(pinned), created_at, updated_at
+            id_,
+            fields.text(title) or None,
+            tree,
+            rows.to_settings(settings),
+            fields.text(model) or None,
+            fields.text(adapter) or None,
+            bool(pinned),
+            fields.number(created_at, 0.0),
+            fields.number(updated_at, 0.0),
         )
 
     def insert(self, stored: Stored) -> str:
@@ -224,10 +232,7 @@ class Store:
                 from conversations c where deleted_at is null order by updated_at desc, seq desc limit ?""",
                 (-1 if limit is None else limit,),
             ).fetchall()
-        return [
-            Summary(id_, title, model, bool(pinned), updated_at, count, index.begins(asked))
-            for id_, title, model, pinned, updated_at, count, asked in found
-        ]
+        return list(map(rows.to_summary, found))
 
     def untitled(self) -> builtins.list[Summary]:
         """Return the conversations that have an answer and no title, last changed first."""
@@ -270,7 +275,7 @@ class Store:
             found = connection.execute(
                 "select text, attachments from drafts where conversation = ?", (conversation or "",)
             ).fetchone()
-        return (found[0], rows.attachments_from_json(found[1])) if found else ("", ())
+        return (fields.text(found[0]), rows.attachments_from_json(found[1])) if found else ("", ())
 
     def remember(self, text: str) -> None:
         """Add to what was typed, unless it was the last thing typed."""
@@ -287,7 +292,7 @@ class Store:
         """Return what was typed, the latest last."""
         with self._on(self._opened.reading) as connection:
             found = connection.execute("select text from typed order by seq desc limit ?", (limit,)).fetchall()
-        return [text for (text,) in reversed(found)]
+        return [fields.text(text) for (text,) in reversed(found)]
 
     def approvals(self) -> set[str]:
         """Return the keys that were approved for always."""
@@ -449,7 +454,10 @@ class Store:
                 pieces = connection.execute(
                     "select text, thought from pieces where message = ? order by seq", (seq,)
                 ).fetchall()
-                whole = text + "".join(piece for piece, _ in pieces), thought + "".join(piece for _, piece in pieces)
+                whole = (
+                    "".join(fields.text(each) for each in (text, *(piece for piece, _ in pieces))),
+                    "".join(fields.text(each) for each in (thought, *(piece for _, piece in pieces))),
+                )
                 connection.execute("update messages set text = ?, thought = ? where seq = ?", (*whole, seq))
                 connection.execute("delete from pieces where message = ?", (seq,))
                 index.take_out(connection, "message_index", seq, text=text, thought=thought)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import fields
-from typing import Any
 
 from textual.app import ComposeResult
 from textual.content import Content
@@ -13,13 +11,13 @@ from textual.geometry import Region
 from textual.strip import Strip
 from textual.widget import Widget
 
-from edger1.messages import Done, Figures, Usage
 from edger1.tui.clean import clean
 from edger1.tui.figures import SEPARATOR
 from edger1.tui.figures import fields as figures_of
 from edger1.tui.hearing import thought_tokens
 from edger1.tui.markdown import code_blocks
 from edger1.tui.pacing import Pacer
+from edger1.tui.recalled import notes_of, recalled
 from edger1.tui.tree import Node
 from edger1.tui.votes import LONGEST, tally_of
 from edger1.tui.widgets.answer_text import AnswerText
@@ -68,6 +66,7 @@ class Answer(Turn):
         self._pacer = Pacer(self._show)
         self._writing: AnswerText | None = None
         self._thinking: Thinking | None = None
+        self._noted: list[str] = []
         self._finished = not (node.finish is None if coming is None else coming)
         self.text = clean(node.text).lstrip()
 
@@ -106,6 +105,9 @@ class Answer(Turn):
         remark = REMARKS.get(self.node.finish, "") if self._finished else ""
         if remark:
             yield Notice.remark(remark)
+        if self._finished:
+            self._noted = notes_of(self.node)
+            yield from map(Notice.remark, self._noted)
         yield self.foot
 
     def render_lines(self, crop: Region) -> list[Strip]:
@@ -148,11 +150,17 @@ class Answer(Turn):
         """
         if self._thinking is not None and self.node.finish:
             self._thinking.count(thought_tokens(self.node))
-        if self._finished:
-            return
-        self._finished = True
-        if not self.is_attached:
-            return
+        if not self._finished:
+            self._finished = True
+            if self.is_attached:
+                await self._end(remark)
+        if self.is_attached:
+            # Who stops an answer sees it end before the engine has told what became of it.
+            new = [each for each in notes_of(self.node) if each not in self._noted]
+            self._noted += new
+            await self.mount_all(map(Notice.remark, new), before=self.foot)
+
+    async def _end(self, remark: str | None) -> None:
         if self._thinking is not None:
             await self._thinking.finish()
         await self._pacer.drain()
@@ -167,7 +175,7 @@ class Answer(Turn):
 
     async def resume(self) -> None:
         """More of a finished answer is going to come: what is fed after this goes on where it ended."""
-        self._finished = False
+        self._finished, self._noted = False, []
         if self._thinking is not None and not self.text:
             self._thinking.resume()
         await self.query_children(Notice).remove()
@@ -228,21 +236,6 @@ class Answer(Turn):
                 self._writing = AnswerText()
                 await self.mount(self._writing, before=0 if self._thinking is None else 1)
         self._writing.append(text)
-
-
-def recalled(found: dict[str, Any]) -> Done:
-    """Read the figures that a node keeps; what another version has added is left out."""
-
-    def known(kind: type, given: Any) -> dict[str, Any]:
-        names = {each.name for each in fields(kind)}
-        return {name: value for name, value in (given or {}).items() if name in names}
-
-    return Done(
-        "",
-        str(found.get("finish_reason", "")),
-        Usage(**known(Usage, found.get("usage"))),
-        Figures(**known(Figures, found.get("figures"))),
-    )
 
 
 def votes_of(node: Node, longest: int = LONGEST) -> Content | None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from textual.widget import Widget
 
-from edger1.tui.tree import Node
+from edger1.tui.tree import Node, Tree
 
 _FIXED_ROWS = 2
 """A message's line below, and a line of space or a title."""
@@ -40,6 +40,19 @@ class Entry:
             return _FIXED_ROWS
         text = self.node.text
         return _FIXED_ROWS + text.count("\n") + len(text) // max(width, 1) + 2 * bool(self.node.thought)
+
+
+def shown(tree: Tree) -> list[Node]:
+    """Return the messages that have a place of their own; a tool's stands with the answer that called it."""
+    return [node for node in tree.path() if node.role != "tool"]
+
+
+def results_of(tree: Tree | None, node: Node) -> list[Node]:
+    """Return the tools' messages that answer the calls of a message."""
+    if tree is None:
+        return []
+    ids = {call.id for call in node.calls}
+    return [each for each in tree.path() if each.role == "tool" and each.call_id in ids]
 
 
 def span(entries: Sequence[Entry], at: int, step: int, rows: int, width: int) -> int:

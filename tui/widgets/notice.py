@@ -34,4 +34,4 @@ class Notice(Static):
     @classmethod
     def remark(cls, text: str) -> Notice:
         """A quiet line."""
-        return cls(Content(text), markup=False)
+        return cls(Content(clean(text)), markup=False)

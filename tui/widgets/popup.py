@@ -10,12 +10,13 @@ from textual.content import Content
 from textual.widgets import OptionList
 from textual.widgets.option_list import Option
 
+from edger1.tui.widgets.options import Options
 from edger1.tui.widgets.prompt import Prompt
 
 ROWS_MAX = 50
 
 
-class Popup(OptionList, can_focus=False):
+class Popup(Options, can_focus=False):
     """Shows rows while the focus stays in the text; the keys come from there, and the mouse works as well."""
 
     DEFAULT_CSS = """

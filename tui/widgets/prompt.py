@@ -15,18 +15,18 @@ from textual.document._edit import Edit
 from textual.message import Message
 from textual.reactive import reactive
 from textual.timer import Timer
-from textual.widgets import TextArea
 
 from edger1.tui import attaching
 from edger1.tui.attaching import AttachError, TooLargeError
 from edger1.tui.chips import Chip
 from edger1.tui.clean import clean
+from edger1.tui.keymap import binding, keys_of
 from edger1.tui.mentions import Command, command_in, mention, nearest, plain
 from edger1.tui.recall import Recall
 from edger1.tui.tree import Attachment
 from edger1.tui.widgets.prompt_edits import ChipEdit, PromptHistory
+from edger1.tui.widgets.text_box import TextBox
 
-NEWLINE_KEYS = ("ctrl+j", "shift+enter", "alt+enter")
 PASTE_LINES = 20
 PASTE_CHARACTERS = 2_000
 """What is pasted above one of these becomes an attachment."""
@@ -53,20 +53,20 @@ class Assist(Protocol):
         """Act on a key while it is open; False: the key means nothing to it."""
 
 
-class Prompt(TextArea):
-    """A text box of several lines: Enter sends, Shift+Enter and Ctrl+J begin a new line.
+class Prompt(TextBox):
+    """A text box of several lines: Enter sends, Shift+Enter and Ctrl+J begin a new line, unless the user's keys do.
 
     `commands`, `past` (what was sent, latest last), `count` (tokens of a text by the loaded model), `context` (tokens
     that it holds) and `root` (the user's working directory) are set from outside.
     """
 
     BINDINGS = [  # noqa: RUF012
-        Binding("enter", "send", "Send", key_display="⏎"),
-        Binding(",".join(NEWLINE_KEYS), "newline", "New line", key_display="^j"),
+        binding("send", "send", "Send", key_display="⏎"),
+        binding("newline", "newline", "New line", key_display="^j"),
         Binding("ctrl+r", "search_history", "Search what was typed", show=False),
         # The conversation scrolls without the focus leaving the text box.
-        Binding("pageup", "app.scroll_conversation(-1)", "Scroll up", show=False),
-        Binding("pagedown", "app.scroll_conversation(1)", "Scroll down", show=False),
+        binding("scroll_up", "app.scroll_conversation(-1)", "Scroll up", show=False),
+        binding("scroll_down", "app.scroll_conversation(1)", "Scroll down", show=False),
     ]
 
     DEFAULT_CSS = """
@@ -143,10 +143,10 @@ class Prompt(TextArea):
         if any(assist.is_open and assist.take_key(event) for assist in self.assists):
             return True
         match event.key:
-            case "enter":
-                self.action_send()
-            case "ctrl+j" | "shift+enter" | "alt+enter":
+            case key if key in keys_of(self.app, "newline"):
                 self.action_newline()
+            case key if key in keys_of(self.app, "send"):
+                self.action_send()
             case "ctrl+r":
                 self.action_search_history()
             case "up":
@@ -324,9 +324,8 @@ class Prompt(TextArea):
 
     def give_back(self, text: str, attachments: Sequence[Attachment] = ()) -> None:
         """Put a message that was not answered back, before what has been typed since."""
-        draft = self.text
         returned = tuple(Chip(each.name, (each,)) for each in attachments)
-        self._change(f"{text}\n\n{draft}" if draft.strip() else text, returned + self.chips)
+        self._change(ahead(text, self.text), returned + self.chips)
         self.recount()
 
     # Pasting
@@ -438,6 +437,11 @@ class Prompt(TextArea):
         counted = [replace(each, tokens=await count(each.text)) for each in chip.attachments]
         chip.attachments = tuple(counted)
         self.mutate_reactive(Prompt.chips)
+
+
+def ahead(text: str, draft: str) -> str:
+    """Return a text that was sent in front of what has been typed since."""
+    return f"{text}\n\n{draft}" if draft.strip() else text
 
 
 def unknown(name: str, names: Sequence[str]) -> str:

@@ -7,6 +7,7 @@ from textual.reactive import reactive
 from textual.widget import Widget
 
 from edger1.messages import Figures, Usage
+from edger1.tui.clean import clean
 from edger1.tui.figures import SEPARATOR, Field, fields, fit
 
 STATE_ROOM = 9
@@ -36,16 +37,16 @@ class Status(Widget):
     def render(self) -> Content:
         """Lay the line out for the width there is."""
         room = self.content_size.width
-        state = self.state if len(self.state) <= room else self.state[: max(room - 1, 0)] + "…"
+        state = Content(clean(self.state)).truncate(room, ellipsis=True)
         parts: list[Content | str | tuple[str, str]] = []
         width = 0
         shown = self._fields if self.held is None else (self.held, *self._fields)
         # Words beside words need more between them than words beside figures.
         gap = 1 if self.held is None else 3
-        for said, mood in fit(shown, room - max(len(state) + gap, STATE_ROOM)):
+        for said, mood in fit(shown, room - max(state.cell_length + gap, STATE_ROOM)):
             if parts:
                 parts.append(SEPARATOR)
                 width += len(SEPARATOR)
             parts.append((said, f"bold $text-{mood}") if mood else said)
             width += len(said)
-        return Content.assemble((state, "$text-primary"), " " * (room - len(state) - width), *parts)
+        return Content.assemble(state.stylize("$text-primary"), " " * (room - state.cell_length - width), *parts)

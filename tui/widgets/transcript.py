@@ -23,10 +23,11 @@ from textual.scrollbar import ScrollBar
 from textual.widget import Widget
 
 from edger1.tui.tree import Node, Tree
-from edger1.tui.widgets.entry import Entry, span
+from edger1.tui.widgets.copying import Copying, as_markdown
+from edger1.tui.widgets.entry import Entry, results_of, shown, span
 from edger1.tui.widgets.question import Question
 from edger1.tui.widgets.spacer import Spacer
-from edger1.tui.widgets.turn import CodeCopied, Turn
+from edger1.tui.widgets.turn import Turn
 
 if TYPE_CHECKING:
     from edger1.tui.widgets.answer import Answer
@@ -40,7 +41,7 @@ Called = Callable[[Node, Sequence[Node]], Iterable[Widget]]
 """Makes the widgets for an answer's calls, given its node and the tools' messages that follow it."""
 
 
-class Transcript(VerticalScroll, can_focus=False):
+class Transcript(VerticalScroll, Copying, can_focus=False):
     """Everything said so far, scrolled to the end until the user scrolls up."""
 
     DEFAULT_CSS = """
@@ -103,7 +104,7 @@ class Transcript(VerticalScroll, can_focus=False):
         """Show a conversation from its end, or with the message `at` in view."""
         await self.clear()
         self._tree = tree
-        self._entries = [Entry(node) for node in _shown(tree)]
+        self._entries = [Entry(node) for node in shown(tree)]
         if at is None or not await self.show(at):
             await self._go_to_end()
 
@@ -139,7 +140,7 @@ class Transcript(VerticalScroll, can_focus=False):
         self._tree = tree or self._tree
         if self._tree is None:
             return
-        path = _shown(self._tree)
+        path = shown(self._tree)
         async with self._one_at_a_time:
             old = [entry for entry in self._entries if entry.node is not None]
             same = 0
@@ -287,9 +288,9 @@ class Transcript(VerticalScroll, can_focus=False):
             await turn.begin_edit()
             self.run_worker(self._reveal_soon(turn), group="transcript-edit")
         elif event.action == "copy":
-            self._copy(turn.written(), "the message")
+            self.copy(turn.written(), "the message")
         elif event.action == "copy_code":
-            self._copy_code(turn)
+            self.copy_code(turn)
         elif event.action == "copy_all":
             self.copy_all()
         elif event.action == "figures":
@@ -300,39 +301,10 @@ class Transcript(VerticalScroll, can_focus=False):
         else:
             self.post_message(self.Act(turn.node.id, event.action, event.text))
 
-    @on(CodeCopied)
-    def _copy_block(self, event: CodeCopied) -> None:
-        event.stop()
-        self._copy(event.text, "the code block")
-
     def copy_all(self) -> None:
         """Copy the shown branch as Markdown, without reasoning."""
-        names = {"user": "You", "assistant": "Answer"}
-        parts = [
-            f"## {names[entry.node.role]}\n\n{entry.node.text.strip()}\n"
-            for entry in self._entries
-            if entry.node is not None and entry.node.text.strip()
-        ]
-        self._copy("\n".join(parts), f"the conversation, {len(parts)} messages")
-
-    def _copy_code(self, turn: Turn) -> None:
-        from edger1.tui.markdown import code_blocks
-        from edger1.tui.screens.copy_code import CopyCode
-
-        blocks = code_blocks(turn.written())
-        if len(blocks) == 1:
-            self._copy(blocks[0].text, "the code block")
-        elif blocks:
-
-            def chosen(at: int | None) -> None:
-                if at is not None:
-                    self._copy(blocks[at].text, f"code block {at + 1} of {len(blocks)}")
-
-            self.app.push_screen(CopyCode(blocks), chosen)
-
-    def _copy(self, text: str, what: str) -> None:
-        self.app.copy_to_clipboard(text)
-        self.notify(f"Copied {what}: {len(text):,} characters.", markup=False)
+        parts = as_markdown(entry.node for entry in self._entries if entry.node is not None)
+        self.copy("\n".join(parts), f"the conversation, {len(parts)} messages")
 
     # What is mounted
 
@@ -379,7 +351,7 @@ class Transcript(VerticalScroll, can_focus=False):
         assert node is not None, "a remark is never unmounted"
         if node.role == "user":
             return Question(node)
-        results = _results(self._tree, node) if node.calls else []
+        results = results_of(self._tree, node) if node.calls else []
         called = self._called(node, results) if self._called is not None and node.calls else ()
         from edger1.tui.widgets.answer import Answer
 
@@ -529,15 +501,3 @@ class Transcript(VerticalScroll, can_focus=False):
         done = asyncio.Event()
         self.call_after_refresh(done.set)
         await done.wait()
-
-
-def _shown(tree: Tree) -> list[Node]:
-    """Return the messages that have a place of their own; a tool's stands with the answer that called it."""
-    return [node for node in tree.path() if node.role != "tool"]
-
-
-def _results(tree: Tree | None, node: Node) -> list[Node]:
-    if tree is None:
-        return []
-    ids = {call.id for call in node.calls}
-    return [each for each in tree.path() if each.role == "tool" and each.call_id in ids]

@@ -13,11 +13,13 @@ from textual.selection import Selection
 from textual.style import Style
 from textual.widgets import Static, TextArea
 
+from edger1.tui.clean import clean
+from edger1.tui.keymap import keys_of, shown
 from edger1.tui.tree import Node
 from edger1.tui.widgets.growing import Growing
 
-NEWLINE_KEYS = ("ctrl+j", "shift+enter", "alt+enter")
-SAVE_KEYS = ("enter", "ctrl+enter", "ctrl+s")
+SAVE_KEYS = ("ctrl+enter", "ctrl+s")
+"""Keys that keep an edit, besides the one that sends."""
 KEYS: dict[str, tuple[str, str]] = {
     "edit": ("e", "edit"),
     "regenerate": ("r", "again"),
@@ -108,24 +110,28 @@ class Editor(TextArea):
     """
 
     def __init__(self, text: str) -> None:
-        super().__init__(text, highlight_cursor_line=False)
+        super().__init__(clean(text), highlight_cursor_line=False)
         self.cursor_blink = False
-        self.border_subtitle = "⏎ save · ^j new line · esc leave"
 
     def on_mount(self) -> None:
         """Begin at the end, and leave room for what is around."""
+        save, newline = keys_of(self.app, "send")[0], keys_of(self.app, "newline")
+        signs = {"enter": "⏎", "ctrl+j": "^j"}
+        line = "ctrl+j" if "ctrl+j" in newline else newline[0]
+        said = [signs.get(each) or shown(each) for each in (save, line)]
+        self.border_subtitle = f"{said[0]} save · {said[1]} new line · esc leave"
         self.styles.max_height = max(3, self.screen.size.height * 45 // 100)
         self.move_cursor(self.document.end)
 
     async def _on_key(self, event: events.Key) -> None:
-        if event.key in SAVE_KEYS:
-            event.stop()
-            event.prevent_default()
-            await self.query_ancestor(Turn).end_edit(self.text)
-        elif event.key in NEWLINE_KEYS:
+        if event.key in keys_of(self.app, "newline"):
             event.stop()
             event.prevent_default()
             self.insert("\n")
+        elif event.key in (*keys_of(self.app, "send"), *SAVE_KEYS):
+            event.stop()
+            event.prevent_default()
+            await self.query_ancestor(Turn).end_edit(self.text)
         elif event.key == "escape":
             event.stop()
             event.prevent_default()
@@ -243,7 +249,8 @@ class Turn(Growing, can_focus=True):
     async def end_edit(self, text: str | None) -> None:
         """Stop changing it; `text` is what it is to say, None leaves it as it is."""
         editor = self.query_one(Editor)
-        self._draft = editor.text if text is None else None
+        # Also of what is saved: it may have to wait until something else is over.
+        self._draft = editor.text
         self.remove_class("-editing")
         await editor.remove()
         self.focus()
