@@ -80,7 +80,9 @@ def model(seed: int = 0) -> tuple[Any, npt.NDArray[np.float32]]:
         forward=lambda tokens, caches: (one_hot[tokens], rows[tokens]),
     )
     drafter = _Table(smaller)
-    small = SimpleNamespace(model=drafter, context=1 << 30, prefill_step=512, new_caches=drafter.make_cache)
+    small = SimpleNamespace(
+        model=drafter, context=1 << 30, prefill_step=512, new_caches=drafter.make_cache, vocabulary=VOCABULARY
+    )
     live = SimpleNamespace(
         model=_Table(table),
         ahead=layer,
@@ -90,6 +92,7 @@ def model(seed: int = 0) -> tuple[Any, npt.NDArray[np.float32]]:
         streaming=None,
         streamings=[],
         name="table",
+        vocabulary=VOCABULARY,
         no_ahead="",
     )
     return live, table

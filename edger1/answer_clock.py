@@ -50,7 +50,8 @@ class AnswerClock:
 
     def decode_rate(self, tokens: int) -> float | None:
         """Return tokens a second of an answer with so many tokens behind its first one."""
-        return tokens / (self.last - self.first) if tokens > 0 else None
+        # Tokens that were put behind the first one, as the end of a thought is, took no time of their own.
+        return tokens / (self.last - self.first) if tokens > 0 and self.last > self.first else None
 
     @property
     def first_token_s(self) -> float | None:

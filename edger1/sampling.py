@@ -27,6 +27,9 @@ MOST_SAMPLES = 256
 # The window that repetition_penalty looks back over; llama.cpp and Ollama use the same.
 REPETITION_WINDOW = 64
 
+# Below this only the likeliest token is drawn, and logits divided by less may be more than float32 can hold.
+_COLDEST = 1e-20
+
 # 2**64 over the golden ratio: places that are near have keys that are far apart.
 _GOLDEN = 0x9E3779B97F4A7C15
 
@@ -153,7 +156,9 @@ class Sampler:
     def __init__(self, sampling: Sampling, vocabulary: int) -> None:
         from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
-        self.greedy = not sampling.temperature
+        temperature = float(sampling.temperature or 0.0)
+        temperature = temperature if temperature >= _COLDEST else 0.0
+        self.greedy = not temperature
         self._penalty = sampling.repetition_penalty or 1.0
         self._processors = make_logits_processors(
             repetition_penalty=None if self._penalty == 1.0 else self._penalty,
@@ -167,7 +172,6 @@ class Sampler:
             "top_k": top_k if top_k < vocabulary else 0,
         }
         self._filters = 0 < self._settings["top_p"] < 1 or self._settings["min_p"] > 0 or self._settings["top_k"] > 0
-        temperature = float(sampling.temperature or 0.0)
         self._inverse_temperature = 1.0 / temperature if temperature else 0.0
         self._draw: Callable[[mx.array], mx.array] = make_sampler(temp=temperature, **self._settings)
 

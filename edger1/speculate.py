@@ -86,7 +86,9 @@ class Speculation:
         self._lookup = Lookup() if wanted in ("auto", "lookup") else None
         ahead = model.ahead if wanted in ("auto", "mtp") else None
         self._mtp = None if ahead is None else MTPDrafter(ahead)
-        self._other = ModelDrafter(model.draft) if wanted in ("auto", "draft") and model.draft is not None else None
+        self._other: ModelDrafter | None = None
+        if wanted in ("auto", "draft") and model.draft is not None:
+            self._other = ModelDrafter(model.draft, model.vocabulary)
         self.off = _reason(model, wanted)
         """Why nothing is drafted; empty where drafts are made."""
         pace = model.pace

@@ -81,13 +81,13 @@ def _checked(call: Any) -> Call:
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise MalformedCallError(f"the arguments of {call['name']} are no JSON: {error}") from error
     if not isinstance(arguments, dict):
         raise MalformedCallError(f"the arguments of {call['name']} are no object")
     try:
-        # Some parsers read values as Python's, which has more kinds of them.
-        json.dumps(arguments)
+        # Some parsers read values as Python's, which has more kinds of them; and half a character is no text.
+        json.dumps(arguments, allow_nan=False, ensure_ascii=False).encode()
     except (TypeError, ValueError, RecursionError) as error:
         raise MalformedCallError(f"the arguments of {call['name']} cannot be JSON: {error}") from error
     id_ = call.get("id")

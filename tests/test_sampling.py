@@ -53,6 +53,12 @@ def test_draws_follow_temperature_and_cuts() -> None:
     assert set(draw(Sampling(temperature=5.0, top_k=10**6), logits)) == {0, 1, 2, 3}
 
 
+@pytest.mark.parametrize("temperature", [1e-20, 1e-30, 1e-40, 5e-324])
+def test_next_to_no_temperature_draws_the_likeliest_token(temperature: float) -> None:
+    logits = [-20.0, 90.0, 89.9, 3.0]
+    assert set(draw(Sampling(temperature=temperature, top_p=0.9), logits, 20)) == {1}
+
+
 def test_repetition_is_discouraged() -> None:
     import mlx.core as mx
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import write_tiny_model
 from typer.testing import CliRunner
 
 import edger1
@@ -150,6 +151,24 @@ def test_a_model_with_another_vocabulary_is_refused_with_both_named(tiny_folder:
         edger1.load(nano, draft=tiny_folder)
     assert "nano-moe one of" in str(error.value)
     assert f"{tiny_folder.name} one of" in str(error.value)
+
+
+@pytest.mark.usefixtures("always")
+@pytest.mark.parametrize("seed", [None, 3])
+@pytest.mark.parametrize(("own", "drafting"), [(260, 320), (320, 260)])
+def test_a_draft_model_may_pad_the_same_vocabulary_to_another_width(
+    tmp_path: Path, own: int, drafting: int, seed: int | None
+) -> None:
+    # At this temperature padding is drawn as often as any token.
+    folder = write_tiny_model(tmp_path / "own", vocab_size=own)
+    smaller = write_tiny_model(tmp_path / "drafting", vocab_size=drafting, seed=1)
+    with edger1.load(folder, draft=smaller) as model:
+        found = model.generate("Hi", speculate="draft", temperature=100, seed=seed, max_tokens=60)
+        plain = model.generate("Hi", temperature=100, seed=seed, max_tokens=60)
+    assert found.figures.drafts is not None
+    # What is drawn without a seed may be the end.
+    assert found.figures.drafts["drafted"] or found.usage.completion_tokens < 3
+    assert seed is None or found.text == plain.text
 
 
 def test_what_there_is_not_is_refused_and_says_what_to_do(tiny_folder: Path) -> None:

@@ -154,6 +154,14 @@ def test_no_room_in_the_middle_of_a_thought(model: edger1.Model, markers: Marker
     assert "in the middle of the thought" in found.notes[-1]
 
 
+@pytest.mark.parametrize("room", [2, 3])
+def test_no_room_for_the_end_of_a_thought_that_was_closed_at_its_first_token(tiny_folder: Path, room: int) -> None:
+    with edger1.load(tiny_folder) as model:
+        found = model.generate("Hi<think>", raw=True, think_budget=1, max_tokens=room, temperature=0)
+    assert (found.finish_reason, found.usage.thought_tokens, found.usage.completion_tokens) == ("length", 1, room)
+    assert found.figures.decode_tokens_per_s is None
+
+
 def test_a_budget_above_the_context_is_capped_and_says_so(model: edger1.Model) -> None:
     found = model.generate("Hi", think_budget=100_000)
     assert (found.thinking, found.text) == ("abc def. a", "Yes")

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from edger1.errors import UsageError
 from edger1.thinking import HARMONY, Markers, Splitter
-from edger1.tool_calls import CallFormat, MalformedCallError, call_format, check_tools
+from edger1.tool_calls import CallFormat, MalformedCallError, call_format, check_calls, check_tools
 
 TOOLS = [
     {
@@ -235,6 +235,21 @@ def test_why_a_call_is_malformed(content: str, why: str) -> None:
 def test_arguments_that_are_no_json_are_malformed() -> None:
     with pytest.raises(MalformedCallError, match="cannot be JSON"):
         format_of("pythonic").read("<|tool_call_start|>[f(x={1, 2})]<|tool_call_end|>", TOOLS)
+
+
+@pytest.mark.parametrize("value", ["NaN", "1e999", '"\\ud800"'], ids=["no number", "infinity", "half a character"])
+def test_values_that_json_or_utf8_has_not_are_malformed(value: str) -> None:
+    content = f'{{"name": "f", "arguments": {{"x": {value}}}}}'
+    with pytest.raises(MalformedCallError, match="cannot be JSON"):
+        format_of("json_tools").read(f"<tool_call>{content}</tool_call>", TOOLS)
+
+
+def test_arguments_nested_beyond_all_measure_are_malformed() -> None:
+    content = json.dumps({"name": "f", "arguments": "[" * 100_000})
+    with pytest.raises(MalformedCallError, match="no JSON"):
+        format_of("json_tools").read(f"<tool_call>{content}</tool_call>", TOOLS)
+    with pytest.raises(UsageError, match="among the tool_calls of message 3"):
+        check_calls([{"function": {"name": "f", "arguments": "[" * 100_000}}], 3)
 
 
 def test_arguments_may_be_text_or_missing_or_called_parameters() -> None:

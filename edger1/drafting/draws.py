@@ -94,6 +94,8 @@ class Draws:
         if q is not None and not self.coupled:
             tokens = _read(drafts)
             p = self._sampler.probabilities(logits, _contexts(known, tokens))
+            # A drafting model may have no more logits than tokens, and what it never says it says with probability 0.
+            q = np.pad(q, ((0, 0), (0, p.shape[1] - q.shape[1])))
             stood, following = accept(tokens, p, q, self._generator)
             return tokens, [*tokens[:stood], following]
         if not self._sampler.looks_back and (self._sampler.greedy or self._keys):

@@ -25,12 +25,17 @@ def check_vocabulary(model: LiveModel, draft: LiveModel) -> None:
 
 
 class ModelDrafter:
-    """A drafting model in one answer: its KV caches, and which tokens are in them."""
+    """A drafting model in one answer: its KV caches, and which tokens are in them.
+
+    `vocabulary` tokens are those that the model it drafts for may say. Models of one family pad their logits to
+    different widths: what is behind these is nobody's token.
+    """
 
     name = "draft"
 
-    def __init__(self, model: LiveModel) -> None:
+    def __init__(self, model: LiveModel, vocabulary: int) -> None:
         self._model = model
+        self._vocabulary = vocabulary
         self._caches: list[Any] | None = None
         self._fed: list[int] = []
         # How many of the tokens fed are known to be the text's.
@@ -64,7 +69,7 @@ class ModelDrafter:
         for place in range(count):
             if place:
                 logits = self._model.model(tokens[-1][None], cache=self._caches)[:, -1]
-            token, q = draws.draft(logits, place, said)
+            token, q = draws.draft(logits[:, : self._vocabulary], place, said)
             tokens.append(token)
             if not draws.lazy:
                 said.append(int(token.item()))
@@ -87,14 +92,21 @@ class ModelDrafter:
         step = self._model.prefill_step
         while len(known) - len(self._fed) > step:
             chunk = list(known[len(self._fed) : len(self._fed) + step])
-            self._model.model(mx.array([chunk]), cache=self._caches)
+            self._model.model(self._read(chunk), cache=self._caches)
             mx.eval([cache.state for cache in self._caches])
             self._fed += chunk
         rest = list(known[len(self._fed) :])
-        logits = self._model.model(mx.array([rest]), cache=self._caches)[:, -1]
+        logits = self._model.model(self._read(rest), cache=self._caches)[:, -1]
         self._fed += rest
         self._sure = len(self._fed)
         return logits
+
+    def _read(self, tokens: Sequence[int]) -> Any:
+        """Return tokens [1, L] as it reads them: the other model's padding, should that be said, as its last token."""
+        import mlx.core as mx
+
+        last = self._model.vocabulary - 1
+        return mx.array([[min(token, last) for token in tokens]])
 
     def _trim(self, count: int) -> None:
         from mlx_lm.models.cache import trim_prompt_cache
