@@ -437,7 +437,7 @@ def test_every_other_instruction_set(name):
     """This file once more in a process that uses another instruction set of this processor."""
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__],
-        env={**os.environ, "EDGER1_ISA": name, "EDGER1_TEST_EXAMPLES": str(EXAMPLES // 2)},
+        env={**os.environ, "EDGER1_ISA": name, "EDGER1_TEST_EXAMPLES": str(EXAMPLES // 4)},
         capture_output=True,
         text=True,
         check=False,

@@ -351,7 +351,8 @@ def test_paths_are_listed_as_they_are_typed(tree: Path, monkeypatch: pytest.Monk
         await pilot.press(*"notes", "enter")
         assert prompt.text == '@"my notes.txt" '
         prompt.clear()
-        await pilot.press(*f"@{tree.parent}/out")
+        prompt.insert(f"@{tree.parent}/o")
+        await pilot.press(*"ut")
         await until(pilot, app, lambda: "outside.txt" in app.shown.split("╭", 2)[1])
         await pilot.press("enter")
         await until(pilot, app, lambda: [each.text for each in prompt.draft[1]] == ["o"])

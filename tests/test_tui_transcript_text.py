@@ -63,7 +63,7 @@ MARKS = st.sampled_from(
 DOCUMENT = st.lists(st.one_of(LETTERS, MARKS), max_size=60).map("".join)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(DOCUMENT, min_size=1, max_size=4))
 def test_no_word_of_hostile_markdown_is_lost_and_nothing_breaks(documents: list[str]) -> None:
     async def scenario(pilot: Pilot[None], app: Host) -> None:
