@@ -35,11 +35,6 @@ def _share_parsed_styles() -> None:
     sheets.Stylesheet._parse_rules = parse_once
 
 
-def pytest_xdist_auto_num_workers() -> int:
-    """Return one process more than there are processors: terminals, hubs and servers are mostly waited for."""
-    return (os.cpu_count() or 1) + 1
-
-
 def pytest_collection_finish() -> None:
     """Keep what is there before the first test, modules and tests, out of garbage collections: they took 0.4 s each."""
     _share_parsed_styles()
