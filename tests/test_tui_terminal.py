@@ -152,6 +152,8 @@ def test_a_day_with_the_chat(tmux: Tmux) -> None:
     window.until(lambda: bool(talks(tmux.home)) and len(talks(tmux.home)[0][-1].text) > 40)
     window.press("Escape")
     window.shows("Stopped.")
+    # What is shown is saved within a second.
+    window.until(lambda: talks(tmux.home)[0][-1].finish is not None)
     asked, stopped = talks(tmux.home)[0]
     assert (asked.text, stopped.finish) == (QUESTION, "cancelled")
     assert letters(stopped.text)[:12] in letters(window.screen("-S", "-"))
