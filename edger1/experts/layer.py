@@ -331,7 +331,8 @@ class StreamedExperts:
         group = [expert for expert in distinct if bank.table[expert] >= 0]
         # Without a read those that had come before they were asked for.
         coming: dict[int, Read | None] = {}
-        parts, places = [], []
+        parts: list[Any] = []
+        places = []
         while group or coming or missing:
             batch = missing[: max(0, bank.usable_slots - len(group) - len(coming))]
             if batch:
