@@ -34,7 +34,7 @@ ALLOCATOR_BYTES = 128 * 2**20
 SCORE_ROWS = 32
 """Rows of logits that scoring holds at once: at a vocabulary of 150,000 tokens 19 MB, a few times over."""
 # mlx-lm's KV caches grow by this many tokens at a time.
-_KV_STEP = 256
+KV_STEP = 256
 KV_BITS = (8, 4)
 """Bits that quantized KV caches can have."""
 
@@ -178,7 +178,7 @@ class KVLayout:
 
     def nbytes(self, tokens: int) -> int:
         """Bytes of buffers, at most, when `tokens` tokens are in the caches: less than a step of room is beyond."""
-        room = tokens + _KV_STEP
+        room = tokens + KV_STEP
         return sum(
             layer.fixed_bytes
             + layer.bytes_per_token
@@ -188,7 +188,7 @@ class KVLayout:
 
     def claimed_bytes(self, tokens: int, context: int) -> int:
         """Return what to set aside for `tokens` tokens: whole steps, as caches grow, up to what `context` takes."""
-        return self.nbytes(max(tokens, min(-(-tokens // _KV_STEP) * _KV_STEP, context)))
+        return self.nbytes(max(tokens, min(-(-tokens // KV_STEP) * KV_STEP, context)))
 
     def read_back_bytes(self, tokens: int) -> int:
         """Bytes that computing holds beside them: of one layer, and of the next one, which is begun meanwhile."""

@@ -14,13 +14,11 @@ from edger1.experts.anatomy import top_k
 from edger1.experts.budget import LEAST_SLOTS
 from edger1.experts.store import THREADS, read_buffer_bytes
 from edger1.folder import ModelFolder
-from edger1.memory import Plan
+from edger1.memory import KV_STEP, Plan
 from edger1.quant.formats import safetensors
 from edger1.quant.formats.folder import MTP_NAME
 
 _KV_BYTES = 4
-# mlx-lm's KV caches grow by this many tokens at a time.
-_KV_STEP = 256
 NO_ROOM = "its MTP layer does not fit under the memory ceiling"
 
 
@@ -83,7 +81,7 @@ def room(found: Found, plan: Plan, config: Mapping[str, Any]) -> int:
         count = max(plan.stream.experts)
         slots = max(-int(-count * (share(plan) or 0) // 1), top_k(config), LEAST_SLOTS)
         experts = experts * min(count, slots) // count + THREADS * read_buffer_bytes(-(-found.largest_bytes // count))
-    cached = 2 * (plan.context + _KV_STEP) * width * _KV_BYTES
+    cached = 2 * (plan.context + KV_STEP) * width * _KV_BYTES
     return experts + 2 * (found.nbytes - found.expert_bytes) + cached
 
 

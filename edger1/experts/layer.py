@@ -324,7 +324,6 @@ class StreamedExperts:
         Each is computed as soon as it is there, which takes far less time than reading one: all slots but those that
         are being computed are being filled.
         """
-
         bank, rows, pairs, top_k = self.bank, x.reshape(-1, x.shape[-1]), chosen.ravel(), chosen.shape[-1]
         of = {expert: np.flatnonzero(pairs == expert) for expert in distinct}
         missing = self._use(distinct)
