@@ -43,6 +43,8 @@ class Tmux:
     def __init__(self, home: Path) -> None:
         self.home = home
         self._socket = f"edger1-{uuid.uuid4().hex[:8]}"
+        # A server that ends with its last session may be asked for the next one while it does.
+        self.run("start-server", ";", "set-option", "-g", "exit-empty", "off")
 
     def run(self, *words: str, check: bool = True, **variables: str) -> str:
         kept = {name: value for name, value in os.environ.items() if name not in ("TMUX", "NO_COLOR", "EDGER1_DEBUG")}
@@ -105,11 +107,12 @@ def tmux(smollm2: Path) -> Iterator[Tmux]:
 
 
 def living(home: Path) -> list[int]:
-    """Processes that work in the test's data folder."""
+    """Processes that work in the test's data folder, the terminals' own server aside."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            if f"EDGER1_HOME={home}\0".encode() in (folder / "environ").read_bytes():
+            here = f"EDGER1_HOME={home}\0".encode() in (folder / "environ").read_bytes()
+            if here and not (folder / "comm").read_text().startswith("tmux"):
                 found.append(int(folder.name))
         except OSError:
             continue
@@ -140,6 +143,12 @@ def answered(home: Path, window: Window, questions: int = 1) -> None:
     window.until(over)
 
 
+def answering(home: Path) -> str:
+    """What the newest conversation's answer has come to in the file: nothing, before there is one."""
+    last = next((found[-1] for found in talks(home)[:1]), None)
+    return last.text if last is not None and last.role == "assistant" else ""
+
+
 def letters(text: str) -> str:
     return "".join(each for each in text.lower() if each.isalpha())
 
@@ -149,7 +158,7 @@ def test_a_day_with_the_chat(tmux: Tmux) -> None:
     # Before the model is there: it is asked as soon as it is.
     window.type(QUESTION)
     window.press("Enter")
-    window.until(lambda: bool(talks(tmux.home)) and len(talks(tmux.home)[0][-1].text) > 40)
+    window.until(lambda: len(answering(tmux.home)) > 40)
     window.press("Escape")
     window.shows("Stopped.")
     # What is shown is saved within a second.
@@ -202,8 +211,8 @@ def test_a_killed_chat_loses_at_most_a_second(tmux: Tmux) -> None:
     window = Window(tmux)
     window.type(QUESTION)
     window.press("Enter")
-    window.until(lambda: bool(talks(tmux.home)) and len(talks(tmux.home)[0][-1].text) > 40)
-    seen = talks(tmux.home)[0][-1].text
+    window.until(lambda: len(answering(tmux.home)) > 40)
+    seen = answering(tmux.home)
     # A busy machine's screen comes after the file.
     window.until(lambda: letters(seen)[:30] in letters(window.screen()))
     shown = letters(window.screen().split("sea.", 1)[-1].split("Ask anything")[0])
