@@ -3,6 +3,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt scripts/setup.sh $(wildcard edger1/kernels/src/*)
 
+# Tests wait for something nearly half of their time: one process more than there are cores.
+AT_ONCE := -q --numprocesses $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 4 ? n + 1 : 4))) --dist worksteal
+
 .PHONY: chat test lint families parity bench sanitize fuzz screenshots clean
 .DEFAULT_GOAL := help
 
@@ -14,7 +17,7 @@ chat: $(VENV)/.installed ## Talk to the default model
 
 test: $(VENV)/.installed-dev ## Run the tests (fetches the 98 MB test model once)
 	@$(BIN)/edger1 pull smollm2-135m
-	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -q --ignore tests/parity --numprocesses auto --maxprocesses 4 --dist worksteal
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest $(AT_ONCE) --ignore tests/parity
 
 lint: $(VENV)/.installed-dev ## Run the linters, and the type checker on the installed package
 	$(BIN)/ruff check .
@@ -24,8 +27,8 @@ lint: $(VENV)/.installed-dev ## Run the linters, and the type checker on the ins
 		--config-settings wheel.cmake=false .
 	cd build/typed && MYPYPATH=. $(CURDIR)/$(BIN)/python -m mypy --config-file $(CURDIR)/pyproject.toml -p edger1
 
-families: $(VENV)/.installed-dev ## Hold the kernels against MLX on every model family of mlx-lm
-	$(BIN)/python -m pytest -q -m parity tests/parity/test_kernel_families.py
+families: $(VENV)/.installed-dev ## Try every model family of mlx-lm: kernels, streamed experts, adapters
+	$(BIN)/python -m pytest $(AT_ONCE) -m "families or parity" tests/test_*.py tests/parity/test_kernel_families.py
 
 parity: $(VENV)/.installed-parity ## Compare with other people's code (needs torch)
 	@$(BIN)/edger1 pull smollm2-135m

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,6 +34,12 @@ def _share_parsed_styles() -> None:
         return parsed[key]
 
     sheets.Stylesheet._parse_rules = parse_once
+
+
+def pytest_configure() -> None:
+    """Hear Ctrl-C: what a script's shell starts in the background ignores it, and so would all that tests start."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_finish() -> None:

@@ -62,6 +62,7 @@ def test_off_is_the_bare_model_bit_for_bit(family: str, quantize: bool, installe
             kernels.uninstall()
 
 
+@pytest.mark.families
 def test_every_family_can_be_adapted() -> None:
     """A start that changes nothing, and a gradient for all of B (and m) that gets one; off again to the bit."""
     for i, family in enumerate(name for name in families.families() if name not in families.UNBUILDABLE):

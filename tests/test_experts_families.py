@@ -31,6 +31,7 @@ def test_the_list_of_families_is_whole() -> None:
     assert with_experts == UNSTREAMABLE.keys() - families.UNBUILDABLE.keys()
 
 
+@pytest.mark.families
 @pytest.mark.parametrize("family", moe_families())
 @pytest.mark.parametrize("precision", ["exact", "fast"])
 def test_streamed_equals_resident(family: str, precision: str, tmp_path: Path) -> None:

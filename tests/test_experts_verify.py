@@ -24,6 +24,7 @@ ONLY_16 = {"deepseek_v41", "kimi_k3"}
 """Families with layers that are given more than rows and masks, so that they cannot be called alone with other rows."""
 
 
+@pytest.mark.families
 @pytest.mark.parametrize("family", moe_families())
 def test_every_family_has_its_certificate(family: str, tmp_path: Path) -> None:
     folder = streamed_models.write(tmp_path / family, family)

@@ -110,6 +110,7 @@ def test_windows_change_no_bit(family: str, monkeypatch: pytest.MonkeyPatch) -> 
 WITH_EXPERTS = [name for name in families.families() if name not in families.UNBUILDABLE and families.has_experts(name)]
 
 
+@pytest.mark.families
 @pytest.mark.parametrize("family", WITH_EXPERTS)
 def test_no_family_gives_another_bit(family: str) -> None:
     _, logits, _ = greedy(families.build(family), 6)

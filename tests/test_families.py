@@ -16,6 +16,7 @@ from mlx.utils import tree_flatten
 REPRESENTATIVE = ["llama", "deepseek_v3", "mamba2", "gemma3n", "qwen3_vl_moe"]
 
 
+@pytest.mark.families
 @pytest.mark.parametrize("family", families())
 def test_every_family_is_built_and_runs_or_is_accounted_for(family: str) -> None:
     """A new mlx-lm brings a family that nobody gave values for: this fails until somebody does."""

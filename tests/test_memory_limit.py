@@ -17,7 +17,7 @@ import edger1
 from edger1 import kernels
 
 CGROUPS = Path("/sys/fs/cgroup")
-CONTEXT = 2048
+CONTEXT = 1024
 # A prompt that leaves a few tokens for the answer, three more of a third each at once, a conversation, and scoring.
 PROGRAM = f"""
 import sys, edger1
@@ -75,7 +75,7 @@ def run(folder: Path, ceiling: int, times: int, limited: Path | None) -> tuple[i
 @pytest.mark.skipif(not kernels.state().available, reason="takes minutes without the kernels")
 def test_a_full_context_stays_under_the_smallest_ceiling(smollm2: Path, limited: Path | None) -> None:
     ceiling = edger1.plan(smollm2, context=CONTEXT).smallest_ceiling_bytes
-    prompt_tokens, peak_bytes, _ = run(smollm2, ceiling, 140, limited)
+    prompt_tokens, peak_bytes, _ = run(smollm2, ceiling, 70, limited)
     assert CONTEXT - 200 < prompt_tokens < CONTEXT
     # A bound, and not a wild one.
     assert 0.6 * ceiling < peak_bytes < ceiling
@@ -87,7 +87,7 @@ def test_streamed_experts_stay_under_the_smallest_ceiling(tmp_path: Path, limite
     ceiling = edger1.plan(folder, context=CONTEXT).smallest_ceiling_bytes
     assert edger1.plan(folder, context=CONTEXT, memory=ceiling).slots is not None
     # A token a letter.
-    prompt_tokens, peak_bytes, read = run(folder, ceiling, 30, limited)
+    prompt_tokens, peak_bytes, read = run(folder, ceiling, 15, limited)
     assert CONTEXT - 200 < prompt_tokens < CONTEXT
     assert read > 0
     assert peak_bytes < ceiling
