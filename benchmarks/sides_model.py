@@ -13,9 +13,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from edger1.loader import LiveModel
 
-# One token each in most vocabularies, so that a prompt of n words has n tokens. There are more of them than prompts the
-# engine remembers, and a prompt that begins with another word is in no prefix cache.
-OPENINGS = (" time", " people", " water", " house", " light", " world", " music", " story")
+# One token each in most vocabularies, so that a prompt of n words has n tokens. A prompt that begins with another word
+# than all before it is in no prefix cache, and there are more words than readings.
+WORDS = (
+    "time people water house light world music story day year hand part place week case point company number group fact"
+    " problem book eye job word business issue side kind head friend father power hour game line end member law car"
+    " city name team minute idea body parent face level office door health person art war history party result change"
+    " morning reason research girl moment air teacher force education"
+)
 FEWEST_DECODED = 8
 
 
@@ -28,7 +33,7 @@ class EngineRates:
         self._held = tempfile.TemporaryDirectory()
         endless_folder = endless(Path(folder), Path(self._held.name))
         self._model = edger1.load(endless_folder, precision=precision, context=context, kv_bits=kv_bits)
-        self._openings = cycle(OPENINGS)
+        self._openings = cycle(WORDS.split())
         self.info = {"kernels": self._model.info["kernels"], "precision": self._model.info["precision"]}
         self(prompt=8, generate=8)
 
@@ -36,7 +41,7 @@ class EngineRates:
         self, prompt: int, generate: int, temperature: float = 0.0, top_p: float | None = None
     ) -> Mapping[str, float]:
         """Prefill `prompt` tokens and decode `generate` more after the first; returns tokens a second of each."""
-        text = next(self._openings) + " and" * (prompt - 1)
+        text = f" {next(self._openings)}" + " and" * (prompt - 1)
         done = self._model.generate(
             text, raw=True, max_tokens=generate + 1, temperature=temperature, top_p=top_p, seed=0, speculate="off"
         )
