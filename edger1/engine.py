@@ -150,8 +150,9 @@ class AdapterJob:
 
         folder = self._request.adapter
         self._scheduler.bound_spare_memory(loading=True)
+        most = self._scheduler.most_bytes(self._model)
         try:
-            use(self._model, None if folder is None else Path(folder))
+            use(self._model, None if folder is None else Path(folder), most_bytes=most)
         finally:
             self._scheduler.bound_spare_memory()
         self._scheduler.emit(AdapterUsed(self._request.id, self._request.model, self._model.describe()))
@@ -234,10 +235,15 @@ class Scheduler:
         extension = kernels.extension()
         if extension is None:
             return
-        left = [m.plan.ceiling_bytes - m.plan.total_bytes for model in self._models.values() for m in model.all_models]
-        if self._ceiling_bytes or len(self._models) > 1:
-            left.append(self.room(None) - PROCESS_BYTES)
+        left = [self.most_bytes(m) - m.plan.total_bytes for model in self._models.values() for m in model.all_models]
         extension.keep_spare_rooms(0 if loading or not left else min(left))
+
+    def most_bytes(self, model: LiveModel) -> int:
+        """Bytes that a loaded model may take in all: its own ceiling, within what the engine's others leave."""
+        ceiling = model.plan.ceiling_bytes
+        if not self._ceiling_bytes and len(self._models) < 2:
+            return ceiling
+        return min(ceiling, model.plan.total_bytes + self.room(None) - PROCESS_BYTES)
 
     def _handle(self, request: Request) -> None:
         try:
