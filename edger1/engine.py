@@ -394,7 +394,12 @@ class Scheduler:
         for entry in list(self._jobs):
             if entry[0] == target:
                 self._jobs.remove(entry)
-                entry[2].cancel()
+                try:
+                    entry[2].cancel()
+                except Exception as error:
+                    # Whoever waits for its end has to hear of one, and what it has set aside is given back.
+                    self._fail(target, error)
+                    entry[2].drop()
         # Where there was none, it has ended already, and said so.
 
     def _unload(self, request: Unload) -> None:
