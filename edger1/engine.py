@@ -266,7 +266,12 @@ class Scheduler:
         return model
 
     def _count(self, request: CountTokens) -> None:
-        ids = self._model(request.model).tokenizer.encode(request.text, add_special_tokens=False)
+        tokenizer = self._model(request.model).tokenizer
+        try:
+            request.text.encode()
+        except (AttributeError, UnicodeEncodeError):
+            raise UsageError(f"{request.text!r:.200} is no text whose tokens can be counted.") from None
+        ids = tokenizer.encode(request.text, add_special_tokens=False)
         self.emit(Counted(request.id, len(ids)))
 
     def _start(self, request: Load | Generate | Score | SaveCache | RestoreCache | UseAdapter) -> Sequence[Job]:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -383,6 +384,11 @@ def test_bad_prompts_are_refused(folder: Path, tmp_path: Path) -> None:
                 model.save_prompt_cache(tmp_path / "c", prompt)
         with pytest.raises(edger1.UsageError):
             model.save_prompt_cache(tmp_path / "c", DOCUMENT, raw=True)
+        # A name that is no UTF-8, as the system gives it, and one that no file can have.
+        for name in ("c\udcff", "c\0"):
+            for use in (model.load_prompt_cache, partial(model.save_prompt_cache, prompt=DOCUMENT)):
+                with pytest.raises(edger1.UsageError, match="no name for a prompt cache"):
+                    use(tmp_path / name)
     assert files_in(tmp_path) == []
 
 

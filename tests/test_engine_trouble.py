@@ -14,7 +14,7 @@ from tiny import write_tiny_model
 
 import edger1
 from edger1.client import ChildConnection, ThreadConnection, events, next_id
-from edger1.messages import Cancel, Done, Failed, Generate, Load, Loaded, Progress, Text, Unload, encode
+from edger1.messages import Cancel, CountTokens, Done, Failed, Generate, Load, Loaded, Progress, Text, Unload, encode
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +164,12 @@ def test_half_a_character_in_the_prompt_is_refused(model: edger1.Model) -> None:
     for prompt in ("a\udcffb", [{"role": "user", "content": "\ud800"}]):
         with pytest.raises(edger1.UsageError, match="half a character"):
             model.generate(prompt)
+
+
+def test_what_is_no_text_is_not_counted(model: edger1.Model) -> None:
+    for text in ("half \ud800", ["a", "b"], None):
+        told = list(events(model._connection, CountTokens(next_id(), model._id, text)))  # type: ignore[arg-type]
+        assert [getattr(event, "error", None) for event in told] == ["UsageError"]
 
 
 def test_raw_text_is_encoded_as_a_whole(tmp_path: Path) -> None:
