@@ -394,6 +394,7 @@ def load_into(
 ) -> Model:
     """Find `name` (fetching it where it is not installed) and load it into an engine."""
     over = adapter_folder(adapter)
+    sampling.check_count("context", context)
     if isinstance(memory, str):
         memory = memory_bytes(memory)
     folder = find(name)

@@ -323,6 +323,12 @@ def test_bad_messages_say_what_was_expected(model: edger1.Model, messages: list)
         model.generate(messages)
 
 
+@pytest.mark.parametrize("context", ["1", 0, 1.5, True])
+def test_a_context_that_is_none_says_what_was_expected(tiny_folder: Path, context: Any) -> None:
+    with pytest.raises(edger1.UsageError, match="context is .*expected a whole number"):
+        edger1.load(tiny_folder, context=context)
+
+
 def test_a_prompt_longer_than_the_context_is_refused(tiny_folder: Path) -> None:
     with edger1.load(tiny_folder, context=64) as model:
         with pytest.raises(edger1.ContextError, match="64"):
