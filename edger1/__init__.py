@@ -18,8 +18,11 @@ if TYPE_CHECKING:
         FormatError,
         MemoryCeilingError,
         NotYetError,
+        PromptCacheError,
         SourceError,
+        StreamError,
         UnknownModelError,
+        UnstreamableError,
         UsageError,
     )
     from edger1.fetch import pull
@@ -30,8 +33,8 @@ if TYPE_CHECKING:
 
 _HOME = {
     "edger1.errors": (
-        "ContextError", "EdgeR1Error", "EngineError", "FormatError", "MemoryCeilingError", "NotYetError", "SourceError",
-        "UnknownModelError", "UsageError",
+        "ContextError", "EdgeR1Error", "EngineError", "FormatError", "MemoryCeilingError", "NotYetError",
+        "PromptCacheError", "SourceError", "StreamError", "UnknownModelError", "UnstreamableError", "UsageError",
     ),
     "edger1.fetch": ("pull",),
     "edger1.installed": ("models",),
@@ -54,14 +57,17 @@ __all__ = [
     "Model",
     "NotYetError",
     "Progress",
+    "PromptCacheError",
     "Response",
     "Running",
     "Sampled",
     "SourceError",
+    "StreamError",
     "Text",
     "Thought",
     "ToolCall",
     "UnknownModelError",
+    "UnstreamableError",
     "UsageError",
     "__version__",
     "load",

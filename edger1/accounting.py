@@ -1,8 +1,9 @@
 """What an engine holds by its own account, to be compared with what the system says of the process.
 
 Weights, banks, caches and activations are MLX's memory, which counts itself, with the freed buffers that it keeps; the
-kernels count what their threads compute in. Everything else (Python, libraries, the tokenizer, readers and their
-buffers) is measured once, when a model has been loaded and before it answers.
+kernels count what their threads compute in, and the caches that they have put on huge pages. Everything else (Python,
+libraries, the tokenizer, readers and their buffers) is measured once, when a model has been loaded and before it
+answers.
 """
 
 from __future__ import annotations
@@ -58,5 +59,5 @@ def _counted_bytes() -> int:
     from edger1 import kernels
 
     extension = kernels.extension()
-    scratch = 0 if extension is None else int(extension.scratch_bytes())
-    return int(mx.get_active_memory() + mx.get_cache_memory()) + scratch
+    kernels_own = 0 if extension is None else int(extension.scratch_bytes() + extension.cache_room_bytes())
+    return int(mx.get_active_memory() + mx.get_cache_memory()) + kernels_own

@@ -40,12 +40,13 @@ def needed_bytes(folder: Path) -> int:
     return files.weight_bytes(folder)
 
 
-def use(model: LiveModel, folder: Path | None, *, planned: bool = False) -> None:
+def use(model: LiveModel, folder: Path | None, *, planned: bool = False, most_bytes: int | None = None) -> None:
     """Put the adapter in `folder` over a model in place of the one that it has; None takes that off.
 
-    No answer may be under way. `planned` says that the model's plan counts the adapter already. Nothing changes where
-    this raises: UnknownModelError and FormatError for a folder that is none, is damaged, or is of another model,
-    UsageError for one over experts that are streamed, MemoryCeilingError where it does not fit.
+    No answer may be under way. `planned` says that the model's plan counts the adapter already; else the model may
+    take `most_bytes` in all with it, its ceiling where that is None. Nothing changes where this raises:
+    UnknownModelError and FormatError for a folder that is none, is damaged, or is of another model, UsageError for
+    one over experts that are streamed, MemoryCeilingError where it does not fit.
     """
     from edger1.train.adapters import files
 
@@ -58,7 +59,7 @@ def use(model: LiveModel, folder: Path | None, *, planned: bool = False) -> None
         return
     nbytes = needed_bytes(folder)
     if not planned:
-        _check_room(model, nbytes)
+        _check_room(model, nbytes, model.plan.ceiling_bytes if most_bytes is None else most_bytes)
     saved = files.load(folder)
     if before is not None:
         before.adapted.detach()
@@ -86,15 +87,19 @@ def _taken(model: LiveModel, used: InUse | None) -> None:
     runs.note(model.folder.path, model.report())
 
 
-def _check_room(model: LiveModel, nbytes: int) -> None:
+def _check_room(model: LiveModel, nbytes: int, most_bytes: int) -> None:
     """Raise MemoryCeilingError where an adapter does not fit beside all else, the adapter in use included."""
     need = model.plan.total_bytes + nbytes
-    if need <= model.plan.ceiling_bytes:
+    if need <= most_bytes:
         return
     advice = "Take off the adapter in use first, or load" if model.adapter is not None else "Load"
+    is_own = most_bytes >= model.plan.ceiling_bytes
+    found = (
+        f"the ceiling is {format_bytes(most_bytes)}" if is_own else f"other models leave it {format_bytes(most_bytes)}"
+    )
     raise MemoryCeilingError(
         f"The adapter takes {format_bytes(nbytes, up=True)}, and {model.name} with it would take "
-        f"{format_bytes(need, up=True)} where the ceiling is {format_bytes(model.plan.ceiling_bytes)}. {advice} the "
+        f"{format_bytes(need, up=True)} where {found}. {advice} the "
         f"model with --adapter, so that the plan counts it, or with more --memory."
     )
 

@@ -16,6 +16,16 @@ from edger1.messages import CacheRestored, CacheSaved, Event, Failed, Progress, 
 from edger1.prompt import encode, render_beginning
 
 
+def _path(text: str) -> Path:
+    """Return the path of a file. Raises UsageError for a name that MLX cannot take: it knows UTF-8 alone."""
+    try:
+        if "\0" not in text and text.encode():
+            return Path(text)
+    except UnicodeEncodeError:
+        pass
+    raise UsageError(f"{text!a} is no name for a prompt cache; expected one in UTF-8 and without NUL.")
+
+
 class CacheSaving:
     """A SaveCache request: the prompt is read, a chunk a step, then its caches are written and kept."""
 
@@ -23,6 +33,7 @@ class CacheSaving:
         self._model = model
         self._request = request
         self._emit = emit
+        self._path = _path(request.path)
         self._rendered = render_beginning(model, request)
         self._ids = encode(model, self._rendered)
         if not self._ids:
@@ -83,8 +94,7 @@ class CacheSaving:
     def _write(self) -> None:
         assert self._caches is not None
         entry = Entry(self._ids, "" if self._rendered.raw else self._rendered.text, self._caches)
-        path = Path(self._request.path)
-        nbytes = cache_files.save(path, self._model, entry)
+        nbytes = cache_files.save(self._path, self._model, entry)
         self.drop()
         self._model.kv.put(entry)
         self._emit(
@@ -117,7 +127,7 @@ class CacheRestoring:
         self._model = model
         self._request = request
         self._emit = emit
-        self._path = Path(request.path)
+        self._path = _path(request.path)
         self._info: cache_files.Info | None = None
 
     def step(self) -> bool:

@@ -106,6 +106,7 @@ class LoadJob:
     def _start(self) -> Generator[tuple[int, int], None, LiveModel]:
         from edger1.loader import load
 
+        self._scheduler.bound_spare_memory(loading=True)
         folder = Path(self._request.folder)
         return load(
             folder.name,
@@ -132,13 +133,14 @@ class LoadJob:
         self._steps = None
         if self in self._scheduler.loads:
             self._scheduler.loads.remove(self)
+            self._scheduler.bound_spare_memory()
 
 
 class AdapterJob:
     """A change of a model's adapter: it waits for those that were asked for before it, and the later ones for it."""
 
-    def __init__(self, model: LiveModel, request: UseAdapter, emit: Callable[[Event], None], after: set[str]) -> None:
-        self._model, self._request, self._emit = model, request, emit
+    def __init__(self, scheduler: Scheduler, model: LiveModel, request: UseAdapter, after: set[str]) -> None:
+        self._scheduler, self._model, self._request = scheduler, model, request
         self.after = after
         """Ids of the requests for the model that were asked for before it."""
 
@@ -147,8 +149,13 @@ class AdapterJob:
         from edger1.adapter import use
 
         folder = self._request.adapter
-        use(self._model, None if folder is None else Path(folder))
-        self._emit(AdapterUsed(self._request.id, self._request.model, self._model.describe()))
+        self._scheduler.bound_spare_memory(loading=True)
+        most = self._scheduler.most_bytes(self._model)
+        try:
+            use(self._model, None if folder is None else Path(folder), most_bytes=most)
+        finally:
+            self._scheduler.bound_spare_memory()
+        self._scheduler.emit(AdapterUsed(self._request.id, self._request.model, self._model.describe()))
         return True
 
     def give_way(self) -> None:
@@ -156,7 +163,7 @@ class AdapterJob:
 
     def cancel(self) -> None:
         """Leave the adapter as it is."""
-        self._emit(Failed(self._request.id, "EngineError", "Changing the adapter was cancelled."))
+        self._scheduler.emit(Failed(self._request.id, "EngineError", "Changing the adapter was cancelled."))
 
     def drop(self) -> None:
         """Nothing: it holds nothing."""
@@ -194,7 +201,9 @@ class Scheduler:
         self._jobs.clear()
         for model in self._models.values():
             model.close()
-        self._models.clear()
+        if self._models:
+            self._models.clear()
+            self.bound_spare_memory()
         self._batches.clear()
 
     def room(self, asked_bytes: int | None) -> int:
@@ -213,7 +222,28 @@ class Scheduler:
         self._models[name] = model
         for streaming in model.streamings:
             streaming.interrupted = self._look
+        self.bound_spare_memory()
         self.emit(Loaded(request.id, name, model.describe()))
+
+    def bound_spare_memory(self, *, loading: bool = False) -> None:
+        """Let the kernels keep of the memory of caches that are gone no more than the plans leave under the ceilings.
+
+        Called whenever a plan has changed. While something is loaded, which may take what is left, nothing is kept.
+        """
+        from edger1 import kernels
+
+        extension = kernels.extension()
+        if extension is None:
+            return
+        left = [self.most_bytes(m) - m.plan.total_bytes for model in self._models.values() for m in model.all_models]
+        extension.keep_spare_rooms(0 if loading or not left else min(left))
+
+    def most_bytes(self, model: LiveModel) -> int:
+        """Bytes that a loaded model may take in all: its own ceiling, within what the engine's others leave."""
+        ceiling = model.plan.ceiling_bytes
+        if not self._ceiling_bytes and len(self._models) < 2:
+            return ceiling
+        return min(ceiling, model.plan.total_bytes + self.room(None) - PROCESS_BYTES)
 
     def _handle(self, request: Request) -> None:
         try:
@@ -236,7 +266,12 @@ class Scheduler:
         return model
 
     def _count(self, request: CountTokens) -> None:
-        ids = self._model(request.model).tokenizer.encode(request.text, add_special_tokens=False)
+        tokenizer = self._model(request.model).tokenizer
+        try:
+            request.text.encode()
+        except (AttributeError, UnicodeEncodeError):
+            raise UsageError(f"{request.text!r:.200} is no text whose tokens can be counted.") from None
+        ids = tokenizer.encode(request.text, add_special_tokens=False)
         self.emit(Counted(request.id, len(ids)))
 
     def _start(self, request: Load | Generate | Score | SaveCache | RestoreCache | UseAdapter) -> Sequence[Job]:
@@ -245,9 +280,7 @@ class Scheduler:
             return [LoadJob(self, request)]
         model = self._model(request.model)
         if isinstance(request, UseAdapter):
-            return [
-                AdapterJob(model, request, self.emit, {id_ for id_, name, _ in self._jobs if name == request.model})
-            ]
+            return [AdapterJob(self, model, request, {id_ for id_, name, _ in self._jobs if name == request.model})]
         if isinstance(request, Score):
             from edger1.score import Scoring
 
@@ -366,7 +399,12 @@ class Scheduler:
         for entry in list(self._jobs):
             if entry[0] == target:
                 self._jobs.remove(entry)
-                entry[2].cancel()
+                try:
+                    entry[2].cancel()
+                except Exception as error:
+                    # Whoever waits for its end has to hear of one, and what it has set aside is given back.
+                    self._fail(target, error)
+                    entry[2].drop()
         # Where there was none, it has ended already, and said so.
 
     def _unload(self, request: Unload) -> None:
@@ -377,6 +415,7 @@ class Scheduler:
         closing = self._models.pop(request.model, None)
         if closing is not None:
             closing.close()
+            self.bound_spare_memory()
         self.emit(Unloaded(request.id, request.model))
 
     def _fail(self, id_: str, error: Exception) -> None:

@@ -234,6 +234,7 @@ class Generation:
 
     def lend(self, batch: Batch[Any]) -> tuple[list[Any], Any]:
         """Hand `batch` the caches, and the token drawn ahead, shape (1,), or None; `receive` gives them back."""
+        self._drafts.lend()
         caches, self._caches, self.batch = self._caches, None, batch
         drawn, self._next = self._next, None
         assert caches is not None

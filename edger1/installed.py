@@ -7,6 +7,7 @@ When a model was last used stands in last-used.json beside the models, so that a
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -121,8 +122,13 @@ def resolve(name: str | Path) -> Path:
     if entry:
         raise UnknownModelError(f"{entry.alias} is not on this machine yet. Fetch it: `edger1 pull {entry.alias}`.")
     folder = Path(text).expanduser()
-    if text and (folder / "config.json").is_file():
-        return folder.resolve()
+    try:
+        if text and (folder / "config.json").is_file():
+            return folder.resolve()
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        raise UnknownModelError(f"No model is called {text!r:.100} ...: that is too long for a name.") from None
     raise UnknownModelError(_unknown(text, folder, tuple(manifest.name for manifest, _ in here)))
 
 

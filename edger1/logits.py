@@ -33,13 +33,15 @@ class Logits:
     def of(self, tokens: Any, caches: list[Any], most_rows: int) -> Iterator[Any] | None:
         """Feed int [1, rows] tokens, and yield logits [most_rows or fewer, vocabulary] of all rows in their order.
 
-        Where not `piecewise` all rows are one piece. Returns None where that shows just now: the caches hold the tokens
-        then, and are to be made anew.
+        Where not `piecewise` all rows are one piece. The layers have computed what they will when this returns. Returns
+        None where it shows just now that there are no pieces: the caches hold the tokens then, and are to be made anew.
         """
-        if self._inner is None:
-            return iter([self._model(tokens, cache=caches)[0]])
         import mlx.core as mx
 
+        if self._inner is None:
+            whole = self._model(tokens, cache=caches)[0]
+            mx.eval(whole, [each.state for each in caches])
+            return iter([whole])
         answers: list[Any] = []
         kind: Any = type(self._inner)
 

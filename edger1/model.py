@@ -149,7 +149,8 @@ class Model:
 
         The prompt is what `generate` takes; prompts that begin with the same messages (or, where it is raw, with the
         same text) prefill only the rest, in this model and in any that has restored the file. `tools` and `think` must
-        be those of these prompts. on_progress(done, total) in tokens.
+        be those of these prompts; a think_budget of 0 there is "off" here, and a think_at_least "on".
+        on_progress(done, total) in tokens.
 
         Raises UsageError and ContextError as `generate` does, PromptCacheError where the file cannot be written.
         """
@@ -393,6 +394,7 @@ def load_into(
 ) -> Model:
     """Find `name` (fetching it where it is not installed) and load it into an engine."""
     over = adapter_folder(adapter)
+    sampling.check_count("context", context)
     if isinstance(memory, str):
         memory = memory_bytes(memory)
     folder = find(name)

@@ -16,6 +16,7 @@ from edger1.errors import UsageError
 from edger1.loader import LiveModel
 from edger1.messages import Generate, Message, SaveCache
 from edger1.thinking import Markers, begins_in_thought, split_thought
+from edger1.thinking_control import wanted
 
 ROLES = ("system", "user", "assistant", "tool", "developer")
 
@@ -46,7 +47,7 @@ def render(model: LiveModel, request: Generate) -> Rendered:
         raise _without_template(model)
     if request.continue_last:
         return _continued(model, request, messages)
-    text = _through_template(model, messages, request.tools, wanted(request))
+    text = _through_template(model, messages, request.tools, _wanted(request))
     if request.think_at_least and model.markers is not None and not _closed_or_open(text, model.markers):
         # What it writes itself first, as other templates do for it.
         text += model.markers.start + model.markers.blank
@@ -88,11 +89,8 @@ def _without_template(model: LiveModel) -> UsageError:
     )
 
 
-def wanted(request: Generate) -> str:
-    """Return what the template is told of thinking: what the request says, or what its bounds on the thought mean."""
-    if request.think != "auto":
-        return request.think
-    return "off" if request.think_budget == 0 else "on" if request.think_at_least else "auto"
+def _wanted(request: Generate) -> str:
+    return wanted(request.think, request.think_budget, request.think_at_least)
 
 
 def _closed_or_open(text: str, markers: Markers) -> bool:
@@ -203,7 +201,7 @@ def _continued(model: LiveModel, request: Generate, messages: Sequence[Message])
             f"The last message was cut in its thought, and {model.name} does not think between markers that EdgeR1 "
             f"knows. Ask again instead."
         )
-    think = wanted(request)
+    think = _wanted(request)
     begin = _through_template(model, before, request.tools, "on" if half and think == "off" else think)
     if half and markers is not None and begin.rstrip().endswith(markers.end):
         raise UsageError(f"The chat template of {model.name} allows no thought here, so none can be continued.")

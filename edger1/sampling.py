@@ -7,7 +7,6 @@ the same answer whatever else the engine is doing.
 
 from __future__ import annotations
 
-import math
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -53,7 +52,7 @@ def check(sampling: Sampling) -> None:
         if value is None:
             continue
         number = isinstance(value, int if name in _WHOLE else int | float) and not isinstance(value, bool)
-        fits = number and math.isfinite(value) and low <= value <= high
+        fits = number and low <= value <= high
         if not fits or (name in _POSITIVE and value == 0):
             raise UsageError(f"{name} is {value!r}; expected {expected}.")
 

@@ -13,7 +13,7 @@ from edger1.experts.figures import Account
 from edger1.loader import LiveModel
 from edger1.logits import Logits
 from edger1.memory import SCORE_ROWS
-from edger1.messages import Event, Figures, Score, Scores
+from edger1.messages import Event, Failed, Figures, Score, Scores
 
 
 class Scoring:
@@ -90,9 +90,9 @@ class Scoring:
         self._model.kv.release(self)
 
     def cancel(self) -> None:
-        """Stop; what was scored is sent."""
+        """Stop; a part of the scores could be taken for all of them, so none are sent."""
         self.drop()
-        self._send()
+        self._emit(Failed(self._request.id, "EngineError", "Scoring was cancelled."))
 
     def _send(self) -> None:
         figures = Figures(

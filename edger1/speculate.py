@@ -132,8 +132,13 @@ class Speculation:
             if drafter is not None:
                 drafter.begin()
 
+    def lend(self) -> None:
+        """Keep nothing of the caches: others write in them. A pass that was begun early is never taken then."""
+        self._early = None
+
     def forward(self, tokens: Any, caches: list[Any], first: int, known: Sequence[int]) -> Any:
         """Pass tokens [1, L], which stand at positions from `first` on, through the model; returns logits [1, L, V]."""
+        self.lend()
         if self._mtp is None or self.off or self._model.ahead is None:
             return self._model.model(tokens, cache=caches)
         hidden, logits = self._model.ahead.forward(tokens, caches)

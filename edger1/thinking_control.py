@@ -25,6 +25,13 @@ WAIT = "Wait"
 Encode = Callable[[str], list[int]]
 
 
+def wanted(think: str, budget: int | None, at_least: int | None) -> str:
+    """Return what the template is told of thinking: what `think` says, or what the bounds on the thought mean."""
+    if think != "auto":
+        return think
+    return "off" if budget == 0 else "on" if at_least else "auto"
+
+
 @dataclass(frozen=True)
 class Ruling:
     """What becomes of an answer instead of what the model has said.

@@ -144,6 +144,10 @@ def check_tools(tools: Any) -> list[Tool]:
                 f'{tool!r:.200} is no tool; expected {{"type": "function", "function": {{"name": "add", "description": '
                 f'"Add two numbers.", "parameters": {{"type": "object", "properties": ...}}}}}}.'
             )
+        try:
+            json.dumps(tool, ensure_ascii=False).encode()
+        except (TypeError, ValueError, RecursionError) as error:
+            raise UsageError(f"The schema of the tool {name!r:.200} is no JSON: {error}.") from None
     return list(tools)
 
 

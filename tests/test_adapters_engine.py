@@ -12,6 +12,7 @@ from mlx_lm.utils import load_model
 from tiny import write_mixture, write_tiny_model
 
 import edger1
+from edger1.memory import PROCESS_BYTES
 from edger1.messages import (
     AdapterUsed,
     Done,
@@ -114,6 +115,22 @@ def test_a_broken_or_strange_adapter_leaves_the_one_in_use(
         assert model.generate("Hello", **ASKED).text == expected
     with pytest.raises(edger1.FormatError, match="another model"):
         edger1.load(tiny_folder, adapter=strange)
+
+
+def test_an_adapter_takes_nothing_of_what_another_model_of_the_engine_has(
+    tiny_folder: Path, adapters: list[Path]
+) -> None:
+    need = edger1.plan(tiny_folder).total_bytes
+    with edger1.Engine(memory=2 * need - PROCESS_BYTES) as engine:
+        first = engine.load(tiny_folder)
+        first.use_adapter(adapters[0])
+        first.use_adapter(None)
+        second = engine.load(tiny_folder)
+        for model in (first, second):
+            with pytest.raises(edger1.MemoryCeilingError, match="adapter takes"):
+                model.use_adapter(adapters[0])
+        second.close()
+        first.use_adapter(adapters[0])
 
 
 def test_the_ceiling_holds_the_adapter(tiny_folder: Path, adapters: list[Path]) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from adapting import learnt
 from command_line import edger1 as run
 from command_line import refused as told_plainly
 from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, QuantizedKVCache, RotatingKVCache
-from tiny import write_tiny_model
+from tiny import CHAT_TEMPLATE, write_tiny_model
 
 import edger1
 from edger1 import cache_files
@@ -383,6 +384,11 @@ def test_bad_prompts_are_refused(folder: Path, tmp_path: Path) -> None:
                 model.save_prompt_cache(tmp_path / "c", prompt)
         with pytest.raises(edger1.UsageError):
             model.save_prompt_cache(tmp_path / "c", DOCUMENT, raw=True)
+        # A name that is no UTF-8, as the system gives it, and one that no file can have.
+        for name in ("c\udcff", "c\0"):
+            for use in (model.load_prompt_cache, partial(model.save_prompt_cache, prompt=DOCUMENT)):
+                with pytest.raises(edger1.UsageError, match="no name for a prompt cache"):
+                    use(tmp_path / name)
     assert files_in(tmp_path) == []
 
 
@@ -393,6 +399,17 @@ def test_a_drafting_model_saves_and_restores_its_own(folder: Path, tmp_path: Pat
     with load(folder, draft=folder) as model:
         model.load_prompt_cache(tmp_path / "c")
         assert model.generate(ASKED, max_tokens=16, temperature=0, speculate="draft").text == here
+
+
+def test_run_saves_the_beginning_that_a_budget_of_no_thought_gives_the_prompt(tmp_path: Path) -> None:
+    told = "{% if enable_thinking is defined %}Thinking is {{ 'on' if enable_thinking else 'off' }}.{% endif %}"
+    folder = write_tiny_model(tmp_path / "told", template=told + CHAT_TEMPLATE)
+    command = ["run", str(folder), "Hi", "--system", "Be brief. " * 30, "--prompt-cache", str(tmp_path / "c"), "--json"]
+    command += ["--max-tokens", "4", "--think-budget", "0"]
+    first = json.loads(run(*command).stdout)
+    second = json.loads(run(*command).stdout)
+    assert first["cached_tokens"] == first["prompt_cache"]["tokens"]
+    assert second["cached_tokens"] == second["prompt_cache"]["tokens"]
 
 
 def test_run_saves_where_there_is_no_file_and_restores_where_there_is(folder: Path, tmp_path: Path) -> None:

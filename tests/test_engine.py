@@ -293,6 +293,8 @@ def test_a_ceiling_that_is_too_small_is_refused_with_the_one_that_would_do(tiny_
         ({"temperature": -1}, "temperature"),
         ({"temperature": float("nan")}, "temperature"),
         ({"temperature": "hot"}, "temperature"),
+        ({"temperature": float("inf")}, "temperature"),
+        ({"temperature": 10**400}, "temperature"),
         ({"top_p": 0}, "top_p"),
         ({"top_k": 1.5}, "top_k"),
         ({"min_p": 2}, "min_p"),
@@ -302,6 +304,8 @@ def test_a_ceiling_that_is_too_small_is_refused_with_the_one_that_would_do(tiny_
         ({"max_tokens": 0}, "max_tokens"),
         ({"think": "maybe"}, "think"),
         ({"colour": "red"}, "colour"),
+        ({"tools": [{"function": {"name": "f", "parameters": {"default": {1, 2}}}}]}, "'f' is no JSON"),
+        ({"tools": [{"function": {"name": "f", "description": "\ud800"}}]}, "'f' is no JSON"),
     ],
 )
 def test_bad_options_say_what_was_expected(model: edger1.Model, options: dict, expected: str) -> None:
@@ -317,6 +321,12 @@ def test_bad_options_say_what_was_expected(model: edger1.Model, options: dict, e
 def test_bad_messages_say_what_was_expected(model: edger1.Model, messages: list) -> None:
     with pytest.raises(edger1.UsageError, match="expected|must be"):
         model.generate(messages)
+
+
+@pytest.mark.parametrize("context", ["1", 0, 1.5, True])
+def test_a_context_that_is_none_says_what_was_expected(tiny_folder: Path, context: Any) -> None:
+    with pytest.raises(edger1.UsageError, match="context is .*expected a whole number"):
+        edger1.load(tiny_folder, context=context)
 
 
 def test_a_prompt_longer_than_the_context_is_refused(tiny_folder: Path) -> None:

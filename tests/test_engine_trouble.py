@@ -14,7 +14,7 @@ from tiny import write_tiny_model
 
 import edger1
 from edger1.client import ChildConnection, ThreadConnection, events, next_id
-from edger1.messages import Cancel, Done, Failed, Generate, Load, Loaded, Progress, Text, encode
+from edger1.messages import Cancel, CountTokens, Done, Failed, Generate, Load, Loaded, Progress, Text, Unload, encode
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +48,48 @@ def test_scoring_and_answering_share_the_kv_budget(tiny_folder: Path) -> None:
         other = model.submit("Hello", temperature=0)
         assert model.score(ids) == scores
         assert other.result(timeout_s=60).finish_reason == "length"
+
+
+def test_scores_that_are_cancelled_are_no_scores(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from edger1.score import Scoring
+
+    with edger1.load(tiny_folder, context=2000) as model:
+        chunk = Scoring._score_chunk
+
+        def close_meanwhile(scoring: Scoring) -> None:
+            chunk(scoring)
+            model._connection.submit(Unload(next_id(), model._id), lambda event: None)
+
+        monkeypatch.setattr(Scoring, "_score_chunk", close_meanwhile)
+        with pytest.raises(edger1.EngineError, match="cancelled"):
+            model.score([65] * 1500)
+
+
+def test_a_request_that_cannot_be_cancelled_properly_ends_and_gives_its_room_back(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from edger1.generate import Generation
+
+    with edger1.load(tiny_folder, context=400) as model:
+        alone = model.generate("Hello", temperature=0)
+        began = threading.Event()
+        decode = Generation._decode
+
+        def noted(generation: Generation, **given: bool) -> None:
+            decode(generation, **given)
+            began.set()
+
+        with monkeypatch.context() as broken:
+            broken.setattr(Generation, "_decode", noted)
+            broken.setattr(Generation, "finish", lambda _: 1 / 0)
+            handle = model.submit("Hello", temperature=0)
+            assert began.wait(60)
+            handle.cancel()
+            with pytest.raises(edger1.EngineError, match="failed inside"):
+                handle.result(timeout_s=60)
+        # It would wait for ever for the room of that, which was asked for before it.
+        assert model.submit("Hello", temperature=0).result(timeout_s=60).text == alone.text
+    assert "ZeroDivisionError" in capsys.readouterr().err
 
 
 def test_a_request_that_fails_midway_gives_its_room_back(
@@ -122,6 +164,12 @@ def test_half_a_character_in_the_prompt_is_refused(model: edger1.Model) -> None:
     for prompt in ("a\udcffb", [{"role": "user", "content": "\ud800"}]):
         with pytest.raises(edger1.UsageError, match="half a character"):
             model.generate(prompt)
+
+
+def test_what_is_no_text_is_not_counted(model: edger1.Model) -> None:
+    for text in ("half \ud800", ["a", "b"], None):
+        told = list(events(model._connection, CountTokens(next_id(), model._id, text)))  # type: ignore[arg-type]
+        assert [getattr(event, "error", None) for event in told] == ["UsageError"]
 
 
 def test_raw_text_is_encoded_as_a_whole(tmp_path: Path) -> None:

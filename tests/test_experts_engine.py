@@ -19,11 +19,12 @@ from mlx_lm.models.cache import KVCache
 from typer.testing import CliRunner
 
 import edger1
-from edger1 import client, installed, planning
+from edger1 import client, installed, kernels, logits, planning
 from edger1.cli import app
 from edger1.client import next_id
 from edger1.errors import FormatError, MemoryCeilingError, StreamError, UnstreamableError, UsageError
 from edger1.experts import store as store_module
+from edger1.experts.layer import StreamedExperts
 from edger1.experts.pressure import Pressure
 from edger1.experts.streaming import Streaming
 from edger1.messages import Score, Scores
@@ -170,6 +171,43 @@ def test_a_file_that_shrinks_gives_no_wrong_token(nano: Path, tmp_path: Path) ->
             list(events)
         with pytest.raises(StreamError, match="Load the model again"):
             model.generate(QUESTION)
+
+
+@pytest.mark.skipif(not kernels.state().available, reason="the kernels compute on maps")
+def test_scores_are_computed_before_their_file_is_found_whole(
+    nano: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a model whose inner model cannot be told: a file that is cut short after it was looked at spoils nothing."""
+    folder = tmp_path / "nano-moe"
+    shutil.copytree(nano, folder)
+    monkeypatch.setattr(logits, "_inner", lambda model: None)
+    let_go, read_back = Streaming.let_go, StreamedExperts._read_back
+    routing: list[bool] = []
+    on_map: list[int] = []
+
+    def noted_routing(held: StreamedExperts, *indices: Any) -> Any:
+        routing.append(True)
+        try:
+            return read_back(held, *indices)
+        finally:
+            routing.pop()
+
+    def cut(streaming: Streaming) -> None:
+        touched = len(streaming._touched)
+        let_go(streaming)
+        if not routing:
+            on_map.append(touched)
+            os.truncate(folder / "model.safetensors", 1 << 16)
+
+    ids = [5, 9]
+    with edger1.load(nano, precision="exact") as model:
+        expected = model.score(ids)
+    with edger1.load(folder, precision="exact", expert_slots=4) as model:
+        model.score([70, 90])
+        monkeypatch.setattr(StreamedExperts, "_read_back", noted_routing)
+        monkeypatch.setattr(Streaming, "let_go", cut)
+        assert model.score(ids) == expected
+    assert on_map[0] > 0
 
 
 def test_two_processes_on_one_model(nano: Path, answer: Any) -> None:

@@ -239,3 +239,8 @@ def test_a_damaged_record_of_how_a_model_ran_is_as_none(record: str) -> None:
     (paths.data() / "kernels.json").write_text(record.replace("FOLDER", str(folder)), encoding="utf-8")
     assert runs.of(folder) is None
     assert "--kernels" in run("show", "qwen3-8b")
+
+
+def test_a_name_that_no_file_can_have_is_no_models() -> None:
+    with pytest.raises(UnknownModelError, match="too long for a name"):
+        installed.resolve("x" * 5000)

@@ -127,3 +127,30 @@ def test_what_a_room_cannot_hold_as_wanted_is_left_alone():
     assert rooms.hold(columns, 20, 256, mx.float32) is None
     with pytest.raises(ValueError, match="evaluated"):
         rooms.hold(mx.zeros((1, 2, 40, 64)) + 1, 40, 256, mx.float32)
+
+
+def test_rooms_count_what_they_hold_and_keep_what_they_may() -> None:
+    extension = kernels._load()[0]
+    extension.keep_spare_rooms(0)
+    before = extension.cache_room_bytes()
+
+    def held() -> int:
+        count: int = extension.cache_room_bytes() - before
+        return count
+
+    a = mx.zeros((1, 4, 5000, 64))
+    mx.eval(a)
+    # 5 MB each: two rooms.
+    rooms = extension.CacheRooms()
+    moved = [rooms.hold(a, 5000, 5120, mx.float32) for _ in range(2)]
+    assert 2 * a.nbytes <= held() <= 2 * (a.nbytes + (4 << 20))
+    in_use = held()
+    extension.keep_spare_rooms(12 << 20)
+    del rooms, moved
+    assert held() == in_use // 2, "one room of 8 MB is let wait"
+    rooms = extension.CacheRooms()
+    moved = [rooms.hold(a, 5000, 5120, mx.float32)]
+    assert held() == in_use // 2, "it is used again"
+    del rooms, moved
+    extension.keep_spare_rooms(0)
+    assert held() == 0

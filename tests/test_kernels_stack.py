@@ -218,6 +218,25 @@ def test_held_arrays_stay_and_ones_own_are_written_in_place() -> None:
         assert len(places) == len(before)
 
 
+def test_caches_are_written_in_place_however_steps_that_run_ahead_fall() -> None:
+    """Also where a step is asked for just as the one before it ends, and MLX is about to let go of the caches."""
+    model = build()
+    with installed(model):
+        caches = prefilled(model, PROMPTS[2])
+        greedy(model, 1, caches, [9])
+        places = [address(array) for c in caches for array in (c.keys, c.values)]
+        for _ in range(10):
+            token = mx.array([9], mx.uint32)
+            for _ in range(200):
+                following = mx.argmax(model(token[None], cache=caches)[:, -1], axis=-1)
+                mx.async_eval(following)
+                token.item()
+                token = following
+            mx.eval(token)
+            trim_prompt_cache(caches, 200)
+        assert [address(array) for c in caches for array in (c.keys, c.values)] == places
+
+
 @pytest.mark.parametrize("precision", ["exact", "fast"])
 def test_decoding_moves_caches_once_and_again_when_they_grow_or_change(precision: str) -> None:
     model = build()

@@ -105,3 +105,18 @@ def test_every_public_name_is_there() -> None:
     assert callable(edger1.load)
     assert callable(edger1.pull)
     assert callable(edger1.plan)
+
+
+def test_every_error_of_the_library_is_public_and_in_its_page() -> None:
+    import edger1
+    from edger1 import errors
+
+    page = (ROOT / "docs" / "library.md").read_text("utf-8")
+    elsewhere = {"RewardError", "StoreError"}
+    names = {
+        name for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, errors.EdgeR1Error)
+    }
+    for name in names - elsewhere:
+        assert getattr(edger1, name) is getattr(errors, name)
+        assert name in edger1.__all__
+        assert f"`{name}`" in page or f"`edger1.{name}`" in page

@@ -323,6 +323,33 @@ def test_a_tool_never_runs_without_a_word_of_the_user() -> None:
     asyncio.run(asyncio.wait_for(run(), timeout=90))
 
 
+def test_what_is_switched_off_is_off_until_the_conversation_is_left(tmp_path: Path) -> None:
+    async def run() -> None:
+        store = Store.open(tmp_path / "c.db")
+        recorder = Recorder(store, lambda reason: None)
+        backend = FakeBackend([Text("", "one"), FIGURES])
+        session = await ready(backend, tools=OneTool(), recorder=recorder)
+
+        async def offered(words: str) -> int:
+            await ask(session, words)
+            return len(backend.tools[-1])
+
+        session.off = {OneTool.tool.origin}
+        assert await offered("a") == 0
+        await recorder.settled()
+        first = session.talk.id or ""
+        session.open(store.load(first))
+        assert await offered("b") == 0, "it is the same conversation"
+        session.restart()
+        assert await offered("c") == 1
+        session.off = {OneTool.tool.origin}
+        await recorder.settled()
+        session.open(store.load(first))
+        assert await offered("d") == 1
+
+    asyncio.run(asyncio.wait_for(run(), timeout=90))
+
+
 def test_a_title_is_asked_for_and_gives_way_to_a_question(tmp_path: Path) -> None:
     async def run() -> None:
         store = Store.open(tmp_path / "c.db")

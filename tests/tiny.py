@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -59,6 +60,15 @@ def spoken_ids() -> list[int]:
     return [i for i, c in enumerate(_alphabet()) if " " < c <= "~"]
 
 
+def _spoken(head: Any) -> Any:
+    """Let a model say nothing but printable ASCII, so that its words are text: every other token's logit is 0."""
+    import mlx.core as mx
+
+    mask = mx.zeros((head.shape[0], 1))
+    mask[mx.array(spoken_ids())] = 1
+    return head * mask
+
+
 def write_tokenizer(folder: Path, template: str | None = CHAT_TEMPLATE) -> None:
     """A byte-level tokenizer: one token a byte, and the special tokens of ChatML and of thinking."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -86,16 +96,38 @@ def write_tiny_model(folder: Path, *, seed: int = 0, template: str | None = CHAT
     mx.random.seed(seed)
     model = llama.Model(llama.ModelArgs.from_dict(config))
     model.update(tree_map(lambda w: w * 8 if w.ndim > 1 else w, model.parameters()))
-    # It says nothing but printable ASCII, so that its words are text: every other token's logit is 0.
-    mask = mx.zeros((model.lm_head.weight.shape[0], 1))
-    mask[mx.array(spoken_ids())] = 1
-    model.lm_head.weight = model.lm_head.weight * mask
+    model.lm_head.weight = _spoken(model.lm_head.weight)
     nn.quantize(model, group_size=32, bits=4)
     weights = dict(tree_flatten(model.parameters()))
     mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
     config["quantization"] = {"group_size": 32, "bits": 4}
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     write_tokenizer(folder, template)
+    return folder
+
+
+def write_predicting(folder: Path) -> Path:
+    """A MiMo of two layers with random f32 weights, all layers one operation to the kernels, and an MTP layer."""
+    import mlx.core as mx
+    from mlx.utils import tree_flatten, tree_map
+    from mlx_lm.models import mimo
+
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {**TINY_CONFIG, "model_type": "mimo", "num_nextn_predict_layers": 1, "attention_bias": True}
+    mx.random.seed(0)
+    model = mimo.Model(mimo.ModelArgs.from_dict(config))
+    model.update(tree_map(lambda w: w * 8 if w.ndim > 1 else w, model.parameters()))
+    model.lm_head.weight = _spoken(model.lm_head.weight)
+    weights = dict(tree_flatten(model.parameters()))
+    layer, width = "model.mtp_layers.0.", model.args.hidden_size
+    block = mimo.TransformerBlock(model.args)
+    weights |= {layer + name: array for name, array in tree_flatten(block.parameters())}
+    norms = ("token_layernorm", "hidden_layernorm", "final_layernorm")
+    weights |= {f"{layer}{name}.weight": mx.ones(width) for name in norms}
+    weights[f"{layer}input_proj.weight"] = mx.random.normal((width, 2 * width)) * 0.1
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    write_tokenizer(folder)
     return folder
 
 

@@ -106,11 +106,19 @@ class Session:
         return self.talk.tree
 
     def restart(self) -> None:
-        """Begin a new conversation under the same settings. A running answer keeps writing into the old one."""
-        self.talk = Talk(self.recorder, self.talk.settings)
+        """Begin a new conversation under the same settings, with all tools.
+
+        A running answer keeps writing into the old one, and has the tools of that.
+        """
+        self.talk, self.off = Talk(self.recorder, self.talk.settings), set()
 
     def open(self, stored: Stored) -> None:
-        """Go on with a conversation of the store, under its own settings; the model stays as it is."""
+        """Go on with a conversation of the store, under its own settings; the model stays as it is.
+
+        Another one than this has all tools.
+        """
+        if stored.id != self.talk.id:
+            self.off = set()
         self.talk = Talk(self.recorder, self.talk.settings, stored)
 
     def edit_answer(self, node_id: str, text: str) -> Node:
@@ -242,11 +250,12 @@ class Session:
     async def _by_rounds(self, talk: Talk, to: str, before: str | None) -> AsyncGenerator[SessionEvent, None]:
         """Answer until no tool is asked for."""
         parent, hearing, silent = to, None, True
+        off = self.off
         await self._take_engine()
         # Starting tools takes a while, in which the answer may be stopped.
-        await self._tools.ready(self.off)
+        await self._tools.ready(off)
         messages = talk.tree.messages(talk.settings.system, to=to)
-        rounds = self._rounds = Rounds(messages, self._asked(talk), self._tools, self._approve, off=self.off)
+        rounds = self._rounds = Rounds(messages, self._asked(talk), self._tools, self._approve, off=off)
         try:
             async with aclosing(rounds.run() if self.state is State.ANSWERING else _nothing()) as steps:
                 async for step in steps:

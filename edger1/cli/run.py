@@ -112,6 +112,7 @@ def run_command(
     """
     from edger1.cli.loading import open_model
     from edger1.messages import Done, Text, Thought, ToolCall
+    from edger1.thinking_control import wanted
 
     piped = read_stdin()
     asked = "\n\n".join(part for part in (prompt, piped.strip("\n") if not raw else piped) if part)
@@ -144,7 +145,8 @@ def run_command(
         plain = raw or (system is None and not loaded.info["has_chat_template"])
         cache = None
         if prompt_cache is not None:
-            cache = _restore_or_save(loaded, prompt_cache, asked if plain else messages, raw=plain, think=think)
+            told = wanted(think, think_budget, think_at_least)
+            cache = _restore_or_save(loaded, prompt_cache, asked if plain else messages, raw=plain, think=told)
         for event in loaded.stream(
             asked if plain else messages,
             raw=plain,

@@ -1,9 +1,12 @@
 #include "append.h"
 
+#include <atomic>
+#include <chrono>
 #include <cstring>
 #include <map>
 #include <memory>
 #include <mutex>
+#include <thread>
 
 #include "cache_rooms.h"
 
@@ -24,8 +27,27 @@ template struct Reach<&mx::array::array_desc_>;
 namespace {
 
 std::mutex readers_mutex;
-// (buffer, stream) -> queued tasks of ours that read it.
+// (buffer, stream) -> queued tasks of ours that read it; 0 where they have ended, and MLX may be about to let go of it.
 std::map<std::pair<const void*, int>, int> readers;
+constexpr size_t kMostReaders = 4096;
+constexpr auto kPatience = std::chrono::milliseconds(100);
+
+// How many hold the buffer of `a` but for queued tasks of ours, and whether such tasks have ended since this was asked last.
+std::pair<long, bool> holders(const mx::array& a, int stream) {
+  // This count is read first: a task drops its mark before MLX drops its hold, so that the difference may come out too
+  // large but never too small.
+  long uses = a.data_shared_ptr().use_count();
+  std::lock_guard lock(readers_mutex);
+  auto found = readers.find({a.data_shared_ptr().get(), stream});
+  if (found == readers.end()) {
+    return {uses, false};
+  }
+  if (found->second == 0) {
+    readers.erase(found);
+    return {uses, true};
+  }
+  return {uses - found->second, false};
+}
 
 // Inputs: a buffer [..., S, D] and rows [..., L, D].
 class AppendRows : public DensePrimitive {
@@ -49,7 +71,7 @@ class AppendRows : public DensePrimitive {
     const auto &buffer = inputs[0], &rows = inputs[1];
     auto& out = outputs[0];
     bool in_place = buffer.flags().row_contiguous && buffer.data_size() == buffer.size() &&
-        sole_holder(buffer, stream().index);
+        sole_holder(buffer, stream());
     if (in_place) {
       out.copy_shared_buffer(buffer);
     } else {
@@ -102,21 +124,35 @@ mx::array append_rows(const mx::array& buffer, const mx::array& rows, int start,
                    {buffer, rows});
 }
 
-// The count of holders is read first: a task drops its mark before MLX drops its hold, so that the difference may come out too
-// large but never too small.
-bool sole_holder(const mx::array& a, int stream) {
-  long uses = a.data_shared_ptr().use_count();
+bool sole_holder(const mx::array& a, const mx::Stream& stream) {
   if (descriptor_uses(a) != 1 || !(a.data_shared_ptr()->is_owned() || lies_in_room(a))) {
     return false;
   }
-  std::lock_guard lock(readers_mutex);
-  auto found = readers.find({a.data_shared_ptr().get(), stream});
-  return uses - (found == readers.end() ? 0 : found->second) == 1;
+  auto [count, ended] = holders(a, stream.index);
+  if (count != 2 || !ended) {
+    return count == 1;
+  }
+  // MLX lets go of what a task has read in a task of its own, behind that. It has only to run; a copy of a cache would cost
+  // more, and memory that is in no plan.
+  auto passed = std::make_shared<std::atomic<bool>>(false);
+  mx::scheduler::enqueue(stream, [passed] { *passed = true; });
+  auto until = std::chrono::steady_clock::now() + kPatience;
+  while (holders(a, stream.index).first != 1) {
+    if (*passed || std::chrono::steady_clock::now() > until) {
+      return holders(a, stream.index).first == 1;
+    }
+    std::this_thread::sleep_for(std::chrono::microseconds(10));
+  }
+  return true;
 }
 
 std::vector<const void*> reading(const std::vector<mx::array>& inputs, const mx::Stream& stream) {
   std::vector<const void*> buffers;
   std::lock_guard lock(readers_mutex);
+  if (readers.size() > kMostReaders) {
+    // Of buffers that nobody has asked about since.
+    std::erase_if(readers, [](const auto& each) { return each.second == 0; });
+  }
   for (const auto& a : inputs) {
     const void* buffer = a.data_shared_ptr().get();
     bool known = false;
@@ -135,10 +171,7 @@ std::vector<const void*> reading(const std::vector<mx::array>& inputs, const mx:
 ReadingDone::~ReadingDone() {
   std::lock_guard lock(readers_mutex);
   for (const void* buffer : buffers) {
-    auto found = readers.find({buffer, stream});
-    if (--found->second == 0) {
-      readers.erase(found);
-    }
+    readers.find({buffer, stream})->second--;
   }
 }
 

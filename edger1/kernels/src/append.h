@@ -16,8 +16,8 @@ namespace edger1 {
 mx::array append_rows(const mx::array& buffer, const mx::array& rows, int start, mx::StreamOrDevice s = {});
 
 // Whether `a`, an input of the operation that asks in its eval_cpu, is the only holder of its buffer but for tasks queued on
-// this stream that said so by reading().
-bool sole_holder(const mx::array& a, int stream);
+// this stream that said so by reading(). Where such a task has just ended, it waits for MLX to let go of what that has read.
+bool sole_holder(const mx::array& a, const mx::Stream& stream);
 
 // Marks the buffers of `inputs` as read by a task that is about to be queued, which must hold a ReadingDone of the result.
 std::vector<const void*> reading(const std::vector<mx::array>& inputs, const mx::Stream& stream);

@@ -142,6 +142,9 @@ void bind_pages(nb::module_& m) {
           },
           "array"_a, "used"_a, "capacity"_a, "dtype"_a,
           "An evaluated array [..., n, width] with `capacity` rows: the first `used` as `dtype`, then zeros; or None.");
+  m.def("cache_room_bytes", &cache_room_bytes, "Memory that rooms for caches hold, those included that wait for use.");
+  m.def("keep_spare_rooms", &keep_spare_rooms, "most_bytes"_a,
+        "Let rooms that wait for use take so much at most, and never above 64 MB; what is above that is given back.");
   m.def("collapse_pages", &collapse_pages, "array"_a, nb::call_guard<nb::gil_scoped_release>(),
         "Move an array's memory to huge pages where the system allows it; returns the bytes that lie in them.");
 }

@@ -26,12 +26,23 @@ int64_t lines(int64_t bytes) {
 
 // Memory that the system gives for the first time costs several times what writing it does, and on virtual machines far
 // more than that: a few rooms wait for the next prompt.
-constexpr size_t kMostSpare = 8;
+constexpr int64_t kMostSpare = 8;
+
+struct Mapping {
+  char* mapped;
+  int64_t touched; // bytes of it that the system has given
+};
+
+struct InUse {
+  uintptr_t end;
+  int64_t touched;
+};
 
 struct Registry {
   std::mutex mutex;
-  std::map<uintptr_t, uintptr_t> rooms; // first address of a room -> the one after its last
-  std::vector<char*> spare;             // mappings of rooms of the usual size that nobody uses
+  std::map<uintptr_t, InUse> rooms; // by their first addresses
+  std::vector<Mapping> spare;       // rooms of the usual size that nobody uses
+  size_t most_spare = kMostSpare;
 };
 
 // Never destroyed: MLX may let go of arrays while the process exits.
@@ -51,13 +62,15 @@ struct CacheRooms::Room {
   char* mapped = nullptr;
   char* begin = nullptr;
   int64_t bytes = 0;
-  bool zero = true;                  // nothing was written in it yet
+  bool zero = true; // nothing was written in it yet
 
   explicit Room(int64_t wanted) : bytes(std::max(wanted, kRoomBytes)) {
     Registry& all = registry();
     std::unique_lock lock(all.mutex);
+    int64_t touched = 0;
     if (bytes == kRoomBytes && !all.spare.empty()) {
-      mapped = all.spare.back();
+      mapped = all.spare.back().mapped;
+      touched = all.spare.back().touched;
       all.spare.pop_back();
       zero = false;
     }
@@ -73,7 +86,7 @@ struct CacheRooms::Room {
     // Only whole pages, so that no memory is taken that holds nothing.
     madvise(begin, static_cast<size_t>(bytes / kHugePage * kHugePage), MADV_HUGEPAGE);
     lock.lock();
-    all.rooms[reinterpret_cast<uintptr_t>(begin)] = reinterpret_cast<uintptr_t>(begin + bytes);
+    all.rooms[reinterpret_cast<uintptr_t>(begin)] = {reinterpret_cast<uintptr_t>(begin + bytes), touched};
   }
   ~Room() {
     if (!mapped) {
@@ -81,9 +94,11 @@ struct CacheRooms::Room {
     }
     Registry& all = registry();
     std::unique_lock lock(all.mutex);
-    all.rooms.erase(reinterpret_cast<uintptr_t>(begin));
-    if (bytes == kRoomBytes && all.spare.size() < kMostSpare) {
-      all.spare.push_back(mapped);
+    auto mine = all.rooms.find(reinterpret_cast<uintptr_t>(begin));
+    int64_t touched = mine->second.touched;
+    all.rooms.erase(mine);
+    if (bytes == kRoomBytes && all.spare.size() < all.most_spare) {
+      all.spare.push_back({mapped, touched});
       return;
     }
     lock.unlock();
@@ -91,6 +106,14 @@ struct CacheRooms::Room {
   }
   Room(const Room&) = delete;
   Room& operator=(const Room&) = delete;
+
+  // Note that its first bytes are about to be written.
+  void touch(int64_t first) const {
+    Registry& all = registry();
+    std::lock_guard lock(all.mutex);
+    int64_t& touched = all.rooms.at(reinterpret_cast<uintptr_t>(begin)).touched;
+    touched = std::max(touched, std::min(bytes, (first + kHugePage - 1) / kHugePage * kHugePage));
+  }
 };
 
 bool lies_in_room(const mx::array& a) {
@@ -98,7 +121,30 @@ bool lies_in_room(const mx::array& a) {
   Registry& all = registry();
   std::lock_guard lock(all.mutex);
   auto after = all.rooms.upper_bound(at);
-  return after != all.rooms.begin() && at < std::prev(after)->second;
+  return after != all.rooms.begin() && at < std::prev(after)->second.end;
+}
+
+int64_t cache_room_bytes() {
+  Registry& all = registry();
+  std::lock_guard lock(all.mutex);
+  int64_t sum = 0;
+  for (const auto& [begin, room] : all.rooms) {
+    sum += room.touched;
+  }
+  for (const Mapping& each : all.spare) {
+    sum += each.touched;
+  }
+  return sum;
+}
+
+void keep_spare_rooms(int64_t most_bytes) {
+  Registry& all = registry();
+  std::lock_guard lock(all.mutex);
+  all.most_spare = static_cast<size_t>(std::clamp<int64_t>(most_bytes / kRoomBytes, 0, kMostSpare));
+  while (all.spare.size() > all.most_spare) {
+    munmap(all.spare.back().mapped, mapped_bytes(kRoomBytes));
+    all.spare.pop_back();
+  }
 }
 
 std::optional<mx::array> CacheRooms::hold(const mx::array& a, int used, int capacity, mx::Dtype dtype) {
@@ -130,6 +176,7 @@ std::optional<mx::array> CacheRooms::hold(const mx::array& a, int used, int capa
   if (buffer.raw_ptr() != to) {
     return std::nullopt;
   }
+  room_->touch(used_ + taken);
   *in_front = static_cast<size_t>(bytes);
   used_ += taken;
   const char* from = source.data<char>();

@@ -17,6 +17,12 @@ namespace mx = mlx::core;
 // Whether the memory of an array is of a room, so that whoever alone holds it may write in it.
 bool lies_in_room(const mx::array& a);
 
+// Bytes that rooms hold, those included that wait to be used again.
+int64_t cache_room_bytes();
+
+// Lets rooms that nobody uses take `most_bytes` at most from here on, and at most 64 MB; what is above that is given back.
+void keep_spare_rooms(int64_t most_bytes);
+
 class CacheRooms {
  public:
   // A copy of the evaluated array [..., n, width] with `capacity` >= used rows in place of n: the first `used` ones of it as

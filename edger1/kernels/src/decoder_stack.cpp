@@ -90,7 +90,7 @@ class DecoderStackOp : public CpuPrimitive {
   // The buffer to write a cache in: its own where nobody else holds it, else a copy's.
   void* claim(const mx::array& cache) {
     mx::array out(cache.shape(), cache.dtype(), nullptr, {});
-    if (cache.flags().row_contiguous && cache.data_size() == cache.size() && sole_holder(cache, stream().index)) {
+    if (cache.flags().row_contiguous && cache.data_size() == cache.size() && sole_holder(cache, stream())) {
       out.copy_shared_buffer(cache);
     } else {
       allocate(out);

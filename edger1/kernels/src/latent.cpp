@@ -53,7 +53,7 @@ class ClaimCache : public CpuPrimitive {
   void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
     const auto& in = inputs[0];
     auto& out = outputs[0];
-    if (in.flags().row_contiguous && in.data_size() == in.size() && sole_holder(in, stream().index)) {
+    if (in.flags().row_contiguous && in.data_size() == in.size() && sole_holder(in, stream())) {
       out.copy_shared_buffer(in);
       return;
     }
