@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from fractions import Fraction
 
 from edger1.errors import UsageError
 
@@ -22,6 +23,8 @@ _FACTORS = {
     "gib": 2**30,
     "tib": 2**40,
 }
+_LONGEST = 40
+"""Characters of a size that means something."""
 _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?|\.[0-9]+)\s*([a-zA-Z]*|%)\s*")
 
 
@@ -33,20 +36,19 @@ def parse_size(text: str | int, *, whole: int | None = None) -> int:
 
     Raises UsageError for anything else, for zero, and for more than 100%.
     """
-    match = None if isinstance(text, bool) else _SIZE.fullmatch(str(text))
+    match = None if isinstance(text, bool) or len(str(text)) > _LONGEST else _SIZE.fullmatch(str(text))
     unit = match.group(2).lower() if match else None
     if match is None or (unit != "%" and unit not in _FACTORS):
-        raise UsageError(f'{text!r} is not a size; expected a number with a unit, such as "6GB", "512MiB" or "50%".')
-    number = float(match.group(1))
+        found = f"{text!r:.80}"
+        raise UsageError(f'{found} is not a size; expected a number with a unit, such as "6GB", "512MiB" or "50%".')
+    # Not through a float, in which 2.01 thousand are 2,009.99... and which holds only 53 bits.
+    number = Fraction(match.group(1))
     if unit == "%":
         if number > 100:
             raise UsageError(f"{text!r} is more than the whole; expected at most 100%.")
         size = int(number / 100 * (_machine_memory() if whole is None else whole))
-    elif "." in match.group(1):
-        size = int(number * _FACTORS[unit or ""])
     else:
-        # Not through a float, which holds only 53 bits.
-        size = int(match.group(1)) * _FACTORS[unit or ""]
+        size = int(number * _FACTORS[unit or ""])
     if size <= 0:
         raise UsageError(f"{text!r} is no memory at all; expected a size above zero.")
     return size

@@ -3,7 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from edger1.config import Config, load_config
@@ -161,6 +161,7 @@ def test_a_file_that_is_no_text(tmp_path: Path) -> None:
 
 
 @given(st.integers(1, 10**15))
+@example(2010)
 def test_a_size_rounded_up_holds_the_size(size: int) -> None:
     shown = parse_size(format_bytes(size, up=True))
     assert size <= shown <= size * 1.011
