@@ -131,10 +131,10 @@ def test_a_source_that_was_slower_in_the_end_must_promise_more() -> None:
     pace.came_of("", 200, 200.0)
     assert _length(pace).choose(acceptance, 1)[0] == 1, "1.9 tokens in the time of 1.6"
     for lost in range(1, 3):
-        pace.came_of("mtp", 150, 165.0)
-        assert pace.demand("mtp") == pytest.approx(1.02 * 1.1 ** (lost - 1)), "of so few tokens nothing is known"
+        pace.came_of("mtp", 60, 66.0)
+        assert pace.demand("mtp") == pytest.approx(1.05 * 1.15 ** (lost - 1)), "of so few tokens nothing is known"
         pace.came_of("mtp", 10, 11.0)
-        assert pace.demand("mtp") == pytest.approx(1.02 * 1.1**lost)
+        assert pace.demand("mtp") == pytest.approx(1.05 * 1.15**lost)
     length = _length(pace)
     assert length.choose(acceptance, 1)[0] == 0
     # Each trial brings it a little nearer.
@@ -148,7 +148,7 @@ def test_a_source_that_gained_may_go_on() -> None:
     pace = _pace(1.0, {1: 1.6})
     pace.came_of("", 200, 200.0)
     pace.came_of("mtp", 500, 510.0)
-    assert pace.demand("mtp") == 1.02
+    assert pace.demand("mtp") == 1.05
 
 
 def test_drafts_are_priced_in_the_bytes_that_verifying_reads() -> None:

@@ -17,11 +17,11 @@ from statistics import fmean
 
 _KEPT = 32
 """Measured times whose mean counts, without the largest and smallest eighth."""
-_LEAST_GAIN = 1.02
+_LEAST_GAIN = 1.05
 """What drafting must promise over plain decoding."""
-_MORE, _MOST_GAIN = 1.1, 1.6
+_MORE, _MOST_GAIN = 1.15, 1.5
 """How much more it must promise after it did not keep to that, and the most that is asked for."""
-_JUDGED, _LATELY = 160, 0.995
+_JUDGED, _LATELY = 64, 0.995
 """Tokens after which it is judged by what came of it, and what an earlier token weighs for each later one."""
 _LOST = 0.97
 """Share of plain decoding's rate below which that was no accident."""
