@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import operator
 import warnings
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from functools import partial
@@ -125,9 +126,17 @@ class Model:
         return Chat(self, system)
 
     def score(self, token_ids: Sequence[int]) -> list[float]:
-        """Natural log-probabilities of `token_ids[1:]`, each given all ids before it: one fewer than given."""
+        """Natural log-probabilities of `token_ids[1:]`, each given all ids before it: one fewer than given.
+
+        Raises UsageError for anything but at least two whole numbers of the vocabulary, ContextError for too many.
+        """
         self._check_open()
-        request = Score(next_id(), self._id, list(token_ids))
+        try:
+            ids = [i if isinstance(i, bool) else operator.index(i) for i in token_ids]
+        except TypeError:
+            found = f"{token_ids!r:.200}"
+            raise UsageError(f"token_ids is {found}; expected a list of at least two whole numbers.") from None
+        request = Score(next_id(), self._id, ids)
         for event in client.events(self._connection, request):
             if isinstance(event, Failed):
                 raise error_of(event)

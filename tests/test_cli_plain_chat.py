@@ -147,19 +147,26 @@ def test_a_conversation_is_kept_as_it_is_said(tmp_path: Path) -> None:
 # The terminal
 
 
+# A program that forks of itself and goes on in Python, as Popen's preexec_fn does, may wait for ever for another thread.
+OWN_TERMINAL = """
+import fcntl, os, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+
+
 class Terminal:
     """A program in a pseudo-terminal."""
 
     def __init__(self, command: list[str], **environ: str) -> None:
         self._master, child = pty.openpty()
         self._process = subprocess.Popen(
-            command,
+            [sys.executable, "-c", OWN_TERMINAL, *command],
             stdin=child,
             stdout=child,
             stderr=child,
             env={**os.environ, "TERM": "xterm-256color", "PYTHONPATH": path(), **environ},
             start_new_session=True,
-            preexec_fn=lambda: __import__("fcntl").ioctl(0, __import__("termios").TIOCSCTTY, 0),
         )
         os.close(child)
         self.said = ""

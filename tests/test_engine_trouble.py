@@ -9,6 +9,7 @@ import sys
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tiny import write_tiny_model
 
@@ -199,6 +200,10 @@ def test_a_vocabulary_smaller_than_the_tokenizers_is_kept_to(tmp_path: Path) -> 
         # 258 is a special token of the tokenizer that the model has no row for.
         with pytest.raises(edger1.UsageError, match="vocabulary of 258"):
             model.score([1, 258, 2])
+        assert model.score(np.array([1, 2, 3])) == model.score([1, 2, 3])
+        for wrong in (5, None, "ab", [1, "a"], [1, 2.0], [True, 1], [1]):
+            with pytest.raises(edger1.UsageError, match="two whole numbers"):
+                model.score(wrong)
         assert model.generate("a", raw=True, top_k=259, temperature=1.0, max_tokens=2).usage.completion_tokens == 2
 
 
