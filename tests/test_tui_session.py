@@ -360,8 +360,12 @@ def test_a_title_is_made_presentable() -> None:
     tree = Tree()
     tree.add(Node("user", "What do cats\nsay when " + "they are hungry " * 9))
     assert tidy("## Title: *What cats say*", tree) == "What cats say"
-    for nothing in ("", "\n***\n", "the cat, " * 20):
+    assert tidy("Two hungry cats", tree) == "Two hungry cats"
+    echoes = ("The conversation in two to six words", "Name: conversation", "Six words: Name This")
+    for nothing in ("", "\n***\n", "the cat, " * 20, *echoes):
         assert tidy(nothing, tree) == "What do cats say when they are hungry they are hungry they…"
+    tree.add(Node("user", "Give me six words for conversation"))
+    assert tidy("Six words for conversation", tree) == "Six words for conversation"
 
 
 def test_another_model_answers_in_the_middle_of_a_conversation() -> None:

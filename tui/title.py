@@ -32,7 +32,18 @@ def tidy(said: str, tree: Tree) -> str:
     title = title.replace("**", "").strip(" \t\"'`*_“”‘’«».:")
     # A small model that goes on and on has not named anything.
     named = re.search(r"\w", title) and len(title.split()) <= WORDS_MAX
-    return shorten(title) if named else first_words(tree)
+    return shorten(title) if named and not _repeats(title, tree) else first_words(tree)
+
+
+def _repeats(title: str, tree: Tree) -> bool:
+    """Whether most of a title is what it was asked for with, as small models give back, and nothing that was said."""
+    asked, said = _words(_ASK), _words(" ".join(node.text for node in tree.path()))
+    words = re.findall(r"\w+", title.lower())
+    return 2 * sum(word in asked and word not in said for word in words) > len(words)
+
+
+def _words(text: str) -> set[str]:
+    return set(re.findall(r"\w+", text.lower()))
 
 
 def first_words(tree: Tree) -> str:
