@@ -338,7 +338,8 @@ class Generation:
     def _forward(self, tokens: Any, position: int) -> Any:
         """Feed `tokens` (1, 1) at `position` and draw the next one; returns its id, shape (1,), not yet evaluated."""
         assert self._caches is not None
-        logits = self._drafts.forward(tokens, self._caches, position, self._known())[:, -1, :]
+        known = self._known() if self._drafts.observes else []
+        logits = self._drafts.forward(tokens, self._caches, position, known)[:, -1, :]
         self._turn.take(self._random)
         return self._sampler(logits, self._known() if self._sampler.looks_back else [])
 
@@ -371,7 +372,8 @@ class Generation:
         if self._control.left is not None:
             # The last draft that stands has one token more behind it.
             room = min(room, self._control.left - 1 - unread)
-        return self._drafts.choose(self._known(), self._caches, room, unread=unread)
+        known = [] if self._drafts.off else self._known()
+        return self._drafts.choose(known, self._caches, room, unread=unread)
 
     def _verify(self) -> None:
         """Say the drafts that stand and one token more, up to where the answer ends."""

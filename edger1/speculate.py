@@ -82,6 +82,7 @@ class Speculation:
     ) -> None:
         check(model, wanted)
         self._model = model
+        self._figures = [streaming.figures for streaming in model.streamings]
         self._draws = Draws(sampler, random, turn, seeded=seeded)
         self._lookup = Lookup() if wanted in ("auto", "lookup") else None
         ahead = model.ahead if wanted in ("auto", "mtp") else None
@@ -136,8 +137,16 @@ class Speculation:
         """Keep nothing of the caches: others write in them. A pass that was begun early is never taken then."""
         self._early = None
 
+    @property
+    def observes(self) -> bool:
+        """Whether `forward` has to know the text."""
+        return self._mtp is not None and not self.off
+
     def forward(self, tokens: Any, caches: list[Any], first: int, known: Sequence[int]) -> Any:
-        """Pass tokens [1, L], which stand at positions from `first` on, through the model; returns logits [1, L, V]."""
+        """Pass tokens [1, L], which stand at positions from `first` on, through the model; returns logits [1, L, V].
+
+        `known` is the text so far, where `observes`.
+        """
         self.lend()
         if self._mtp is None or self.off or self._model.ahead is None:
             return self._model.model(tokens, cache=caches)
@@ -160,14 +169,16 @@ class Speculation:
         room = min(room, MOST_ROWS - 1)
         if self.off or room < 1:
             return 0
-        reason = _untrimmable(caches, room + 1)
-        if reason:
-            self.off = reason
-            return 0
         best = 1.0
         for choice, gain in self._candidates(known, room, unread):
             if choice.count and (self._choice is None or gain > best):
                 self._choice, best = choice, gain
+        if self._choice is None and self._source_before is not None:
+            # Caches are looked at where it matters, and once at the beginning.
+            return 0
+        self.off = _untrimmable(caches, room + 1)
+        if self.off:
+            self._choice = None
         return self._choice.count if self._choice is not None else 0
 
     def _candidates(self, known: Sequence[int], room: int, unread: bool) -> list[tuple[_Choice, float]]:
@@ -361,8 +372,10 @@ class Speculation:
 
     def _read(self) -> tuple[float, float]:
         """Return the seconds that were lost to reads of experts, and their bytes, since loading."""
-        tables = [streaming.figures for streaming in self._model.streamings]
-        return sum(float(t[:, STALL_S].sum()) for t in tables), sum(float(t[:, BYTES_READ].sum()) for t in tables)
+        if not self._figures:
+            return 0.0, 0.0
+        stall_s, nbytes = (sum(float(t[:, i].sum()) for t in self._figures) for i in (STALL_S, BYTES_READ))
+        return stall_s, nbytes
 
     def figures(self) -> dict[str, Any]:
         """Return what came of it as plain JSON values:

@@ -12,11 +12,13 @@ what came of plain decoding; a source that was slower in the end must promise mo
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import fmean
 
 _KEPT = 32
 """Measured times whose mean counts, without the largest and smallest eighth."""
+_RENEWED = 4
+"""Times after which that mean is taken anew: a small model's step takes not much longer than finding it."""
 _LEAST_GAIN = 1.05
 """What drafting must promise over plain decoding."""
 _MORE, _MOST_GAIN = 1.15, 1.5
@@ -50,17 +52,23 @@ class _Costs:
 
     def __init__(self) -> None:
         self._last: deque[Cost] = deque(maxlen=_KEPT)
+        self._added = 0
         self.compute_s = self.nbytes = 0.0
 
     def __len__(self) -> int:
         return len(self._last)
 
-    def add(self, cost: Cost) -> None:
+    def add(self, cost: Cost) -> bool:
+        """Note one; True where the means are other ones now."""
         self._last.append(cost)
+        self._added += 1
+        if len(self._last) == _KEPT and self._added % _RENEWED:
+            return False
         # What was measured once or twice may be an accident: the better of it is believed, so that it is tried again.
         middle = _mean if len(self._last) > 2 else min
         self.compute_s = middle([each.seconds - each.stall_s for each in self._last])
         self.nbytes = middle([each.nbytes for each in self._last])
+        return True
 
 
 def _mean(values: list[float]) -> float:
@@ -109,6 +117,8 @@ class Pace:
         self._stall_s = self._nbytes = 0.0
         self._records: dict[str, _Record] = {}
         self._demands: dict[str, float] = {}
+        self.version = 0
+        """Another number whenever what steps cost, or what is asked of a source, is something else."""
         self.trials: defaultdict[str, _Trials] = defaultdict(_Trials)
         """Of each source, across answers: most are short."""
 
@@ -120,6 +130,7 @@ class Pace:
         if source and record.rate is not None and plain is not None and record.rate < _LOST * plain:
             self._demands[source] = min(self.demand(source) * _MORE, _MOST_GAIN)
             self._records[source] = _Record()
+            self.version += 1
 
     def demand(self, source: str) -> float:
         """Return what drafts of `source` must promise over plain decoding."""
@@ -129,15 +140,19 @@ class Pace:
         """Ask for a little less of a source that was just tried again."""
         if source in self._demands:
             self._demands[source] = max(_LEAST_GAIN, self._demands[source] * 0.98)
+            self.version += 1
 
     def note_plain(self, cost: Cost) -> None:
         """Note a step that said one token without drafts."""
-        self._plain.add(cost)
+        self.version += self._plain.add(cost)
         self._note_read(cost)
 
     def note(self, source: str, drafts: int, cost: Cost) -> None:
         """Note a step that made and verified so many drafts."""
-        self._steps.setdefault(source, {}).setdefault(drafts, _Costs()).add(cost)
+        steps = self._steps.setdefault(source, {})
+        if drafts not in steps:
+            steps[drafts] = _Costs()
+        self.version += steps[drafts].add(cost)
         self._note_read(cost)
 
     @property
@@ -170,6 +185,9 @@ class Pace:
         return nbytes * self._stall_s / self._nbytes if self._nbytes else 0.0
 
     def _note_read(self, cost: Cost) -> None:
+        if not (cost.stall_s or cost.nbytes or self._nbytes):
+            return
+        self.version += 1
         self._stall_s = self._stall_s * _FORGET + cost.stall_s
         self._nbytes = self._nbytes * _FORGET + cost.nbytes
 
@@ -180,9 +198,12 @@ class Acceptance:
     def __init__(self, expected: float, weight: float = 4.0) -> None:
         self._stood = [expected * weight, expected * weight]
         self._tried = [weight, weight]
+        self.version = 0
+        """Another number after each step."""
 
     def note(self, drafts: int, accepted: int) -> None:
         """Note a step of which `accepted` of `drafts` drafts stood."""
+        self.version += 1
         for place in range(min(drafts, accepted + 1)):
             kind = min(place, 1)
             self._stood[kind] = self._stood[kind] * _FORGET + (place < accepted)
@@ -214,6 +235,7 @@ class Length:
     trial: int = 2
     trial_steps: int = 1
     _drafted: int = 0
+    _found: dict[Acceptance, tuple[tuple[int, int, int], tuple[int, float]]] = field(default_factory=dict)
 
     def choose(self, acceptance: Acceptance, room: int) -> tuple[int, float]:
         """Return how many drafts to verify, `room` at most, and the tokens a second that they promise over plain ones.
@@ -224,12 +246,7 @@ class Length:
         most = min(self.most, room)
         if plain is None or most < 1:
             return 0, 1.0
-        best, gain = 0, 1.0
-        costs = self.pace.curve(self.source, most, self.each)
-        for drafts, (said, seconds) in enumerate(zip(acceptance.tokens(most), costs, strict=True), start=1):
-            promised = said * plain / seconds
-            if promised > max(gain, self.pace.demand(self.source)):
-                best, gain = drafts, promised
+        best, gain = self._best(acceptance, most, plain)
         trials = self.pace.trials[self.source]
         if best:
             trials.interval = _FIRST_TRIAL
@@ -242,6 +259,21 @@ class Length:
             return 0, 1.0
         trials.waited += 1
         return (min(self.trial, most), 1.0) if trials.waited >= trials.interval else (0, 1.0)
+
+    def _best(self, acceptance: Acceptance, most: int, plain: float) -> tuple[int, float]:
+        """Return the drafts that promise most, 0 where none promise enough, and what they do."""
+        key = self.pace.version, acceptance.version, most
+        known = self._found.get(acceptance)
+        if known is not None and known[0] == key:
+            return known[1]
+        best, gain, least = 0, 1.0, self.pace.demand(self.source)
+        costs = self.pace.curve(self.source, most, self.each)
+        for drafts, (said, seconds) in enumerate(zip(acceptance.tokens(most), costs, strict=True), start=1):
+            promised = said * plain / seconds
+            if promised > max(gain, least):
+                best, gain = drafts, promised
+        self._found[acceptance] = key, (best, gain)
+        return best, gain
 
     def taken(self) -> None:
         """Note that drafts are made as chosen."""
