@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 
 from edger1 import calibration, installed, mlx_runtime, paths
 from edger1.cli import app
-from edger1.errors import EdgeR1Error, SourceError, UsageError
+from edger1.errors import EdgeR1Error, FormatError, SourceError, UsageError
 from edger1.fetch import hub, pull, quantize, run, streamed
 from edger1.fetch.place import Manifest
 from edger1.fetch.quantize import Calibration, Wanted, convert, describe
@@ -344,6 +344,15 @@ def test_waiting_threads_are_let_go_when_it_ends(tmp_path: Path) -> None:
     supply.stop()
     thread.join(5)
     assert len(caught) == 1
+
+
+def test_a_file_that_is_needed_after_it_was_removed_is_an_error_and_no_endless_wait(tmp_path: Path) -> None:
+    supply = streamed.ShardSupply(tmp_path, {"a": ["one"]}, lambda name: (tmp_path / name).touch(), lambda path: None)
+    supply.begin(["a"])
+    supply.need(("a",))
+    supply.passed(frozenset("a"))
+    with pytest.raises(FormatError, match="one was needed again"):
+        supply.need(("a",))
 
 
 def test_the_command(home: Path, tmp_path: Path) -> None:

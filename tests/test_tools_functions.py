@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
+import sys
 import threading
 import time
 from dataclasses import dataclass
@@ -184,8 +186,31 @@ def test_a_cancelled_call_ends_its_thread() -> None:
     assert ended("busy")
 
 
-def ended(name: str) -> bool:
-    for _ in range(300):
+def test_a_call_that_is_given_up_while_it_imports_leaves_the_module_importable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its end waits for the import's: a thread that ended inside would hold the module's lock for ever."""
+    module = tmp_path / "slow_module_of_a_tool.py"
+    module.write_text("import time\nfor _ in range(150):\n    time.sleep(0.01)\nvalue = 7\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def imports() -> int:
+        import slow_module_of_a_tool  # type: ignore[import-not-found]
+
+        time.sleep(0)
+        while True:
+            time.sleep(0.01)
+        return slow_module_of_a_tool.value
+
+    result = asyncio.run(function_tool(imports).call({}, timeout_s=0.3))
+    assert result.is_error
+    assert ended("imports", 20)
+    assert importlib.import_module("slow_module_of_a_tool").value == 7
+    assert sys.modules.pop("slow_module_of_a_tool").value == 7
+
+
+def ended(name: str, seconds: float = 3) -> bool:
+    for _ in range(int(seconds * 100)):
         if not any(thread.name.endswith(name) for thread in threading.enumerate()):
             return True
         time.sleep(0.01)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 from chatting import drive, screen, settle, until
 from fake_backend import FIGURES, GONE, HOLD, FakeBackend, words
@@ -129,3 +131,50 @@ def test_the_engine_is_closed_when_the_chat_ends(monkeypatch: pytest.MonkeyPatch
     backend = FakeBackend()
     tui.run_chat(backend, "m")
     assert backend.closed
+
+
+@pytest.mark.parametrize("taken_back", [False, True])
+def test_a_message_that_is_sent_while_loading_ends_is_asked_once_it_is_shown(
+    taken_back: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = FakeBackend([*words("Four."), FIGURES], loads=[[HOLD, Loaded("", "m")]])
+    begun, go_on = asyncio.Event(), asyncio.Event()
+    leave = ChatApp.leave_welcome
+
+    async def slowly(app: ChatApp) -> None:
+        if not go_on.is_set():
+            begun.set()
+            await go_on.wait()
+        await leave(app)
+
+    async def scenario(pilot: Pilot[None], app: ChatApp) -> None:
+        await until(pilot, lambda: app.session.state is State.LOADING)
+        monkeypatch.setattr(ChatApp, "leave_welcome", slowly)
+        app.query_one(Prompt).restore("2 + 2?")
+        app.query_one(Prompt).focus()
+        app.query_one(Prompt).action_send()
+        await begun.wait()
+        backend.release()
+        try:
+            for _ in range(500):
+                if app.session.state is not State.LOADING:
+                    break
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(0.05)
+            assert backend.asked == []
+            if taken_back:
+                assert app.waiting is not None
+                await app.take_back(app.waiting)
+        finally:
+            go_on.set()
+        if taken_back:
+            await until(pilot, lambda: app.placing is None)
+            assert app.query_one(Prompt).text == "2 + 2?"
+            assert "▌ 2 + 2?" not in screen(app)
+            assert backend.asked == []
+        else:
+            await until(pilot, lambda: "Four." in screen(app))
+            assert screen(app).index("2 + 2?") < screen(app).index("Four.")
+            assert len(backend.asked) == 1
+
+    drive(backend, scenario)

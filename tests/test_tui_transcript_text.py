@@ -16,6 +16,7 @@ from transcripts import Host, drive, quiet, screen, shown_words
 from edger1.tui.clean import STACK_MAX, clean, tame
 from edger1.tui.markdown import Code, code_blocks, parser
 from edger1.tui.tree import Node, Tree
+from edger1.tui.widgets import answer_text
 from edger1.tui.widgets.answer import Answer
 from edger1.tui.widgets.plain_text import PlainText
 from edger1.tui.widgets.question import Question
@@ -155,5 +156,23 @@ def test_a_question_shows_what_was_typed() -> None:
         await pilot.pause()
         assert app.query_one("Question PlainText", PlainText).text == clean(typed)
         assert "[bold]x[/bold] *y*" in screen(app)
+
+    drive(scenario)
+
+
+def test_an_answer_ends_though_its_code_cannot_be_coloured(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*given: object, **named: object) -> None:
+        raise RuntimeError("a fault in a lexer")
+
+    async def scenario(pilot: Pilot[None], app: Host) -> None:
+        answer = Answer(Node("assistant"))
+        await app.transcript.say(answer)
+        await answer.feed("Look:\n\n```python\nprint(")
+        await quiet(pilot, app)
+        monkeypatch.setattr(answer_text, "highlight", fails)
+        await answer.feed("1)\n")
+        await asyncio.wait_for(answer.finish(), 20)
+        await quiet(pilot, app)
+        assert "print(1)" in screen(app)
 
     drive(scenario)

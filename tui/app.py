@@ -147,12 +147,19 @@ class ChatApp(Doors, Acts, inherit_bindings=False):
             self.notify("The answer is still coming. Esc stops it.", markup=False)
             return
         node = Node("user", event.text, attachments=tuple(event.attachments))
-        self.waiting = Question(node, waiting=True)
+        question = self.waiting = self.placing = Question(node, waiting=True)
         self.query_one(Prompt).taken()
         self.keep_draft()
-        await self.leave_welcome()
-        await self.stage.transcript.say(self.waiting)
-        if self.session.state is State.READY:
+        try:
+            await self.leave_welcome()
+            # It may have been taken back meanwhile.
+            if self.waiting is question:
+                await self.stage.transcript.say(question)
+        finally:
+            self.placing = None
+        if self.waiting is not question:
+            await self.stage.transcript.drop(question)
+        elif self.session.state is State.READY:
             self.ask_soon()
         elif self.session.state is State.ASLEEP:
             self.load_soon()

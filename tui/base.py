@@ -89,6 +89,8 @@ class ChatBase(App[None], inherit_bindings=False):
         self.resume = resume
         self._on_painted = on_painted
         self.waiting: Question | None = None
+        self.placing: Question | None = None
+        """The one that waits, while it is put on the screen: whoever does that asks it then."""
         self._name_timer: Timer | None = None
 
     async def on_event(self, event: events.Event) -> None:
@@ -137,6 +139,8 @@ class ChatBase(App[None], inherit_bindings=False):
 
     def ask_soon(self) -> None:
         """Ask what waits."""
+        if self.waiting is self.placing:
+            return
         question, self.waiting = self.waiting, None
         if question is not None:
             self.keep_draft()

@@ -92,7 +92,7 @@ class ShardSupply:
         self._uses: dict[str, set[str]] = {}
         self._here: set[str] = set()
         self._waiting = 0
-        self._idle = self._pressed = self._stopped = False
+        self._idle = self._pressed = self._stopped = self._fetched = False
         self._error: BaseException | None = None
         self._changed = threading.Condition()
 
@@ -118,6 +118,9 @@ class ShardSupply:
                         raise self._error
                     if self._stopped:
                         raise StoppedError("the conversion was stopped")
+                    if self._fetched:
+                        missing = ", ".join(sorted(wanted - self._here))
+                        raise FormatError(f"{missing} was needed again after it was removed; convert again.")
                     self._changed.wait()
             finally:
                 self._waiting -= 1
@@ -171,3 +174,6 @@ class ShardSupply:
             with self._changed:
                 self._here.add(file)
                 self._changed.notify_all()
+        with self._changed:
+            self._fetched = True
+            self._changed.notify_all()

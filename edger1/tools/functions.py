@@ -284,6 +284,23 @@ def _wrong(tool: Tool, error: Any) -> str:
 
 
 def _end(thread: threading.Thread) -> None:
-    """Raise _Stop inside a thread that still runs."""
+    """Raise _Stop inside a thread that still runs, as soon as it imports nothing."""
+    if not _told_to_end(thread):
+        threading.Thread(target=_end_later, args=(thread,), name=f"end of {thread.name}", daemon=True).start()
+
+
+def _end_later(thread: threading.Thread) -> None:
+    while not _told_to_end(thread):
+        time.sleep(0.01)
+
+
+def _told_to_end(thread: threading.Thread) -> bool:
+    """Tell a thread to end; False where that has to wait: a lock of a module that it imports would be held for ever."""
     if thread.is_alive() and thread.ident is not None:
+        frame = sys._current_frames().get(thread.ident)
+        while frame is not None:
+            if frame.f_globals.get("__name__") == "importlib._bootstrap":
+                return False
+            frame = frame.f_back
         ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(_Stop))
+    return True

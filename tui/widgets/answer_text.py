@@ -92,7 +92,11 @@ class AnswerText(Rows):
         while self._wanted is not None and self.is_attached:
             if self._colouring is None:
                 self._colouring = asyncio.create_task(self._colour())
-            await asyncio.wait([self._colouring])
+            task = self._colouring
+            await asyncio.wait([task])
+            if task.cancelled() or task.exception() is not None:
+                # The text stands without its colours.
+                break
         self._coming = False
 
     def _take(self, text: str) -> int:
@@ -180,21 +184,23 @@ class AnswerText(Rows):
     async def _colour(self) -> None:
         """Colour code that waits for it, and draw it so; the text may go on meanwhile."""
         more = False
-        while self._wanted is not None and not (more and self._wanted[2]):
-            code, language, more = self._wanted
-            began = time.monotonic()
-            ink = await asyncio.to_thread(_highlight, code, language, self._look)
-            self._colour_at = time.monotonic() + min((time.monotonic() - began) / COLOUR_SHARE, COLOUR_LATEST_S)
-            tails = [_code(token) for block in self._tail for token in block if token.type in CODE]
-            self._inks = {
-                text: each
-                for text, each in (self._inks | {code: ink}).items()
-                if any(tail.startswith(text) for tail in tails)
-            }
-            rows = len(self._rows)
-            first = self._draw_tail()
-            self.refresh(Region(0, first, self.content_size.width, rows - first))
-        self._colouring = None
+        try:
+            while self._wanted is not None and not (more and self._wanted[2]):
+                code, language, more = self._wanted
+                began = time.monotonic()
+                ink = await asyncio.to_thread(_highlight, code, language, self._look)
+                self._colour_at = time.monotonic() + min((time.monotonic() - began) / COLOUR_SHARE, COLOUR_LATEST_S)
+                tails = [_code(token) for block in self._tail for token in block if token.type in CODE]
+                self._inks = {
+                    text: each
+                    for text, each in (self._inks | {code: ink}).items()
+                    if any(tail.startswith(text) for tail in tails)
+                }
+                rows = len(self._rows)
+                first = self._draw_tail()
+                self.refresh(Region(0, first, self.content_size.width, rows - first))
+        finally:
+            self._colouring = None
 
     def get_content_width(self, container: Size, viewport: Size) -> int:
         """As wide as there is room."""
@@ -261,7 +267,11 @@ def _segments(content: Content, base: Style) -> list[Segment]:
 
 
 def _highlight(code: str, language: str, look: type[HighlightTheme]) -> Content:
-    content = highlight(code, language=language, theme=look)
+    try:
+        content = highlight(code, language=language, theme=look)
+    except Exception:
+        # What a lexer cannot read is shown without colours; an answer must not wait for ever for them.
+        return Content(code)
     # Lexers may add or take a line end; the spans hold for what both have.
     return content if content.plain == code else Content(code, list(content.spans))
 

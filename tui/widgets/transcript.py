@@ -8,6 +8,7 @@ pinned, and the scroll position follows it in the layout itself, before anything
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate
@@ -36,6 +37,8 @@ MARGIN = 1.5
 """Screens that are mounted above and below what is seen."""
 FAR = 4.0
 """Screens from what is seen at which messages are unmounted."""
+LAID_OUT_S = 5.0
+"""Seconds to wait for the screen to give what was mounted its place; it may be about to close."""
 
 Called = Callable[[Node, Sequence[Node]], Iterable[Widget]]
 """Makes the widgets for an answer's calls, given its node and the tools' messages that follow it."""
@@ -180,7 +183,8 @@ class Transcript(VerticalScroll, Copying, can_focus=False):
                 del self._entries[at]
                 self._first -= at < self._first
                 self._last -= at < self._last
-            await widget.remove()
+            if widget.is_attached:
+                await widget.remove()
 
     async def show(self, node_id: str, focus: bool = False) -> bool:
         """Bring a message into view, as search does; False where the shown branch does not have it."""
@@ -499,5 +503,7 @@ class Transcript(VerticalScroll, Copying, can_focus=False):
     async def _laid_out(self) -> None:
         """Wait until what was mounted has its place."""
         done = asyncio.Event()
-        self.call_after_refresh(done.set)
-        await done.wait()
+        # A screen that is going says so, or never calls back.
+        if self.call_after_refresh(done.set):
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(done.wait(), LAID_OUT_S)
