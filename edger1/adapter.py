@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edger1.errors import MemoryCeilingError, UsageError
+from edger1.mlx_runtime import clear_cache
 from edger1.units import format_bytes
 
 if TYPE_CHECKING:
@@ -76,14 +77,12 @@ def use(model: LiveModel, folder: Path | None, *, planned: bool = False, most_by
 
 
 def _taken(model: LiveModel, used: InUse | None) -> None:
-    import mlx.core as mx
-
     from edger1 import runs
 
     model.adapter = used
     # They are what other weights made of their tokens.
     model.kv.clear()
-    mx.clear_cache()
+    clear_cache()
     runs.note(model.folder.path, model.report())
 
 

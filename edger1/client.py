@@ -7,6 +7,7 @@ last of them is terminal. If the engine dies, every open request gets a Failed, 
 from __future__ import annotations
 
 import asyncio
+import collections
 import contextlib
 import itertools
 import os
@@ -15,6 +16,7 @@ import signal
 import subprocess
 import sys
 import threading
+import traceback
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
 from functools import partial
@@ -91,7 +93,7 @@ class _Router:
         with self._lock:
             on_event = self._open.pop(event.id, None) if isinstance(event, TERMINAL) else self._open.get(event.id)
         if on_event is not None:
-            on_event(event)
+            _tell(on_event, event)
 
     def end(self, reason: str) -> None:
         """Fail everything that is open, and whatever comes later."""
@@ -100,7 +102,15 @@ class _Router:
                 self._gone = reason
             waiting, self._open = self._open, {}
         for id_, on_event in waiting.items():
-            on_event(Failed(id_, "EngineError", reason))
+            _tell(on_event, Failed(id_, "EngineError", reason))
+
+
+def _tell(on_event: OnEvent, event: Event) -> None:
+    try:
+        on_event(event)
+    except Exception:
+        # A fault of whoever listens; the thread that tells serves others too.
+        traceback.print_exc(file=sys.stderr)
 
 
 class ThreadConnection(worker.Closable):
@@ -166,6 +176,7 @@ class ChildConnection:
             bufsize=1,
         )
         self._writing = threading.Lock()
+        self._unsent: collections.deque[str] = collections.deque()
         self._closing = False
         self._reader = threading.Thread(target=self._read, name="edger1-events", daemon=True)
         self._reader.start()
@@ -183,7 +194,8 @@ class ChildConnection:
         except ValueError:
             # A child that died in the middle of a line leaves a part of one; one that lives is not the engine.
             self._process.kill()
-        self._router.end(self._obituary(self._process.wait()))
+        finally:
+            self._router.end(self._obituary(self._process.wait()))
 
     def _obituary(self, status: int) -> str:
         if self._closing:
@@ -193,7 +205,10 @@ class ChildConnection:
                 "The engine's process was killed, most likely because memory ran out. Try a smaller --context or a "
                 "smaller model."
             )
-        how = signal.Signals(-status).name if status < 0 else f"exit code {status}"
+        known = {each.value for each in signal.Signals}
+        how = f"exit code {status}" if status >= 0 else f"signal {-status}"
+        if -status in known:
+            how = signal.Signals(-status).name
         return f"The engine's process ended unexpectedly ({how}). Ask again to start a new one."
 
     def submit(self, request: Request, on_event: OnEvent) -> None:
@@ -206,25 +221,42 @@ class ChildConnection:
         self._write(request)
 
     def _write(self, request: Request) -> None:
+        self._unsent.append(encode(request) + "\n")
+        # Whoever is writing writes this too, be it this very thread: when garbage is collected in the middle of that,
+        # a reader of events may go, and cancel its request.
+        while self._unsent and self._writing.acquire(blocking=False):
+            try:
+                self._send_all()
+            finally:
+                self._writing.release()
+
+    def _send_all(self) -> None:
         assert self._process.stdin is not None
         try:
-            with self._writing:
-                self._process.stdin.write(encode(request) + "\n")
-                self._process.stdin.flush()
+            while self._unsent:
+                self._process.stdin.write(self._unsent.popleft())
+            self._process.stdin.flush()
         except (BrokenPipeError, ValueError):
             # The child is gone; the reading thread notices too and fails what is open.
-            pass
+            self._unsent.clear()
 
     def close(self) -> None:
         """End the child, kindly first."""
         self._closing = True
         assert self._process.stdin is not None
-        with self._writing, contextlib.suppress(BrokenPipeError):
-            self._process.stdin.close()
+        # A child that does not read lets whoever writes wait.
+        kindly = self._writing.acquire(timeout=_SHUTDOWN_S)
+        if kindly:
+            try:
+                with contextlib.suppress(BrokenPipeError):
+                    self._process.stdin.close()
+            finally:
+                self._writing.release()
         try:
-            self._process.wait(_SHUTDOWN_S)
+            self._process.wait(_SHUTDOWN_S if kindly else 0)
         except subprocess.TimeoutExpired:
-            os.killpg(self._process.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
         self._reader.join(_SHUTDOWN_S)
 

@@ -25,7 +25,7 @@ from edger1.experts import anatomy
 from edger1.folder import inspect
 from edger1.layer_matrices import FolderMatrices, Matrices
 from edger1.layer_modules import OWNER, kinds
-from edger1.mlx_runtime import prepare
+from edger1.mlx_runtime import clear_cache, prepare
 from edger1.quant.layers import Change, Pass, Watch
 
 WINDOW_BYTES = 64 << 20
@@ -192,7 +192,7 @@ class ModelLayers:
                     for (number, _), answer in zip(asked, found, strict=True):
                         answers[number].append(answer)
                 waiting = [number for number, _ in asked]
-        mx.clear_cache()
+        clear_cache()
 
     def logits(self, passing: Pass, watch: Watch | None = None, change: Change | None = None) -> np.ndarray:
         """Return f32 [windows, length, vocabulary] after the last layer."""

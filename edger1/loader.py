@@ -26,7 +26,7 @@ from edger1.experts.wired import Wired
 from edger1.folder import ModelFolder, inspect
 from edger1.memory import PROCESS_BYTES, KVLayout, Plan
 from edger1.messages import Sampling
-from edger1.mlx_runtime import give_back, on_gpu
+from edger1.mlx_runtime import clear_cache, give_back, on_gpu
 from edger1.planning import plan_model, with_what_is_cached
 from edger1.thinking import Markers
 from edger1.tool_calls import CallFormat, call_format
@@ -133,7 +133,6 @@ class LiveModel:
 
     def close(self) -> None:
         """Drop the weights and caches and give the memory back."""
-        import mlx.core as mx
 
         self.kv.clear()
         for beside in (self.ahead, self.draft):
@@ -151,7 +150,7 @@ class LiveModel:
             _wired().hold(str(self.folder.path), 0)
         self.model = self.tokenizer = None
         gc.collect()
-        mx.clear_cache()
+        clear_cache()
 
 
 def load(

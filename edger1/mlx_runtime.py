@@ -33,7 +33,30 @@ def prepare() -> None:
     if not on_gpu():
         # On a CPU mx.compile calls g++ at run time, 0.8 s a kernel, and gains nothing over our kernels.
         mx.disable_compile()
-        mx.set_cache_limit(ALLOCATOR_BYTES)
+        set_cache_limit(ALLOCATOR_BYTES)
+
+
+def clear_cache() -> None:
+    """Give the memory that MLX keeps for later arrays back to the system.
+
+    MLX waits for the streams of all threads here, and holds the interpreter's lock meanwhile where Python calls it. A
+    stream that waits for experts which threads of Python read would then wait for ever.
+    """
+    _memory().clear_cache()
+
+
+def set_cache_limit(nbytes: int) -> int:
+    """Let MLX keep so many bytes for later arrays; returns how many it was. It waits as `clear_cache` does."""
+    return int(_memory().set_cache_limit(nbytes))
+
+
+def _memory() -> ModuleType:
+    import mlx.core as mx
+
+    from edger1 import kernels
+
+    # Nothing waits on a stream for threads of Python where there are no kernels.
+    return kernels.extension() or mx
 
 
 def _fix_mmap_threshold() -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
 from edger1.client import Connection, error_of, next_id
-from edger1.errors import EdgeR1Error
+from edger1.errors import EdgeR1Error, EngineError
 from edger1.messages import Cancel, Done, Event, Failed, Figures, Generate, Text, Thought, ToolCall, Usage
 
 
@@ -119,6 +119,8 @@ class Handle:
             self._response = self._collector.add(event)
         except EdgeR1Error as error:
             self._error = error
+        except Exception as error:
+            self._error = EngineError(f"The answer could not be put together ({type(error).__name__}: {error}).")
         if self._response is not None or self._error is not None:
             self._done.set()
 

@@ -20,6 +20,7 @@ import mlx.core as mx
 import numpy as np
 
 from edger1.errors import FormatError
+from edger1.mlx_runtime import set_cache_limit
 from edger1.quant import journal, quantizing, threads
 from edger1.quant.formats.ggml import Array
 from edger1.quant.journal import Journal
@@ -300,8 +301,8 @@ def _is_there(plan: Plan, folder: Path, units: int) -> bool:
 @contextmanager
 def _small_cache() -> Iterator[None]:
     """Keep MLX from holding on to what was freed: units differ in size, so little of it would be used again."""
-    before = mx.set_cache_limit(MLX_CACHE_BYTES)
+    before = set_cache_limit(MLX_CACHE_BYTES)
     try:
         yield
     finally:
-        mx.set_cache_limit(before)
+        set_cache_limit(before)

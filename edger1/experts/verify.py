@@ -26,6 +26,7 @@ from edger1.experts.budget import least_slots, slots_by_hand
 from edger1.experts.figures import MISSES
 from edger1.experts.store import Store
 from edger1.experts.streaming import Streaming
+from edger1.mlx_runtime import clear_cache
 
 SAME_ROWS = 16
 """Rows that go through the model. Up to so many, outputs must be the same bit for bit."""
@@ -229,7 +230,7 @@ class _Walk:
         result = module(x, *args, **kwargs)
         mx.eval(result)
         _give_back(module)
-        mx.clear_cache()
+        clear_cache()
         return result
 
     def _compare(self, decoder: _Decoder, x: Any, args: Any, kwargs: Any) -> LayerCertificate:

@@ -27,10 +27,14 @@ template struct Reach<&mx::array::array_desc_>;
 namespace {
 
 std::mutex readers_mutex;
-// (buffer, stream) -> queued tasks of ours that read it; 0 where they have ended, and MLX may be about to let go of it.
-std::map<std::pair<const void*, int>, int> readers;
+struct Readers {
+  int queued = 0;     // tasks of ours that read the buffer and have not ended
+  bool ended = false; // one has ended since this was asked last, and MLX may be about to let go of what it has read
+};
+std::map<std::pair<const void*, int>, Readers> readers; // of a buffer on a stream
 constexpr size_t kMostReaders = 4096;
-constexpr auto kPatience = std::chrono::milliseconds(100);
+// Long for what MLX does at once, and not too long for whoever asks: processors may have other work.
+constexpr auto kPatience = std::chrono::seconds(1);
 
 // How many hold the buffer of `a` but for queued tasks of ours, and whether such tasks have ended since this was asked last.
 std::pair<long, bool> holders(const mx::array& a, int stream) {
@@ -42,11 +46,13 @@ std::pair<long, bool> holders(const mx::array& a, int stream) {
   if (found == readers.end()) {
     return {uses, false};
   }
-  if (found->second == 0) {
+  Readers asked = found->second;
+  if (asked.queued == 0) {
     readers.erase(found);
-    return {uses, true};
+  } else {
+    found->second.ended = false;
   }
-  return {uses - found->second, false};
+  return {uses - asked.queued, asked.ended};
 }
 
 // Inputs: a buffer [..., S, D] and rows [..., L, D].
@@ -129,7 +135,7 @@ bool sole_holder(const mx::array& a, const mx::Stream& stream) {
     return false;
   }
   auto [count, ended] = holders(a, stream.index);
-  if (count != 2 || !ended) {
+  if (count == 1 || !ended) {
     return count == 1;
   }
   // MLX lets go of what a task has read in a task of its own, behind that. It has only to run; a copy of a cache would cost
@@ -151,7 +157,7 @@ std::vector<const void*> reading(const std::vector<mx::array>& inputs, const mx:
   std::lock_guard lock(readers_mutex);
   if (readers.size() > kMostReaders) {
     // Of buffers that nobody has asked about since.
-    std::erase_if(readers, [](const auto& each) { return each.second == 0; });
+    std::erase_if(readers, [](const auto& each) { return each.second.queued == 0; });
   }
   for (const auto& a : inputs) {
     const void* buffer = a.data_shared_ptr().get();
@@ -162,7 +168,7 @@ std::vector<const void*> reading(const std::vector<mx::array>& inputs, const mx:
     // MLX holds each buffer once a task, however many inputs share it.
     if (!known) {
       buffers.push_back(buffer);
-      readers[{buffer, stream.index}]++;
+      readers[{buffer, stream.index}].queued++;
     }
   }
   return buffers;
@@ -171,7 +177,9 @@ std::vector<const void*> reading(const std::vector<mx::array>& inputs, const mx:
 ReadingDone::~ReadingDone() {
   std::lock_guard lock(readers_mutex);
   for (const void* buffer : buffers) {
-    readers.find({buffer, stream})->second--;
+    Readers& left = readers.find({buffer, stream})->second;
+    left.queued--;
+    left.ended = true;
   }
 }
 

@@ -11,6 +11,7 @@
 #include "map_guard.h"
 #include "mlx/allocator.h"
 #include "mlx/array.h"
+#include "mlx/memory.h"
 #include "pool.h"
 
 namespace nb = nanobind;
@@ -122,6 +123,12 @@ class GuardedBuffer {
 } // namespace
 
 void bind_pages(nb::module_& m) {
+  // MLX waits for the streams of all threads here. Its own bindings keep the interpreter's lock meanwhile, and who is to
+  // bring what a stream waits for may need that.
+  m.def("clear_cache", &mlx::core::clear_cache, nb::call_guard<nb::gil_scoped_release>(),
+        "mx.clear_cache, while other threads of Python run.");
+  m.def("set_cache_limit", &mlx::core::set_cache_limit, "limit"_a, nb::call_guard<nb::gil_scoped_release>(),
+        "mx.set_cache_limit, while other threads of Python run.");
   nb::class_<GuardedBuffer>(m, "MapGuard",
                             "While this lives, reading a map whose file was cut short gives zeros, and not SIGBUS.")
       .def("__init__", [](GuardedBuffer* self, nb::object map) { new (self) GuardedBuffer(map); }, "map"_a)

@@ -16,7 +16,7 @@ from edger1.errors import FormatError, UsageError
 from edger1.folder import ModelFolder, inspect
 from edger1.kernels.install import Installed, install
 from edger1.loader import is_widened
-from edger1.mlx_runtime import give_back, prepare
+from edger1.mlx_runtime import clear_cache, give_back, prepare
 from edger1.train.adapters import files, wiring
 from edger1.train.adapters.wiring import Adapted, AdapterSpec
 from edger1.train.finetune import decoding, layers, logprobs, structure
@@ -176,7 +176,7 @@ class LocalPolicy:
             self._installed.uninstall()
             self._installed = None
         self.model = None
-        mx.clear_cache()
+        clear_cache()
 
     def _install(self) -> None:
         self._installed = install(self.model, "exact", fuse=False)

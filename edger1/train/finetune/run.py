@@ -20,6 +20,7 @@ import mlx.core as mx
 import numpy as np
 
 from edger1.errors import UsageError
+from edger1.mlx_runtime import clear_cache, set_cache_limit
 from edger1.train import adamw, run_folder
 from edger1.train.adamw import Table
 from edger1.train.finetune import checkpoint, report
@@ -288,12 +289,12 @@ def _seed(seed: int, step: int, batch: int) -> None:
 
 @contextmanager
 def _memory_kept() -> Iterator[None]:
-    before = mx.set_cache_limit(_CACHE_BYTES)
+    before = set_cache_limit(_CACHE_BYTES)
     try:
         yield
     finally:
-        mx.set_cache_limit(before)
-        mx.clear_cache()
+        set_cache_limit(before)
+        clear_cache()
 
 
 def _taken(arrays: Table, prefix: str) -> Table:

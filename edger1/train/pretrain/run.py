@@ -20,6 +20,7 @@ import numpy as np
 
 from edger1.errors import UsageError
 from edger1.kernels.install import install
+from edger1.mlx_runtime import clear_cache, set_cache_limit
 from edger1.train import run_folder
 from edger1.train.adamw import Table, global_norm
 from edger1.train.log import Log
@@ -136,14 +137,14 @@ class Pretraining:
         log = Log(self.run_folder / "log.jsonl", self.progress.step)
         limit = time.perf_counter() + 60 * minutes if minutes is not None else math.inf
         installed = install(self.model, "exact", fuse=False)
-        cache = mx.set_cache_limit(_CACHE_BYTES)
+        cache = set_cache_limit(_CACHE_BYTES)
         try:
             while self.progress.step < self.settings.steps and not stop() and time.perf_counter() < limit:
                 self._one_step(log, on_event)
         finally:
             installed.uninstall()
-            mx.set_cache_limit(cache)
-            mx.clear_cache()
+            set_cache_limit(cache)
+            clear_cache()
         self._draw(log)
         if self.progress.step < self.settings.steps:
             return Result(False, self.progress, self._measured, self._save())
