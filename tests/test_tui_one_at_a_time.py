@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-from chatting import drive, screen, until
+from chatting import drive, screen, settle, until
 from fake_backend import FIGURES, HOLD, FakeBackend, Step, words
 from textual.pilot import Pilot
 
@@ -18,6 +18,7 @@ from edger1.tui.app import ChatApp
 from edger1.tui.session import Ended, Rewound, Session, State
 from edger1.tui.settings import Settings
 from edger1.tui.tree import Node
+from edger1.tui.widgets.answer_text import AnswerText
 from edger1.tui.widgets.prompt import Prompt
 
 P = Pilot[None]
@@ -154,5 +155,38 @@ def test_a_key_that_is_pressed_twice_asks_once() -> None:
         backend.release()
         await until(pilot, lambda: len(backend.asked) > 2 and app.session.state is State.READY)
         assert len(backend.asked) == 3
+
+    drive(backend, scenario)
+
+
+@pytest.mark.parametrize("finish", ["tools", "cancelled"])
+def test_another_conversation_is_shown_while_an_answer_ends(finish: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last code of an answer takes its time for its colours; what comes below it has no place any more then."""
+    coming, go_on = asyncio.Event(), asyncio.Event()
+    ends = AnswerText.finish
+
+    async def slowly(text: AnswerText) -> None:
+        coming.set()
+        await go_on.wait()
+        await ends(text)
+
+    monkeypatch.setattr(AnswerText, "finish", slowly)
+    backend = FakeBackend([*words("Look: "), HOLD, *(CALLING if finish == "tools" else [Done("", "cancelled")])])
+
+    async def scenario(pilot: Pilot[None], app: ChatApp) -> None:
+        app.query_one(Prompt).restore("2 + 2?")
+        await pilot.press("enter")
+        await until(pilot, lambda: "Look:" in screen(app))
+        if finish == "cancelled":
+            app.session.stop()
+        else:
+            backend.release()
+        try:
+            await until(pilot, coming.is_set)
+            await app.action_new()
+        finally:
+            go_on.set()
+        await settle(pilot, app)
+        assert "Look:" not in screen(app)
 
     drive(backend, scenario)

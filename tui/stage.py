@@ -150,10 +150,12 @@ class Stage:
             case Voted():
                 await self.transcript.follow(self._session.tree)
             case Ended(node=node) if self.answer is not None:
-                await self.answer.finish()
+                # Another conversation may be shown meanwhile.
+                answer = self.answer
+                await answer.finish()
                 self._calls = {call.id: CallView(call.name, call.arguments, clock=self._clock) for call in node.calls}
-                for view in self._calls.values():
-                    await self.answer.add(view)
+                for view in list(self._calls.values()):
+                    await answer.add(view)
             case CallState(call=call, stage=stage, result=result) if call.id in self._calls:
                 self.say(CALLS.get(stage, "").format(clean(call.name)))
                 if result is None:

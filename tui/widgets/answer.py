@@ -141,7 +141,9 @@ class Answer(Turn):
     async def add(self, widget: Widget) -> None:
         """Show a tool's call or result below what was said."""
         await self._pacer.drain()
-        await self.mount(widget, before=self.foot)
+        # Another conversation may be shown by now.
+        if self.is_attached:
+            await self.mount(widget, before=self.foot)
 
     async def finish(self, remark: str | None = None) -> None:
         """The answer is over, whole or not; `remark` says so below it, by default as the node's `finish` does.
@@ -169,7 +171,8 @@ class Answer(Turn):
             self._writing = None
         if remark is None:
             remark = REMARKS.get(self.node.finish, "") if self.node.finish else ""
-        if remark:
+        # Code may have taken its time for its colours, and another conversation is shown.
+        if remark and self.is_attached:
             await self.mount(Notice.remark(remark), before=self.foot)
         self.look()
 

@@ -217,6 +217,8 @@ class Turn(Growing, can_focus=True):
 
     def look(self) -> None:
         """Bring the line below up to date."""
+        if not self.is_attached:
+            return
         looked_at = self.has_focus or self.is_mouse_over
         actions = self.possible() if looked_at and not self.has_class("-editing") else ()
         if list(self.foot.actions) != list(actions):
