@@ -6,7 +6,7 @@ SOURCES := pyproject.toml constraints.txt CMakeLists.txt scripts/setup.sh $(wild
 # Tests wait for something nearly half of their time: one process more than there are cores.
 AT_ONCE := -q --numprocesses $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 4 ? n + 1 : 4))) --dist worksteal
 
-.PHONY: chat test lint families parity bench sanitize fuzz screenshots clean
+.PHONY: chat test lint families parity bench sanitize fuzz soak screenshots clean
 .DEFAULT_GOAL := help
 
 help: ## Show this help
@@ -57,6 +57,9 @@ sanitize: $(VENV)/.installed-dev ## Run the kernels' tests with address, undefin
 
 fuzz: $(VENV)/.installed-fuzz ## Feed the readers of weights mutated headers (1.2 million; half an hour)
 	$(BIN)/python scripts/fuzz.py
+
+soak: $(VENV)/.installed-dev ## Use the chat for half an hour, with keys and engine at random
+	$(BIN)/python scripts/soak.py
 
 screenshots: $(VENV)/.installed-dev ## Draw the pictures of the chat anew
 	$(BIN)/python docs/screenshots.py

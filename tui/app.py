@@ -215,6 +215,13 @@ class ChatApp(Doors, Acts, inherit_bindings=False):
         else:
             self.stage.transcript.scroll_page_down(animate=False)
 
+    def _handle_exception(self, error: Exception) -> None:
+        # What finds its widgets gone while the chat is closing has nothing to say to anybody.
+        if self._exit or self._closing or not self.is_running:
+            self.log.error(error)
+            return
+        super()._handle_exception(error)
+
     def _fatal_error(self) -> None:
         # Textual would print pages of local variables, and in them what was said.
         if os.environ.get("EDGER1_DEBUG"):

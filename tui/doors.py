@@ -356,11 +356,12 @@ class Doors(ChatBase, inherit_bindings=False):
                 return await waiting or "no"
             except asyncio.CancelledError:
                 # The answer was stopped: nothing is to be allowed any more.
-                if self.screen is screen:
-                    screen.dismiss(None)
+                screen.dismiss(None)
                 raise
 
-        return approvals is not None and await approvals.approve(call, tool, ask)
+        # A chat that is closing asks nobody.
+        there = approvals is not None and self.is_running and bool(self.screen_stack)
+        return there and approvals is not None and await approvals.approve(call, tool, ask)
 
     def action_engine(self) -> None:
         """Watch memory, rates and experts."""

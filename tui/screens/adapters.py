@@ -10,12 +10,12 @@ from textual.app import ComposeResult
 from textual.binding import Binding
 from textual.containers import Vertical
 from textual.content import Content
-from textual.screen import ModalScreen
 from textual.widgets import OptionList
 from textual.widgets.option_list import Option
 
 from edger1.tui import model_words
 from edger1.tui.catalogue import AdapterEntry
+from edger1.tui.screens.over import Over
 from edger1.tui.widgets.options import Options
 
 
@@ -26,7 +26,7 @@ class AdapterChoice:
     folder: Path | None
 
 
-class AdaptersScreen(ModalScreen[AdapterChoice | None]):
+class AdaptersScreen(Over[AdapterChoice | None]):
     """Lists the adapters of one model; Esc goes back to the models."""
 
     BINDINGS = [Binding("escape", "dismiss", "Back")]  # noqa: RUF012

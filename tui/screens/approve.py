@@ -9,11 +9,11 @@ from textual.app import ComposeResult
 from textual.binding import Binding
 from textual.containers import Horizontal, Vertical, VerticalScroll
 from textual.content import Content
-from textual.screen import ModalScreen
 from textual.timer import Timer
 from textual.widgets import Button, Static
 
 from edger1.tui.clean import clean
+from edger1.tui.screens.over import Over
 from edger1.tui.widgets.arguments import argument_lines, reveal
 from edger1.tui.widgets.paged import Paged
 
@@ -56,7 +56,7 @@ class Described(Protocol):
         """The program, address or file behind it."""
 
 
-class ApproveScreen(ModalScreen[Answer]):
+class ApproveScreen(Over[Answer]):
     """A question with a safe default: the focus is on No, Esc means No, and no letter approves anything."""
 
     AUTO_FOCUS = ""
@@ -145,7 +145,7 @@ class ApproveScreen(ModalScreen[Answer]):
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         """No key does anything before the screen listens."""
-        return self._listens
+        return self._listens and super().check_action(action, parameters)
 
     def _listen(self) -> None:
         self._listens = True

@@ -7,13 +7,13 @@ from textual.app import ComposeResult
 from textual.binding import Binding
 from textual.containers import Horizontal, VerticalScroll
 from textual.content import Content
-from textual.screen import ModalScreen
 from textual.widgets import Button, Static
 
 from edger1.tui.clean import clean
+from edger1.tui.screens.over import Over
 
 
-class ConfirmScreen(ModalScreen[bool]):
+class ConfirmScreen(Over[bool]):
     """Asks `question`; Enter on the button that has the focus, Y or N decide, Esc is no.
 
     `careful` puts the focus on no, for what cannot be taken back.

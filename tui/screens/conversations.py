@@ -14,7 +14,6 @@ from textual.app import ComposeResult
 from textual.binding import Binding
 from textual.containers import Vertical
 from textual.content import Content
-from textual.screen import ModalScreen
 from textual.timer import Timer
 from textual.widgets import Footer, Input, OptionList, Static
 from textual.widgets.option_list import Option
@@ -22,6 +21,7 @@ from textual.widgets.option_list import Option
 from edger1.errors import EdgeR1Error
 from edger1.tui.clean import clean
 from edger1.tui.screens.conversation_rows import grouped, heading_row, hit_row, summary_row
+from edger1.tui.screens.over import Over
 from edger1.tui.store import Hit, Store, Summary
 from edger1.tui.store.export import named, suggested_name, write
 from edger1.tui.store.imports import bring_in
@@ -41,7 +41,7 @@ class Choice(NamedTuple):
     node: str | None = None
 
 
-class ConversationsScreen(ModalScreen[Choice | None]):
+class ConversationsScreen(Over[Choice | None]):
     """Lists conversations and what a search finds. Typing searches; the arrow keys move; Enter opens.
 
     Returns a `Choice`, or None where nothing is to change. `current` is the conversation that is open, if any.
@@ -301,11 +301,11 @@ class ConversationsScreen(ModalScreen[Choice | None]):
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         """Offer to undo only where something was deleted, and no second question while one is asked."""
-        if action == "undo":
-            return bool(self._deleted)
-        if action in ("rename", "pin", "delete", "export", "import"):
-            return self._asking is None
-        return True
+        if action == "undo" and not self._deleted:
+            return False
+        if action in ("rename", "pin", "delete", "export", "import") and self._asking is not None:
+            return False
+        return super().check_action(action, parameters)
 
     @property
     def _options(self) -> OptionList:

@@ -8,18 +8,18 @@ from textual.app import ComposeResult
 from textual.binding import Binding
 from textual.containers import Vertical
 from textual.content import Content
-from textual.screen import ModalScreen
 from textual.widgets import OptionList
 from textual.widgets.option_list import Option
 
 from edger1.tui.clean import clean, tame
 from edger1.tui.markdown import Code
+from edger1.tui.screens.over import Over
 from edger1.tui.widgets.options import Options
 
 SHOWN_MAX = 60
 
 
-class CopyCode(ModalScreen[int | None]):
+class CopyCode(Over[int | None]):
     """Lists the code blocks by number, language and first line; the result is an index, or None."""
 
     BINDINGS = [  # noqa: RUF012

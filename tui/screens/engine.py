@@ -9,7 +9,6 @@ from collections.abc import Callable
 from textual.app import ComposeResult
 from textual.containers import Vertical
 from textual.content import Content
-from textual.screen import ModalScreen
 from textual.timer import Timer
 from textual.widgets import Static
 
@@ -17,6 +16,7 @@ from edger1.tui.clean import clean
 from edger1.tui.engine_history import History
 from edger1.tui.figures import memory
 from edger1.tui.keymap import binding
+from edger1.tui.screens.over import Over
 from edger1.tui.widgets.chart import Chart
 from edger1.tui.widgets.heat_map import DIGITS, EMPTY, SHADES, HeatMap, Map
 from edger1.tui.widgets.key_row import KeyRow
@@ -37,7 +37,7 @@ def level(share: float, bounds: tuple[float, ...]) -> int:
     return bisect_left(bounds, share)
 
 
-class EngineScreen(ModalScreen[None]):
+class EngineScreen(Over[None]):
     """Shows a `History`, and follows it while it is in sight. `plain` draws with words and digits alone."""
 
     VERTICAL_BREAKPOINTS = [(0, "-low"), (28, "-high")]  # noqa: RUF012

@@ -10,7 +10,6 @@ from textual.app import ComposeResult
 from textual.binding import Binding
 from textual.containers import Vertical
 from textual.content import Content
-from textual.screen import ModalScreen
 from textual.widgets import OptionList, Static
 from textual.widgets.option_list import Option
 
@@ -21,6 +20,7 @@ from edger1.tui.clean import clean
 from edger1.tui.fetches import Fetch, Fetches
 from edger1.tui.figures import memory
 from edger1.tui.screens.models import ModelsScreen
+from edger1.tui.screens.over import Over
 from edger1.tui.screens.settings import NameScreen
 from edger1.tui.widgets.options import Options
 from edger1.units import format_bytes
@@ -31,7 +31,7 @@ WITHOUT_NETWORK = (
 )
 
 
-class FirstRunScreen(ModalScreen[Chosen | None]):
+class FirstRunScreen(Over[Chosen | None]):
     """Recommends models by the machine's memory and fetches the chosen one; None where the user goes on without.
 
     `memory_bytes` is what the machine has, `ceiling_bytes` what a model may take of it. `fetches` outlive the screen;

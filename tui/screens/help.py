@@ -9,16 +9,16 @@ from textual.app import ComposeResult
 from textual.binding import Binding
 from textual.containers import VerticalScroll
 from textual.content import Content
-from textual.screen import ModalScreen
 from textual.widgets import Input, Static
 
 from edger1.tui.keymap import CHAT, ENGINE, EVERYWHERE, Keymap
+from edger1.tui.screens.over import Over
 
 HEADS = {CHAT: "In the conversation", EVERYWHERE: "Everywhere", ENGINE: "On the engine's screen"}
 KEYS_COLUMN_MAX = 34
 
 
-class HelpScreen(ModalScreen[None]):
+class HelpScreen(Over[None]):
     """Lists every command with its keys, and the /commands; typing narrows the list. Esc or F1 closes it."""
 
     BINDINGS = [  # noqa: RUF012

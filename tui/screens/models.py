@@ -10,7 +10,6 @@ from textual.binding import Binding
 from textual.containers import Horizontal, Vertical, VerticalScroll
 from textual.content import Content
 from textual.fuzzy import FuzzySearch
-from textual.screen import ModalScreen
 from textual.widgets import Input, OptionList, Static
 from textual.widgets.option_list import Option
 
@@ -21,6 +20,7 @@ from edger1.tui.clean import clean
 from edger1.tui.fetches import Fetch, Fetches
 from edger1.tui.screens.adapters import AdaptersScreen
 from edger1.tui.screens.confirm import ConfirmScreen
+from edger1.tui.screens.over import Over
 from edger1.tui.widgets.options import Options
 from edger1.units import format_bytes
 
@@ -28,7 +28,7 @@ LOOKING = "Looking for models"
 HERE, ELSEWHERE = "On this machine", "To be fetched"
 
 
-class ModelsScreen(ModalScreen[Chosen | None]):
+class ModelsScreen(Over[Chosen | None]):
     """Lists the models and gives the chosen one, with its adapter; None where the user goes back.
 
     `fetches` outlive the screen; where none are given, those begun here end with it. `current` is the model in use.

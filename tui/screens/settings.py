@@ -10,7 +10,6 @@ from textual.app import ComposeResult
 from textual.binding import Binding
 from textual.containers import Horizontal, Vertical, VerticalScroll
 from textual.content import Content
-from textual.screen import ModalScreen
 from textual.widgets import Button, Input, Label, OptionList, Select, Static, TextArea
 from textual.widgets.option_list import Option
 
@@ -19,6 +18,7 @@ from edger1.messages import Sampling
 from edger1.tui.clean import clean
 from edger1.tui.presets import Presets
 from edger1.tui.screens.confirm import ConfirmScreen
+from edger1.tui.screens.over import Over
 from edger1.tui.settings import SPECULATE, THINK, Settings, check
 from edger1.tui.widgets.options import Options
 from edger1.tui.widgets.text_box import TextBox
@@ -98,7 +98,7 @@ def shown(value: float | int | None) -> str:
     return "" if value is None else f"{value:g}" if isinstance(value, float) and abs(value) < 1e6 else str(value)
 
 
-class SettingsScreen(ModalScreen[Settings | None]):
+class SettingsScreen(Over[Settings | None]):
     """Edits the settings of a conversation; Ctrl+S takes them, Esc leaves them as they were.
 
     `defaults` are the model's own, shown where nothing is typed.
@@ -320,7 +320,7 @@ def _choice(name: str, label: str, choices: tuple[str, ...], help_: str) -> Comp
         yield Static(help_, classes="help")
 
 
-class NameScreen(ModalScreen[str | None]):
+class NameScreen(Over[str | None]):
     """Asks for a name; Enter gives it, Esc does not."""
 
     BINDINGS = [Binding("escape", "dismiss", "Back")]  # noqa: RUF012
@@ -349,7 +349,7 @@ class NameScreen(ModalScreen[str | None]):
         self.dismiss(event.value.strip() or None)
 
 
-class PresetsScreen(ModalScreen[str | None]):
+class PresetsScreen(Over[str | None]):
     """Lists the presets; Enter gives a name, Ctrl+D deletes one, Esc goes back."""
 
     BINDINGS = [  # noqa: RUF012

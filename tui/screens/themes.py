@@ -7,17 +7,17 @@ from textual.app import ComposeResult
 from textual.binding import Binding
 from textual.containers import Vertical
 from textual.content import Content
-from textual.screen import ModalScreen
 from textual.theme import BUILTIN_THEMES
 from textual.widgets import OptionList
 from textual.widgets.option_list import Option
 
 from edger1.tui.contrast import readings
+from edger1.tui.screens.over import Over
 from edger1.tui.themes import COLOURLESS, THEMES
 from edger1.tui.widgets.options import Options
 
 
-class ThemeScreen(ModalScreen[str | None]):
+class ThemeScreen(Over[str | None]):
     """Lists the app's themes. Dismissed with the name of the chosen one, or with None: the old one is back then."""
 
     BINDINGS = [Binding("escape", "leave", "Back")]  # noqa: RUF012

@@ -11,12 +11,12 @@ from textual.app import ComposeResult
 from textual.binding import Binding
 from textual.containers import Vertical, VerticalScroll
 from textual.content import Content
-from textual.screen import ModalScreen
 from textual.widgets import OptionList, Static
 from textual.widgets.option_list import Option
 
 from edger1.tools.kinds import Tool
 from edger1.tui.clean import clean
+from edger1.tui.screens.over import Over
 from edger1.tui.widgets.arguments import reveal
 from edger1.tui.widgets.options import Options
 
@@ -62,7 +62,7 @@ class Allowed(Protocol):
         """Ask about every tool again."""
 
 
-class ToolsScreen(ModalScreen[frozenset[str]]):
+class ToolsScreen(Over[frozenset[str]]):
     """Lists servers and tools. Its result is what is switched off: origins of servers, keys of tools."""
 
     BINDINGS = [  # noqa: RUF012

@@ -8,16 +8,16 @@ from textual.app import ComposeResult
 from textual.binding import Binding
 from textual.containers import Vertical
 from textual.content import Content
-from textual.screen import ModalScreen
 from textual.widgets import Log
 
 from edger1.tui.chips import Chip, amount
 from edger1.tui.clean import clean
+from edger1.tui.screens.over import Over
 
 LINE_CHARACTERS = 500
 
 
-class AttachmentView(ModalScreen[None]):
+class AttachmentView(Over[None]):
     """Shows all that a chip holds, to be scrolled."""
 
     BINDINGS = [Binding("escape,enter,q", "dismiss", "Close")]  # noqa: RUF012
