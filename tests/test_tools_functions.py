@@ -154,16 +154,16 @@ def test_a_function_that_never_returns_is_given_up_and_ended() -> None:
             nonlocal ticks
             while True:
                 await asyncio.sleep(0.01)
-                ticks += 1
+                ticks += running.is_set()
 
         other = asyncio.create_task(tick())
-        result = await function_tool(forever).call({}, timeout_s=0.4)
+        result = await function_tool(forever).call({}, timeout_s=1.5)
         other.cancel()
         return result, ticks
 
     result, ticks = asyncio.run(both())
     assert result.is_error
-    assert "did not return within 0.4 s" in result.text
+    assert "did not return within 1.5 s" in result.text
     assert ticks > 5, "the loop stood still"
     assert ended("forever")
 
@@ -185,7 +185,7 @@ def test_a_cancelled_call_ends_its_thread() -> None:
 
 
 def ended(name: str) -> bool:
-    for _ in range(300):
+    for _ in range(3000):
         if not any(thread.name.endswith(name) for thread in threading.enumerate()):
             return True
         time.sleep(0.01)
@@ -196,14 +196,16 @@ def test_too_many_that_never_return() -> None:
     stop = threading.Event()
 
     def stuck() -> None:
-        stop.wait()
+        stop.wait(60)
 
     async def calls() -> list[Result]:
         made = function_tool(stuck)
         return [await made.call({}, timeout_s=0.05) for _ in range(6)]
 
-    results = asyncio.run(calls())
-    stop.set()
+    try:
+        results = asyncio.run(calls())
+    finally:
+        stop.set()
     assert "5 earlier calls of stuck are still running" in results[-1].text
 
 
