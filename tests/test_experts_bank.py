@@ -13,6 +13,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from children import until
 
 from edger1.errors import StreamError
 from edger1.experts import page_cache
@@ -147,8 +148,7 @@ def test_guesses_that_are_given_up_free_their_slots(
     bank = Bank(layer, 2, store, LRU(EXPERTS))
     gate.close()
     guesses = [bank.request(expert, (), guessed=True) for expert in (7, 8)]
-    while store._guessed:  # until threads have begun with both
-        time.sleep(0.001)
+    until(lambda: not store._guessed, "a thread that has begun with each")
     bank.give_up_guesses({3, 4})
     assert bank.request(3, {3, 4}) is None
     assert set(bank.others_under_way([])) == set(guesses)
@@ -226,8 +226,10 @@ def test_a_slot_is_not_used_again_before_its_last_read_was_told(
     assert first is not None
     assert arrivals.telling.wait(10)
     threading.Timer(0.1, arrivals.go.set).start()
+    deadline = time.monotonic() + 60
     while (second := bank.request(4, {4})) is None:
         assert first.wait(10)
+        assert time.monotonic() < deadline, "the slot never became free"
     assert second.wait(10)
     assert arrivals.said == [("expect", 0), ("fail" if fails else "done", 0)] * 2
 
