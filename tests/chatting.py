@@ -8,6 +8,7 @@ from contextlib import suppress
 from typing import Any
 
 from fake_backend import FakeBackend
+from textual.command import Command, CommandList
 from textual.pilot import Pilot
 from textual.worker import WorkerCancelled
 
@@ -47,6 +48,25 @@ async def settle(pilot: Pilot[None], app: ChatApp) -> None:
             await app.workers.wait_for_complete()
             break
     await pilot.pause()
+
+
+async def choose(pilot: Pilot[Any], title: str) -> None:
+    """Take the command of the open palette that is called this, once what was typed has brought it to the top."""
+    palette = pilot.app.screen
+
+    def first() -> str | None:
+        (found,) = palette.query(CommandList)
+        option = found.get_option_at_index(0) if found.option_count else None
+        return option.hit.text if isinstance(option, Command) else None
+
+    await until(pilot, lambda: first() == title)
+    # What comes in meanwhile takes the cursor away, which Enter then only puts back.
+    for _ in range(50):
+        await pilot.press("enter")
+        await pilot.pause()
+        if pilot.app.screen is not palette:
+            return
+    raise AssertionError(f"the palette stayed; the screen was:\n{screen(pilot.app)}")  # type: ignore[arg-type]
 
 
 async def until(pilot: Pilot[None], condition: Callable[[], bool]) -> None:

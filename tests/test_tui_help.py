@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chatting import screen, until
+from chatting import choose, screen, until
 from textual.app import App
 from textual.pilot import Pilot
 
@@ -87,13 +87,8 @@ def test_the_palette_finds_commands_by_title_help_and_key(typed: str, did: str) 
             await pilot.pause()
             await shows(pilot, "New conversation  F11")
             await pilot.press(*(" " if each == " " else each for each in typed))
-            await pilot.pause(0.4)
-            await pilot.press("enter")
-            await pilot.pause()
-            if not app.done:
-                await pilot.press("enter")
-            await pilot.pause()
-            assert app.done == [did]
+            await choose(pilot, {"new": "New conversation", "hostile": "Hostile [bold]title"}[did])
+            await until(pilot, lambda: app.done == [did])
 
     asyncio.run(run())
 
