@@ -33,7 +33,7 @@ def drive(
         async with app.run_test(size=size) as pilot:
             await scenario(pilot, app)
 
-    asyncio.run(asyncio.wait_for(run(), timeout=300))
+    asyncio.run(asyncio.wait_for(run(), timeout=200))
 
 
 def screen(app: ChatApp) -> str:

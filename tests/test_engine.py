@@ -180,7 +180,7 @@ def test_events_that_come_together_wake_the_loop_once() -> None:
         return await asyncio.gather(*(texts(connection, str(i)) for i in range(8))), woken
 
     for _ in range(2):
-        seen, woken = asyncio.run(main())
+        seen, woken = asyncio.run(asyncio.wait_for(main(), timeout=120))
         assert seen == [["a", "b", "c"]] * 8
         assert woken == 1
 
@@ -200,7 +200,7 @@ def test_astream_leaves_the_loop_free(model: edger1.Model) -> None:
         ticking.cancel()
         return ticks, seen
 
-    ticks, seen = asyncio.run(main())
+    ticks, seen = asyncio.run(asyncio.wait_for(main(), timeout=120))
     assert isinstance(seen[-1], Done)
     assert ticks > 3
 
@@ -215,7 +215,7 @@ def test_agenerate_answers_as_generate_does_and_is_cancelled_with_its_task(model
             await long
         return whole, await model.agenerate("Hello", max_tokens=20, temperature=0)
 
-    whole, again = asyncio.run(main())
+    whole, again = asyncio.run(asyncio.wait_for(main(), timeout=120))
     assert whole.text == again.text == model.generate("Hello", max_tokens=20, temperature=0).text
 
 

@@ -161,7 +161,7 @@ def test_a_function_that_never_returns_is_given_up_and_ended() -> None:
         other.cancel()
         return result, ticks
 
-    result, ticks = asyncio.run(both())
+    result, ticks = asyncio.run(asyncio.wait_for(both(), timeout=90))
     assert result.is_error
     assert "did not return within 1.5 s" in result.text
     assert ticks > 5, "the loop stood still"
@@ -180,7 +180,7 @@ def test_a_cancelled_call_ends_its_thread() -> None:
         with pytest.raises(asyncio.CancelledError):
             await task
 
-    asyncio.run(stopped())
+    asyncio.run(asyncio.wait_for(stopped(), timeout=90))
     assert ended("busy")
 
 
@@ -203,7 +203,7 @@ def test_too_many_that_never_return() -> None:
         return [await made.call({}, timeout_s=0.05) for _ in range(6)]
 
     try:
-        results = asyncio.run(calls())
+        results = asyncio.run(asyncio.wait_for(calls(), timeout=90))
     finally:
         stop.set()
     assert "5 earlier calls of stuck are still running" in results[-1].text
@@ -267,4 +267,4 @@ def test_files_of_functions(tmp_path: Path) -> None:
         await box.restart(f"python:{tmp_path / 'bad.py'}")
         assert (await box.call("mended", {})).text == "yes"
 
-    asyncio.run(run())
+    asyncio.run(asyncio.wait_for(run(), timeout=90))

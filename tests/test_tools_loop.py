@@ -104,7 +104,7 @@ def test_a_question_is_asked_only_where_it_must_be() -> None:
         assert await approvals.approve(Call("1", "add"), tool(), ask)
         assert await approvals.approve(Call("2", "add"), tool(), ask)
 
-    asyncio.run(run())
+    asyncio.run(asyncio.wait_for(run(), timeout=90))
     assert asked == ["1"]
 
 
@@ -293,7 +293,7 @@ def test_cancelling_whoever_iterates_stops_the_call() -> None:
         assert task.cancelled()
         await asyncio.sleep(0.01)
 
-    asyncio.run(run())
+    asyncio.run(asyncio.wait_for(run(), timeout=90))
     assert ended == ["add"]
 
 
@@ -313,4 +313,4 @@ def test_rounds_with_a_real_toolbox() -> None:
         assert stages(steps) == ["waiting", "running", "done"] * 3
         return [each["content"] for each in rounds.messages if each["role"] == "tool"]
 
-    assert asyncio.run(run()) == ["2", "3", "6"]
+    assert asyncio.run(asyncio.wait_for(run(), timeout=90)) == ["2", "3", "6"]

@@ -79,7 +79,7 @@ def drive(
             await pilot.pause()
             await scenario(pilot, app.shown)
 
-    asyncio.run(asyncio.wait_for(run(), timeout=300))
+    asyncio.run(asyncio.wait_for(run(), timeout=200))
     return app.results
 
 
