@@ -147,7 +147,8 @@ def test_a_conversation_is_kept_as_it_is_said(tmp_path: Path) -> None:
 # The terminal
 
 
-# A program that forks of itself and goes on in Python, as Popen's preexec_fn does, may wait for ever for another thread.
+# A program that forks of itself and goes on in Python, as Popen's preexec_fn does, may wait for ever for another
+# thread.
 OWN_TERMINAL = """
 import fcntl, os, sys, termios
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
@@ -174,7 +175,7 @@ class Terminal:
     def type(self, keys: str) -> None:
         os.write(self._master, keys.encode())
 
-    def until(self, words: str, timeout_s: float = 20.0) -> None:
+    def until(self, words: str, timeout_s: float = 60.0) -> None:
         end = time.monotonic() + timeout_s
         while words not in self.said:
             ready, _, _ = select.select([self._master], [], [], max(end - time.monotonic(), 0))
@@ -191,7 +192,7 @@ class Terminal:
         self.said = self.said.split(words, 1)[1]
 
     def end(self) -> int:
-        return self._process.wait(20)
+        return self._process.wait(60)
 
     def kill(self) -> None:
         if self._process.poll() is None:

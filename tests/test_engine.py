@@ -154,7 +154,7 @@ def test_events_that_come_together_wake_the_loop_once() -> None:
             if len(self.waiting) == self.expected:
                 answer = threading.Thread(target=self.answer)
                 answer.start()
-                answer.join()
+                answer.join(60)
 
         def answer(self) -> None:
             for piece in "abc":

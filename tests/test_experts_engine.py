@@ -11,10 +11,12 @@ import sys
 import threading
 import time
 from collections.abc import Generator, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
+from children import child
 from mlx_lm.models.cache import KVCache
 from typer.testing import CliRunner
 
@@ -216,14 +218,15 @@ def test_two_processes_on_one_model(nano: Path, answer: Any) -> None:
         "with edger1.load(sys.argv[1], precision='exact', expert_slots=6) as m:\n"
         f"    print(m.generate({QUESTION!r}, temperature=0, max_tokens=120).text)\n"
     )
-    both = [
-        subprocess.Popen([sys.executable, "-c", program, str(nano)], stdout=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
-    for process in both:
-        out, _ = process.communicate(timeout=120)
-        assert process.returncode == 0
-        assert out.strip() == answer.text.strip()
+    with ExitStack() as stack:
+        both = [
+            stack.enter_context(child([sys.executable, "-c", program, str(nano)], stdout=subprocess.PIPE, text=True))
+            for _ in range(2)
+        ]
+        for process in both:
+            out, _ = process.communicate()
+            assert process.returncode == 0
+            assert out.strip() == answer.text.strip()
 
 
 def test_what_cannot_be_is_refused_before_anything_is_loaded(nano: Path, smollm2_or_tiny: Path) -> None:
