@@ -147,8 +147,7 @@ def test_a_conversation_is_kept_as_it_is_said(tmp_path: Path) -> None:
 # The terminal
 
 
-# A program that forks of itself and goes on in Python, as Popen's preexec_fn does, may wait for ever for another
-# thread.
+# Popen's preexec_fn would run in a fork of this process, where it may wait for ever for a lock of another thread.
 OWN_TERMINAL = """
 import fcntl, os, sys, termios
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)

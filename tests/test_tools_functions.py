@@ -185,7 +185,7 @@ def test_a_cancelled_call_ends_its_thread() -> None:
 
 
 def ended(name: str) -> bool:
-    for _ in range(3000):
+    for _ in range(300):
         if not any(thread.name.endswith(name) for thread in threading.enumerate()):
             return True
         time.sleep(0.01)
