@@ -60,12 +60,15 @@ async def choose(pilot: Pilot[Any], title: str) -> None:
         return option.hit.text if isinstance(option, Command) else None
 
     await until(pilot, lambda: first() == title)
-    # What comes in meanwhile takes the cursor away, which Enter then only puts back.
-    for _ in range(50):
+    # What comes in meanwhile takes the cursor away, which Enter then only puts back. It is not pressed again at once: the
+    # command would be taken twice.
+    for _ in range(10):
         await pilot.press("enter")
-        await pilot.pause()
-        if pilot.app.screen is not palette:
-            return
+        for _ in range(100):
+            await asyncio.sleep(0.02)
+            if pilot.app.screen is not palette:
+                await pilot.pause()
+                return
     raise AssertionError(f"the palette stayed; the screen was:\n{screen(pilot.app)}")  # type: ignore[arg-type]
 
 
