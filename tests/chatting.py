@@ -60,8 +60,8 @@ async def choose(pilot: Pilot[Any], title: str) -> None:
         return option.hit.text if isinstance(option, Command) else None
 
     await until(pilot, lambda: first() == title)
-    # What comes in meanwhile takes the cursor away, which Enter then only puts back. It is not pressed again at once: the
-    # command would be taken twice.
+    # What comes in meanwhile takes the cursor away, which Enter then only puts back. It is not pressed again at once:
+    # the command would be taken twice.
     for _ in range(10):
         await pilot.press("enter")
         for _ in range(100):

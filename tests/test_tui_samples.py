@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from chatting import choose, drive, screen, until
+from chatting import drive, screen, until
 from fake_backend import FIGURES, HOLD, FakeBackend, words
 from textual.pilot import Pilot
 
@@ -142,7 +143,9 @@ def test_samples_are_counted_while_they_run_and_stopped_together(tmp_path: Path)
         assert "The first," in screen(app)
         # Ctrl+P finds what needs nothing to be typed after it, and goes on to the next choice.
         await pilot.press("ctrl+p", *"several answers")
-        await choose(pilot, "Draw several answers")
+        await until(pilot, lambda: "Draw several answers" in screen(app))
+        await asyncio.sleep(1.0)
+        await pilot.press("enter")
         await until(pilot, lambda: now(app).samples == 5)
 
     drive(backend, scenario, size=(120, 40), belongings=kept(tmp_path), settings=Settings(samples=3))
