@@ -8,6 +8,7 @@ from contextlib import suppress
 from typing import Any
 
 from fake_backend import FakeBackend
+from textual.command import Command, CommandList
 from textual.pilot import Pilot
 from textual.worker import WorkerCancelled
 
@@ -32,7 +33,7 @@ def drive(
         async with app.run_test(size=size) as pilot:
             await scenario(pilot, app)
 
-    asyncio.run(asyncio.wait_for(run(), timeout=300))
+    asyncio.run(asyncio.wait_for(run(), timeout=200))
 
 
 def screen(app: ChatApp) -> str:
@@ -47,6 +48,28 @@ async def settle(pilot: Pilot[None], app: ChatApp) -> None:
             await app.workers.wait_for_complete()
             break
     await pilot.pause()
+
+
+async def choose(pilot: Pilot[Any], title: str) -> None:
+    """Take the command of the open palette that is called this, once what was typed has brought it to the top."""
+    palette = pilot.app.screen
+
+    def first() -> str | None:
+        (found,) = palette.query(CommandList)
+        option = found.get_option_at_index(0) if found.option_count else None
+        return option.hit.text if isinstance(option, Command) else None
+
+    await until(pilot, lambda: first() == title)
+    # What comes in meanwhile takes the cursor away, which Enter then only puts back. It is not pressed again at once:
+    # the command would be taken twice.
+    for _ in range(10):
+        await pilot.press("enter")
+        for _ in range(100):
+            await asyncio.sleep(0.02)
+            if pilot.app.screen is not palette:
+                await pilot.pause()
+                return
+    raise AssertionError(f"the palette stayed; the screen was:\n{screen(pilot.app)}")  # type: ignore[arg-type]
 
 
 async def until(pilot: Pilot[None], condition: Callable[[], bool]) -> None:

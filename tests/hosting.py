@@ -49,7 +49,7 @@ def host(make: Callable[[], ModalScreen[Any]], drive: Drive, size: tuple[int, in
             await pilot.pause()
             await drive(pilot, app)
 
-    asyncio.run(asyncio.wait_for(run(), timeout=300))
+    asyncio.run(asyncio.wait_for(run(), timeout=200))
 
 
 def shown(app: App[Any]) -> str:

@@ -124,7 +124,8 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                     hub.sent[name] = hub.sent.get(name, 0) + stop - start
                     start = stop
                     if stop != end:
-                        hub.release.wait(20)
+                        # Longer than any test waits for what it is held for.
+                        hub.release.wait(120)
             except OSError:
                 self.close_connection = True
             if end < len(content):

@@ -81,7 +81,7 @@ def typing(app: PromptApp, scenario: Scenario, size: tuple[int, int] = (80, 24))
         async with app.run_test(size=size) as pilot:
             await scenario(pilot, app, app.area.prompt)
 
-    asyncio.run(asyncio.wait_for(run(), timeout=300))
+    asyncio.run(asyncio.wait_for(run(), timeout=200))
 
 
 async def until(pilot: Pilot[None], app: PromptApp, condition: Callable[[], bool]) -> None:

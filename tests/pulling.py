@@ -17,7 +17,7 @@ from safetensors.numpy import save
 
 from edger1 import paths
 from edger1.errors import FormatError
-from edger1.fetch import run
+from edger1.fetch import hub, run
 
 CONFIG = json.dumps({"model_type": "llama", "hidden_size": 64, "max_position_embeddings": 512}).encode()
 WEIGHTS = save({"model.embed_tokens.weight": np.arange(1 << 19, dtype=np.float32).reshape(-1, 64)})
@@ -50,6 +50,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    wait_long_for_answers(monkeypatch)
     with hub_server.serve(Hub()) as hub_:
         point_at(monkeypatch, hub_.url)
         yield hub_
@@ -72,6 +73,16 @@ def converter(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     monkeypatch.setattr(run, "convert", convert)
     monkeypatch.setattr("edger1.fetch.local.convert", convert)
     return converted
+
+
+# First in a child's program, for the reason below.
+PATIENT = "from edger1.fetch import hub; hub.PROBE_TIMEOUT_S = hub._LISTING_TIMEOUT_S = 60.0\n"
+
+
+def wait_long_for_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the stand-in take its time: it answers always, but on a busy machine not always within seconds."""
+    monkeypatch.setattr(hub, "PROBE_TIMEOUT_S", 60.0)
+    monkeypatch.setattr(hub, "_LISTING_TIMEOUT_S", 60.0)
 
 
 def point_at(monkeypatch: pytest.MonkeyPatch, url: str) -> None:

@@ -1,6 +1,7 @@
-"""A second window for the tests of the store: python store_process.py DATABASE CONVERSATION PARENT NAME SECONDS.
+"""A second window for the tests of the store: python store_process.py DATABASE CONVERSATION PARENT NAME PIECES.
 
-Writes an answer in pieces, and messages, until the time is over, and prints what it wrote and the longest write.
+It says "ready" and waits for a line. Then it writes an answer in so many pieces, and messages, for a minute at most,
+and prints what it wrote and how long a write took.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from edger1.tui.settings import Settings
@@ -15,23 +17,25 @@ from edger1.tui.store import Store
 from edger1.tui.tree import Node
 
 
-def main(database: str, conversation: str, parent: str, name: str, seconds: str) -> None:
+def main(database: str, conversation: str, parent: str, name: str, wanted: str) -> None:
     store = Store.open(Path(database))
-    longest = held_up = 0.0
+    held_up = 0.0
+    writes: list[float] = []
     added: list[str] = []
     pieces = 0
 
-    def timed(work: object, *given: object) -> None:
-        nonlocal longest
+    def timed(work: Callable[..., object], *given: object) -> None:
         begin = time.perf_counter()
-        work(*given)  # type: ignore[operator]
-        longest = max(longest, time.perf_counter() - begin)
+        work(*given)
+        writes.append(time.perf_counter() - begin)
 
     answer = Node("assistant", parent=parent)
     store.add(conversation, answer)
     own = store.create(model=name, settings=Settings())
-    end = time.monotonic() + float(seconds)
-    while time.monotonic() < end:
+    print("ready", flush=True)
+    sys.stdin.readline()
+    end = time.monotonic() + 60
+    while pieces < int(wanted) and time.monotonic() < end:
         timed(store.append, answer.id, f"{name}{pieces} ")
         pieces += 1
         # What a terminal was told before it was killed must be there.
@@ -44,8 +48,8 @@ def main(database: str, conversation: str, parent: str, name: str, seconds: str)
         time.sleep(0.002)
         held_up = max(held_up, time.perf_counter() - begin)
     # A busy machine holds a process up as long while it sleeps as while it writes.
-    said = {"answer": answer.id, "pieces": pieces, "own": own, "added": added, "longest": longest, "held_up": held_up}
-    print(json.dumps(said))
+    said = {"answer": answer.id, "pieces": pieces, "own": own, "added": added, "held_up": held_up}
+    print(json.dumps(said | {"longest": max(writes), "usual": sorted(writes)[len(writes) * 9 // 10]}))
 
 
 if __name__ == "__main__":

@@ -171,7 +171,7 @@ def test_settings_and_continuation_reach_the_engine(loaded: ChildBackend) -> Non
         assert isinstance(refused, Failed)
         assert refused.error == "UsageError"
 
-    asyncio.run(scenario(loaded))
+    asyncio.run(asyncio.wait_for(scenario(loaded), timeout=120))
 
 
 def test_a_conversation_longer_than_the_context_goes_on_where_that_is_asked_for(tiny_folder: Path) -> None:
@@ -241,7 +241,7 @@ def test_several_are_answered_at_once_and_stopped_together(loaded: ChildBackend)
         await asyncio.gather(*(ask(seed, 40_000) for seed in range(3)))
         assert ended == ["cancelled"] * 3
 
-    asyncio.run(scenario(loaded))
+    asyncio.run(asyncio.wait_for(scenario(loaded), timeout=120))
 
 
 def test_samples_are_told_as_they_come_and_stopped_together(loaded: ChildBackend) -> None:
@@ -267,7 +267,7 @@ def test_samples_are_told_as_they_come_and_stopped_together(loaded: ChildBackend
                 ended.append(event.event.finish_reason)
         assert ended == ["cancelled"] * 3
 
-    asyncio.run(scenario(loaded))
+    asyncio.run(asyncio.wait_for(scenario(loaded), timeout=120))
 
 
 def test_tokens_are_counted_while_it_answers(loaded: ChildBackend) -> None:
@@ -284,7 +284,7 @@ def test_tokens_are_counted_while_it_answers(loaded: ChildBackend) -> None:
         assert isinstance(done, Done)
         assert done.finish_reason == "cancelled"
 
-    asyncio.run(scenario(loaded))
+    asyncio.run(asyncio.wait_for(scenario(loaded), timeout=120))
 
 
 def test_an_answer_that_nobody_hears_any_more_is_stopped(loaded: ChildBackend) -> None:
@@ -297,4 +297,4 @@ def test_an_answer_that_nobody_hears_any_more_is_stopped(loaded: ChildBackend) -
         backend.cancel()
         assert len(await text_of(backend)) == 8
 
-    asyncio.run(scenario(loaded))
+    asyncio.run(asyncio.wait_for(scenario(loaded), timeout=120))

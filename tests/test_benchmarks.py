@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 import pytest
+from children import LIMIT_S, child
 
 from benchmarks import (
     cgroup,
@@ -170,27 +172,31 @@ def test_resident_memory_is_told_from_mapped() -> None:
     assert cgroup.resident(status) == cgroup.Resident(900 << 10, 800 << 10, 500 << 10, 300 << 10)
 
 
+def taking(group: cgroup.Limited, nbytes: int) -> tuple[int, cgroup.Taken]:
+    """Let a process fill so much memory; return how it ended and what the group took."""
+    program = "import mmap, sys; n = int(sys.argv[1]); mmap.mmap(-1, n).write(bytes(n))"
+    command = group.command([sys.executable, "-c", program, str(nbytes)])
+    code = subprocess.run(command, check=False, timeout=LIMIT_S).returncode
+    return code, group.taken()
+
+
 def test_a_limit_kills_what_exceeds_it_and_nothing_stays() -> None:
-    take = "import mmap; m = mmap.mmap(-1, {0}); m.write(bytes({0}))"
-    try:
-        with cgroup.Limited(64 << 20) as group:
-            code = subprocess.run(group.command([sys.executable, "-c", take.format(20 << 20)]), check=False).returncode
-            within = group.taken()
-            killed = subprocess.run(
-                group.command([sys.executable, "-c", take.format(200 << 20)]), check=False
-            ).returncode
-            beyond = group.taken()
-            waits = group.command([sys.executable, "-c", "import time; print(flush=True); time.sleep(60)"])
-            left = subprocess.Popen(waits, stdout=subprocess.PIPE)
+    with ExitStack() as stack:
+        try:
+            group = stack.enter_context(cgroup.Limited(64 << 20))
+        except cgroup.LimitUnavailableError as error:
+            pytest.skip(str(error))
+        code, within = taking(group, 20 << 20)
+        killed, beyond = taking(group, 200 << 20)
+        waits = group.command([sys.executable, "-c", "import time; print(flush=True); time.sleep(600)"])
+        with child(waits, stdout=subprocess.PIPE) as left:
             assert left.stdout is not None
             left.stdout.readline()
-    except cgroup.LimitUnavailableError as error:
-        pytest.skip(str(error))
+            stack.close()
+            assert left.wait(30) == -9
     assert (code, within.oom_kills) == (0, 0)
     assert 20 << 20 < within.peak_bytes <= 64 << 20
     assert (killed, beyond.oom_kills) == (-9, 1)
-    left.communicate(timeout=10)
-    assert left.returncode == -9
 
 
 def test_llama_completions_account_is_read() -> None:

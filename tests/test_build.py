@@ -24,6 +24,7 @@ def build(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         check=False,
+        timeout=250,
         env={
             **{k: v for k, v in os.environ.items() if k != "EDGER1_REQUIRE_KERNELS"},
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",

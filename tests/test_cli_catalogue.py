@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from children import LIMIT_S, child
 from hub_server import Hub, dead_address
-from pulling import home, in_progress, model_files, register, server  # noqa: F401
+from pulling import PATIENT, home, in_progress, model_files, register, server  # noqa: F401
 from safetensors.numpy import save_file
 from tiny import write_tiny_model
 
@@ -29,10 +30,19 @@ from edger1.errors import UnknownModelError, UsageError
 from edger1.tui.catalogue import Entry, Fetched, FetchEvent, FetchFailed, Step
 
 GB = 10**9
+FETCHING = PATIENT + "from edger1.cli.fetching import main; main()"
 
 
 @pytest.fixture
 def hub(server: Hub, monkeypatch: pytest.MonkeyPatch) -> Hub:  # noqa: F811
+    """The stand-in, which children that fetch let take its time."""
+    create = asyncio.create_subprocess_exec
+
+    async def patient(*command: Any, **options: Any) -> Any:
+        assert command[2:4] == ("-m", "edger1.cli.fetching")
+        return await create(*command[:2], "-c", FETCHING, *command[4:], **options)
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", patient)
     monkeypatch.setenv("HF_ENDPOINT", server.url)
     return server
 
@@ -55,7 +65,7 @@ def fetch(
                 if stop(event):
                     return
 
-    asyncio.run(asyncio.wait_for(run(), 60))
+    asyncio.run(asyncio.wait_for(run(), LIMIT_S))
     return seen
 
 
@@ -188,15 +198,16 @@ def test_a_child_that_dies_is_a_failed_fetch(hub: Hub, monkeypatch: pytest.Monke
 def test_the_child_ends_with_the_chat(hub: Hub) -> None:
     hub.repos["owner/name"] = model_files()
     hub.holds["model.safetensors"] = 500_000
-    command = [sys.executable, "-m", "edger1.cli.fetching", "owner/name"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
-        assert child.stdout is not None
-        assert child.stdin is not None
-        assert b"step" in next(line for line in child.stdout if b"step" in line)
-        child.stdin.close()
+    command = [sys.executable, "-c", FETCHING, "owner/name"]
+    with child(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdin is not None
+        assert b"step" in next(line for line in process.stdout if b"step" in line)
+        process.stdin.close()
         began = time.monotonic()
-        child.wait(10)
-        assert time.monotonic() - began < 5
+        process.wait()
+        # A read that is waited for takes half a minute.
+        assert time.monotonic() - began < 15
 
 
 def test_recommended_models_say_where_they_are() -> None:
@@ -235,7 +246,7 @@ def test_nothing_of_it_imports_mlx_in_the_chat() -> None:
         "asyncio.run(c.adapters(next(e.folder for e in found if e.name == 'mine')))\n"
         "sys.exit('mlx.core' in sys.modules or 'mlx_lm' in sys.modules)"
     )
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=LIMIT_S).returncode == 0
 
 
 # Adapters

@@ -174,7 +174,7 @@ class Terminal:
     def type(self, keys: str) -> None:
         os.write(self._master, keys.encode())
 
-    def until(self, words: str, timeout_s: float = 20.0) -> None:
+    def until(self, words: str, timeout_s: float = 60.0) -> None:
         end = time.monotonic() + timeout_s
         while words not in self.said:
             ready, _, _ = select.select([self._master], [], [], max(end - time.monotonic(), 0))
@@ -191,7 +191,7 @@ class Terminal:
         self.said = self.said.split(words, 1)[1]
 
     def end(self) -> int:
-        return self._process.wait(20)
+        return self._process.wait(60)
 
     def kill(self) -> None:
         if self._process.poll() is None:

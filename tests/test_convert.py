@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from children import LIMIT_S
 from gguf.constants import GGMLQuantizationType
 from gguf.quants import dequantize, quantize
 from hypothesis import HealthCheck, given, settings
@@ -333,7 +334,7 @@ convert.convert_gguf(source, destination)
 @pytest.mark.parametrize("point", ["tensors", "config", "rename"])
 def test_a_kill_leaves_nothing_that_passes_for_a_model(tmp_path: Path, point: str) -> None:
     source, destination = tiny_model().write(tmp_path / "tiny.gguf"), tmp_path / "model"
-    done = subprocess.run([sys.executable, "-c", KILLED, point, source, destination])
+    done = subprocess.run([sys.executable, "-c", KILLED, point, source, destination], timeout=LIMIT_S)
     assert done.returncode == -9
     assert names(tmp_path) == [".model.converting", "tiny.gguf"]
     if point != "rename":
@@ -401,4 +402,4 @@ def test_the_converter_needs_neither_mlx_nor_the_engine() -> None:
         "found = {m for m in sys.modules if m.startswith('edger1.') and not m.startswith('edger1.quant')}; "
         "assert found <= {'edger1.errors'}, found; assert not {'mlx', 'mlx_lm', 'torch'} & sys.modules.keys()"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=LIMIT_S)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
-import time
+import threading
 from pathlib import Path
 
 import pytest
 from chat_server import Handler, completion, serving
+from children import child, until
 from typer.testing import CliRunner
 
 from edger1.cli import app
@@ -156,15 +156,21 @@ def test_prompts_of_the_evaluation_set_are_left_out(tmp_path: Path) -> None:
 
 def test_ctrl_c_keeps_everything_and_says_how_to_go_on(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with serving(delay_s=0.05) as server:
+    stopped = threading.Event()
+
+    def slow(_: Handler, number: int) -> bool:
+        if number >= 8:
+            stopped.wait(1)
+        return False
+
+    with serving(trouble=slow) as server:
         command = [sys.executable, "-m", "edger1", "distill", "--teacher", server.address, "--verify", "exact"]
         command += ["--prompts", str(problems(tmp_path, 20)), "-o", str(out), "--concurrency", "2"]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        while len(server.requests) < 8:
-            assert process.poll() is None
-            time.sleep(0.01)
-        os.kill(process.pid, signal.SIGINT)
-        _, said = process.communicate(timeout=30)
+        with child(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            until(lambda: len(server.requests) >= 8, "the eighth request", process)
+            process.send_signal(signal.SIGINT)
+            _, said = process.communicate()
+        stopped.set()
         assert process.returncode == 130
         assert "all answers are kept" in said
         asked = len(server.requests)

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from chat_server import adding, completion, serving
+from chat_server import Handler, adding, completion, serving
+from children import child, until
 
 from edger1.errors import EdgeR1Error, FormatError, UsageError
 from edger1.tasks.task import Question
@@ -262,18 +262,23 @@ distill(Path(sys.argv[1]), RemoteTeacher(sys.argv[2], "m", concurrency=3))
 """
 
 
-def child(folder: Path, address: str) -> subprocess.Popen[bytes]:
-    return subprocess.Popen([sys.executable, "-c", CHILD, str(folder), address], stdout=subprocess.PIPE)
+def distilling(folder: Path, address: str) -> AbstractContextManager[subprocess.Popen[Any]]:
+    return child([sys.executable, "-c", CHILD, str(folder), address], stdout=subprocess.DEVNULL)
 
 
 def test_killed_in_the_middle_it_goes_on_and_ends_with_the_same_files(tmp_path: Path) -> None:
-    with serving(delay_s=0.03) as server:
-        process = child(tmp_path / "killed", server.address)
-        while len(server.requests) < 9:
-            assert process.poll() is None
-            time.sleep(0.005)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
+    killed = threading.Event()
+
+    def hold(_: Handler, number: int) -> bool:
+        if number >= 8:
+            killed.wait(60)
+        return False
+
+    with serving(trouble=hold) as server:
+        with distilling(tmp_path / "killed", server.address) as process:
+            until(lambda: len(server.requests) >= 9, "the ninth request", process)
+            process.send_signal(signal.SIGKILL)
+        killed.set()
         asked = len(server.requests)
         assert asked < 24
         distill(tmp_path / "killed", RemoteTeacher(server.address, "m"))
@@ -291,8 +296,8 @@ def test_two_processes_at_once_end_with_the_same_files(tmp_path: Path) -> None:
         return completion(adding(request)["choices"][0]["message"]["content"], f"thought {next(answers)}")
 
     with serving(fresh, delay_s=0.02) as server:
-        both = [child(tmp_path, server.address) for _ in range(2)]
-        assert [process.wait(timeout=60) for process in both] == [0, 0]
+        with distilling(tmp_path, server.address) as one, distilling(tmp_path, server.address) as other:
+            assert [one.wait(), other.wait()] == [0, 0]
         before = written(tmp_path)
         asked = len(server.requests)
         distill(tmp_path, RemoteTeacher(server.address, "m"))

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from children import LIMIT_S
 
 ROOT = Path(__file__).parent.parent
 
@@ -14,7 +15,11 @@ ROOT = Path(__file__).parent.parent
 @pytest.mark.parametrize("script", ["reference.py", "chat_tables.py", "cache_tables.py"])
 def test_tables_are_what_the_program_says(script: str) -> None:
     done = subprocess.run(
-        [sys.executable, str(ROOT / "docs" / script), "--check"], capture_output=True, text=True, check=False
+        [sys.executable, str(ROOT / "docs" / script), "--check"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=LIMIT_S,
     )
     assert done.returncode == 0, done.stderr
 

@@ -248,7 +248,7 @@ def test_answers_decoded_together_tell_as_well(model: edger1.Model, monkeypatch:
     async def together() -> list[int]:
         return await asyncio.gather(heard(), heard(), heard())
 
-    assert min(asyncio.run(together())) > 5
+    assert min(asyncio.run(asyncio.wait_for(together(), timeout=120))) > 5
 
 
 def test_streamed_layers_tell_hits_misses_and_uses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

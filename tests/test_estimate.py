@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from children import LIMIT_S
 from tiny import write_tiny_model
 
 from edger1 import estimate, registry, worker
@@ -72,7 +73,7 @@ def test_nothing_imports_mlx() -> None:
         "recommend.recommend(registry.load().values(), 16 * 2**30)\n"
         "sys.exit('mlx.core' in sys.modules or 'mlx_lm' in sys.modules)"
     )
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=LIMIT_S).returncode == 0
 
 
 def test_a_config_that_lies_gives_an_unknown_estimate_and_a_reason(dense: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from children import until
 
 from edger1.errors import StreamError
 from edger1.experts import page_cache
@@ -147,8 +148,7 @@ def test_guesses_that_are_given_up_free_their_slots(
     bank = Bank(layer, 2, store, LRU(EXPERTS))
     gate.close()
     guesses = [bank.request(expert, (), guessed=True) for expert in (7, 8)]
-    while store._guessed:  # until threads have begun with both
-        time.sleep(0.001)
+    until(lambda: not store._guessed, "a thread that has begun with each")
     bank.give_up_guesses({3, 4})
     assert bank.request(3, {3, 4}) is None
     assert set(bank.others_under_way([])) == set(guesses)
@@ -226,8 +226,10 @@ def test_a_slot_is_not_used_again_before_its_last_read_was_told(
     assert first is not None
     assert arrivals.telling.wait(10)
     threading.Timer(0.1, arrivals.go.set).start()
+    deadline = time.monotonic() + 60
     while (second := bank.request(4, {4})) is None:
         assert first.wait(10)
+        assert time.monotonic() < deadline, "the slot never became free"
     assert second.wait(10)
     assert arrivals.said == [("expect", 0), ("fail" if fails else "done", 0)] * 2
 
@@ -289,8 +291,9 @@ def test_a_trial_keeps_what_is_faster() -> None:
 
 def test_a_trial_leaves_off_what_changes_nothing() -> None:
     trial = Trial(span=4, rounds=2)
-    while trial.trying:
+    for _ in range(100):
         trial.note(1.0)
+    assert not trial.trying
     assert not trial.on
 
 
@@ -324,7 +327,7 @@ def test_who_needs_experts_at_once_does_not_wait_for_a_warm_start(
     opening = threading.Timer(0.2, gate.open)
     opening.start()
     bank.ensure([10, 11, 3], [10, 11, 3])
-    opening.join()
+    opening.join(60)
     assert all(holds(bank, expert) for expert in (3, 10, 11))
 
 

@@ -99,7 +99,7 @@ def test_what_is_being_read_for_a_call_that_was_given_up_is_waited_for_by_the_ne
     opening = threading.Timer(0.3, disk.go.set)
     opening.start()
     got = answers(model)
-    opening.join()
+    opening.join(60)
     for a, b in zip(expected, got, strict=True):
         np.testing.assert_array_equal(a, b)
 

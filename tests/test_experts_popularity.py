@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from children import child
 
 from edger1 import paths
 from edger1.experts import popularity
@@ -166,10 +166,11 @@ def test_programs_that_save_at_once_leave_a_whole_file(folder: Path) -> None:
         "    run.add(i % 2, [int(sys.argv[2])])\n"
         "    run.save()\n"
     )
-    children = [subprocess.Popen([sys.executable, "-c", program, str(folder), str(i)]) for i in range(2)]
-    while any(child.poll() is None for child in children):
-        if (folder / NAME).exists():
-            assert popularity._parse(folder / NAME, (64, 64)) is not None
-    assert [child.returncode for child in children] == [0, 0]
+    command = [sys.executable, "-c", program, str(folder)]
+    with child([*command, "0"]) as one, child([*command, "1"]) as other:
+        while one.poll() is None or other.poll() is None:
+            if (folder / NAME).exists():
+                assert popularity._parse(folder / NAME, (64, 64)) is not None
+        assert (one.returncode, other.returncode) == (0, 0)
     assert [path.name for path in folder.iterdir()] == [NAME]
     assert Popularity(folder, (64, 64)).known

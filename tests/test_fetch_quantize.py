@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import hub_server
 import mlx.core as mx
 import numpy as np
 import pytest
+from children import join, until
 from command_line import edger1
 from gguf.constants import GGMLQuantizationType
 from gguf.quants import dequantize
@@ -327,23 +327,28 @@ def test_no_gguf_file_is_fetched_for_a_plan(server: Hub) -> None:
 
 
 def test_waiting_threads_are_let_go_when_it_ends(tmp_path: Path) -> None:
-    supply = streamed.ShardSupply(tmp_path, {"a": ["one"]}, lambda name: time.sleep(30), lambda path: None)
+    over = threading.Event()
+    supply = streamed.ShardSupply(tmp_path, {"a": ["one"]}, lambda name: over.wait(120), lambda path: None)
     supply.begin(["a"])
     caught: list[BaseException] = []
 
     def wait() -> None:
         try:
             supply.need(("a",))
-        except streamed.StoppedError as error:
+        except BaseException as error:
             caught.append(error)
 
-    thread = threading.Thread(target=wait)
-    thread.start()
-    time.sleep(0.1)
-    assert supply.waiting() == 1
-    supply.stop()
-    thread.join(5)
-    assert len(caught) == 1
+    thread = threading.Thread(target=wait, daemon=True)
+    try:
+        thread.start()
+        until(lambda: supply.waiting() == 1, "a thread that waits")
+        # The file is on its way still.
+        supply.stop()
+        join(thread)
+    finally:
+        supply.stop()
+        over.set()
+    assert [type(error) for error in caught] == [streamed.StoppedError]
 
 
 def test_a_file_that_is_needed_after_it_was_removed_is_an_error_and_no_endless_wait(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from children import child
 from tiny import write_tiny_model
 from typer.testing import CliRunner
 
@@ -136,18 +136,11 @@ def test_a_killed_run_goes_on_to_the_same_weights(model: Path, data: Path, tmp_p
     found = chosen(model, data)
     whole, _ = train(found, tmp_path / "whole")
     (tmp_path / "settings.toml").write_text(found.to_toml())
-    child = subprocess.Popen(
-        [sys.executable, "-c", _CHILD, str(tmp_path / "settings.toml"), str(tmp_path / "run")],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert child.stdout is not None
-    for line in child.stdout:
-        if line.strip() == "3":
-            os.kill(child.pid, signal.SIGKILL)
-            break
-    child.stdout.read()
-    child.wait()
+    command = [sys.executable, "-c", _CHILD, str(tmp_path / "settings.toml"), str(tmp_path / "run")]
+    with child(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert any(line.strip() == "3" for line in process.stdout), "it ended before its third step"
+        process.send_signal(signal.SIGKILL)
     result, _ = train(found, tmp_path / "run", resume=True)
     assert adapter_bytes(result.folder) == adapter_bytes(whole.folder)
 

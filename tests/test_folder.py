@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from children import LIMIT_S
 from safetensors.numpy import save_file
 
 from edger1.errors import FormatError, UnknownModelError
@@ -151,7 +152,7 @@ def test_needs_no_mlx_and_next_to_no_time(folder: Path) -> None:
         "import sys, pathlib; from edger1.folder import inspect; inspect(pathlib.Path(sys.argv[1])); "
         "assert not {'mlx', 'numpy', 'tokenizers', 'transformers'} & sys.modules.keys(), sorted(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code, folder], check=True)
+    subprocess.run([sys.executable, "-c", code, folder], check=True, timeout=LIMIT_S)
 
 
 @pytest.mark.model

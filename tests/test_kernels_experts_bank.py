@@ -242,7 +242,7 @@ class Reader:
 
     def stop(self) -> None:
         for thread in self.threads:
-            thread.join()
+            thread.join(60)
 
 
 def evaluated(result: Any, arrivals: Any, timeout_s: float = 60) -> Any:
@@ -312,7 +312,7 @@ def test_what_has_come_is_computed_before_what_has_not() -> None:
     reader = threading.Thread(target=read)
     reader.start()
     assert same_bits(evaluated(call(x, slots, weights, arrivals), arrivals), expected)
-    reader.join()
+    reader.join(60)
     assert arrivals.waited_s >= 0.1
 
 

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import mlx.core as mx
 import numpy as np
 import pytest
+from children import join
 
 from edger1 import kernels
 from edger1.kernels.quantized import quantized_matmul
@@ -52,7 +53,7 @@ def test_threads_can_change_while_others_call():
         while not stop.is_set():
             results.append(extension._count_chunks(50, 20) == [1] * 50)
 
-    callers = [threading.Thread(target=call) for _ in range(3)]
+    callers = [threading.Thread(target=call, daemon=True) for _ in range(3)]
     try:
         for caller in callers:
             caller.start()
@@ -60,8 +61,7 @@ def test_threads_can_change_while_others_call():
             extension.set_threads(n)
     finally:
         stop.set()
-        for caller in callers:
-            caller.join()
+        join(*callers)
         extension.set_threads(before)
     assert results
     assert all(results)

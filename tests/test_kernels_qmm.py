@@ -441,6 +441,7 @@ def test_every_other_instruction_set(name):
         capture_output=True,
         text=True,
         check=False,
+        timeout=250,
     )
     assert run.returncode == 0, run.stdout[-3000:]
     assert " passed" in run.stdout
@@ -454,6 +455,7 @@ def test_an_unknown_instruction_set_is_refused():
         capture_output=True,
         text=True,
         check=False,
+        timeout=60,
     )
     assert "sse9" in run.stderr
     assert "portable" in run.stderr

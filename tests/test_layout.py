@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from children import LIMIT_S
 
 ROOT = Path(__file__).parent.parent
 
@@ -69,7 +70,7 @@ def best_of(*commands: list[str], runs: int = 5) -> list[float]:
     for _ in range(runs):
         for command, taken in zip(commands, times, strict=True):
             before = resource.getrusage(resource.RUSAGE_CHILDREN)
-            subprocess.run(command, check=True, capture_output=True)
+            subprocess.run(command, check=True, capture_output=True, timeout=LIMIT_S)
             after = resource.getrusage(resource.RUSAGE_CHILDREN)
             taken.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     return [min(taken) for taken in times]
@@ -85,7 +86,7 @@ def test_the_package_loads_nothing_heavy_until_asked() -> None:
         "import sys, edger1.config, edger1.tools.toolbox, edger1.tools.loop;"
         "print([m for m in ('mcp', 'mlx', 'mlx_lm', 'pydantic', 'transformers', 'textual') if m in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True, timeout=LIMIT_S)
     assert done.stdout.strip() == "[]"
 
 

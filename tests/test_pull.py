@@ -10,14 +10,17 @@ import sys
 import textwrap
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import hub_server
 import pytest
+from children import LIMIT_S, child, join, until
 from hub_server import COMMIT, Hub
 from pulling import (
     CONFIG,
     GGUF,
+    PATIENT,
     WEIGHTS,
     converter,
     home,
@@ -26,6 +29,7 @@ from pulling import (
     point_at,
     register,
     server,
+    wait_long_for_answers,
 )
 
 from edger1 import installed, paths
@@ -106,19 +110,17 @@ def test_what_a_failed_pull_got_is_kept_for_the_next_one(server: Hub, monkeypatc
     assert server.ranges("model.safetensors")[-1] == "bytes=900000-"
 
 
+def bytes_in_progress() -> int:
+    return sum(path.stat().st_size for path in in_progress("owner--name"))
+
+
 def test_a_killed_pull_leaves_no_model_and_the_next_one_goes_on(server: Hub, home: Path) -> None:
     server.repos["owner/name"] = model_files()
     server.holds["model.safetensors"] = 1_000_000
-    code = "from edger1.fetch import pull; pull('owner/name')"
-    child = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"HF_ENDPOINT": server.url})
-    try:
-        deadline = time.monotonic() + 20
-        while sum(path.stat().st_size for path in in_progress("owner--name")) < 1_000_000:
-            assert time.monotonic() < deadline, "the pull never got to the middle of the weights"
-            time.sleep(0.02)
-    finally:
-        child.send_signal(signal.SIGKILL)
-        child.wait()
+    code = PATIENT + "from edger1.fetch import pull; pull('owner/name')"
+    with child([sys.executable, "-c", code], env=os.environ | {"HF_ENDPOINT": server.url}) as pulling:
+        until(lambda: bytes_in_progress() >= 1_000_000, "the middle of the weights", pulling)
+        pulling.send_signal(signal.SIGKILL)
     assert installed.models() == []
     folder = pull("owner/name")
     assert (folder / "model.safetensors").read_bytes() == WEIGHTS
@@ -129,14 +131,17 @@ def test_ctrl_c_stops_at_once_and_keeps_what_came(server: Hub) -> None:
     server.repos["owner/name"] = model_files()
     server.holds["model.safetensors"] = 1_000_000
 
+    stopped: list[float] = []
+
     def interrupt(step: Step) -> None:
         if step.done >= 1_000_000:
+            stopped.append(time.monotonic())
             raise KeyboardInterrupt
 
-    started = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         pull("owner/name", on_progress=interrupt)
-    assert time.monotonic() - started < 5
+    # A transfer that is waited for takes as long as its read may: half a minute.
+    assert time.monotonic() - stopped[0] < 15
     server.release.set()
     assert installed.models() == []
     assert (pull("owner/name") / "model.safetensors").read_bytes() == WEIGHTS
@@ -179,17 +184,21 @@ def test_a_silent_hub_costs_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     with hub_server.silent_server() as url:
         point_at(monkeypatch, url)
         started = time.monotonic()
-        with pytest.raises(SourceError, match="cannot be reached"):
+        with pytest.raises(SourceError, match=r"cannot be reached .*no answer within 3 s"):
             pull("owner/name")
-        assert time.monotonic() - started < hub.PROBE_TIMEOUT_S + 1
+        # huggingface_hub's own retries would take 23 s.
+        assert time.monotonic() - started < hub.PROBE_TIMEOUT_S + 10
 
 
 def test_no_hub_at_all_costs_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    wait_long_for_answers(monkeypatch)
     point_at(monkeypatch, hub_server.dead_address())
     started = time.monotonic()
-    with pytest.raises(SourceError, match="cannot be reached"):
+    with pytest.raises(SourceError, match="cannot be reached") as raised:
         pull("owner/name")
-    assert time.monotonic() - started < 2
+    # Neither the time that a silent hub gets, nor retries.
+    assert "no answer" not in str(raised.value)
+    assert time.monotonic() - started < 15
 
 
 def test_no_disk_space_is_told_before_anything_is_fetched(server: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,18 +230,28 @@ def test_two_pulls_of_one_model_fetch_it_once(server: Hub) -> None:
     server.repos["owner/name"] = model_files()
     server.holds["model.safetensors"] = 1_000_000
     folders: list[Path] = []
+    failures: list[BaseException] = []
     notes: list[str] = []
-    first = threading.Thread(target=lambda: folders.append(pull("owner/name")))
-    first.start()
-    while not server.ranges("model.safetensors"):
-        time.sleep(0.01)
-    second = threading.Thread(target=lambda: folders.append(pull("owner/name", on_note=notes.append)))
-    second.start()
-    while not notes:
-        time.sleep(0.01)
-    server.release.set()
-    first.join(20)
-    second.join(20)
+
+    def fetch(on_note: Callable[[str], None]) -> None:
+        try:
+            folders.append(pull("owner/name", on_note=on_note))
+        except BaseException as error:
+            failures.append(error)
+
+    first = threading.Thread(target=fetch, args=(lambda note: None,), daemon=True)
+    second = threading.Thread(target=fetch, args=(notes.append,), daemon=True)
+    try:
+        first.start()
+        until(lambda: server.ranges("model.safetensors") or failures, "the first pull's request for the weights")
+        second.start()
+        until(lambda: notes or failures, "the second pull's word that it waits")
+        assert failures == []
+        assert first.is_alive()
+    finally:
+        server.release.set()
+    join(first, second)
+    assert failures == []
     assert folders == [paths.models() / "owner--name"] * 2
     assert "under way" in notes[0]
     assert len(server.ranges("model.safetensors")) == 1
@@ -310,7 +329,7 @@ def test_which_files_make_a_model() -> None:
         names("m-00002-of-00003.gguf")
 
 
-COMMAND = textwrap.dedent("""
+COMMAND = PATIENT + textwrap.dedent("""
     import typer
     from edger1.cli.pull import pull_command
     app = typer.Typer()
@@ -322,19 +341,17 @@ COMMAND = textwrap.dedent("""
 def test_the_command_ends_cleanly_on_ctrl_c_and_says_how_to_go_on(server: Hub) -> None:
     server.repos["owner/name"] = model_files()
     server.holds["model.safetensors"] = 1_000_000
-    child = subprocess.Popen(
+    with child(
         [sys.executable, "-c", COMMAND, "owner/name"],
         env=os.environ | {"HF_ENDPOINT": server.url},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-    )
-    while sum(path.stat().st_size for path in in_progress("owner--name")) < 1_000_000:
-        assert child.poll() is None, child.communicate()
-        time.sleep(0.02)
-    child.send_signal(signal.SIGINT)
-    out, err = child.communicate(timeout=10)
-    assert (child.returncode, out) == (130, "")
+    ) as pulling:
+        until(lambda: bytes_in_progress() >= 1_000_000, "the middle of the weights", pulling)
+        pulling.send_signal(signal.SIGINT)
+        out, err = pulling.communicate()
+    assert (pulling.returncode, out) == (130, "")
     assert err.endswith("Stopped. What was fetched is kept; go on with `edger1 pull owner/name`.\n")
     assert "Traceback" not in err
 
@@ -347,6 +364,7 @@ def test_the_command_shows_lines_without_a_terminal_and_prints_the_folder(server
         capture_output=True,
         text=True,
         check=True,
+        timeout=LIMIT_S,
     )
     assert done.stdout.strip() == str(paths.models() / "owner--name")
     assert f"Fetching owner/name at {COMMIT[:12]}: 2.10 MB." in done.stderr

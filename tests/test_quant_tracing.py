@@ -135,7 +135,7 @@ def test_other_threads_keep_their_contiguous(monkeypatch: pytest.MonkeyPatch) ->
 
             thread = threading.Thread(target=elsewhere)
             thread.start()
-            thread.join()
+            thread.join(60)
             return super().sanitize(weights)
 
     trace(tiny_config("deepseek_v3"), source, (Model, deepseek_v3.ModelArgs))

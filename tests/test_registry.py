@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from children import LIMIT_S
 
 from edger1 import registry
 from edger1.errors import UnknownModelError, UsageError
@@ -142,5 +143,5 @@ def test_the_registry_loads_without_anything_heavy() -> None:
         "import sys; from edger1 import registry; registry.load();"
         "print([m for m in ('mlx', 'numpy', 'huggingface_hub', 'httpx2', 'rich') if m in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=LIMIT_S)
     assert done.stdout.strip() == "[]"

@@ -104,7 +104,7 @@ def test_a_question_is_asked_only_where_it_must_be() -> None:
         assert await approvals.approve(Call("1", "add"), tool(), ask)
         assert await approvals.approve(Call("2", "add"), tool(), ask)
 
-    asyncio.run(run())
+    asyncio.run(asyncio.wait_for(run(), timeout=90))
     assert asked == ["1"]
 
 
@@ -156,7 +156,7 @@ def play(model: Model, tools: Tools, approve: Any = yes, **more: Any) -> tuple[l
     async def run() -> list[Any]:
         return [step async for step in rounds.run()]
 
-    return asyncio.run(asyncio.wait_for(run(), 10)), rounds.messages
+    return asyncio.run(asyncio.wait_for(run(), 60)), rounds.messages
 
 
 def stages(steps: list[Any]) -> list[str]:
@@ -245,7 +245,7 @@ def test_stopping_in_the_middle_of_a_call() -> None:
                 asyncio.get_running_loop().call_later(0.02, rounds.stop)
         return steps
 
-    steps = asyncio.run(asyncio.wait_for(run(), 5))
+    steps = asyncio.run(asyncio.wait_for(run(), 30))
     assert cancelled == ["add"]
     assert stages(steps) == ["waiting", "running", "stopped", "stopped"]
     assert len(model.asked) == 1
@@ -265,7 +265,7 @@ def test_stopping_while_the_user_is_asked() -> None:
         asyncio.get_running_loop().call_later(0.02, rounds.stop)
         return [step async for step in rounds.run()]
 
-    assert stages(asyncio.run(asyncio.wait_for(run(), 5))) == ["waiting", "stopped"]
+    assert stages(asyncio.run(asyncio.wait_for(run(), 30))) == ["waiting", "stopped"]
     assert tools.called == []
 
 
@@ -289,11 +289,11 @@ def test_cancelling_whoever_iterates_stops_the_call() -> None:
         task = asyncio.create_task(all_of_it())
         await asyncio.sleep(0.05)
         task.cancel()
-        await asyncio.wait({task}, timeout=2)
+        await asyncio.wait({task}, timeout=30)
         assert task.cancelled()
         await asyncio.sleep(0.01)
 
-    asyncio.run(run())
+    asyncio.run(asyncio.wait_for(run(), timeout=90))
     assert ended == ["add"]
 
 
@@ -313,4 +313,4 @@ def test_rounds_with_a_real_toolbox() -> None:
         assert stages(steps) == ["waiting", "running", "done"] * 3
         return [each["content"] for each in rounds.messages if each["role"] == "tool"]
 
-    assert asyncio.run(run()) == ["2", "3", "6"]
+    assert asyncio.run(asyncio.wait_for(run(), timeout=90)) == ["2", "3", "6"]

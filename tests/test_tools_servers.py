@@ -10,11 +10,14 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from children import child, until
 
 from edger1.tools.settings import ServerSettings, ToolSettings
 from edger1.tools.toolbox import Toolbox
@@ -53,7 +56,7 @@ def alive(pid: int) -> bool:
         return False
 
 
-def gone(pid: int, within_s: float = 8.0) -> bool:
+def gone(pid: int, within_s: float = 20.0) -> bool:
     deadline = time.monotonic() + within_s
     while alive(pid) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -89,9 +92,9 @@ def test_a_real_server(tmp_path: Path) -> None:
         assert len(much.text) < 21_000
         assert much.text.endswith("[Cut: these are the first 20,000 of 3,000,000 characters.]")
 
-        both = await asyncio.gather(box.call("wait", {"seconds": 0.3}), box.call("add", {"a": 1, "b": 1}))
+        both = await asyncio.gather(box.call("wait", {"seconds": 1.5}), box.call("add", {"a": 1, "b": 1}))
         assert [each.text for each in both] == ["waited", "2"]
-        assert both[0].seconds >= 0.3
+        assert both[0].seconds >= 1.5
         assert both[1].seconds < both[0].seconds
         assert "shouting" in box.log("mcp:test")
 
@@ -117,11 +120,11 @@ def test_a_late_call_is_given_up_and_the_server_lives_on(tmp_path: Path) -> None
         begun = time.monotonic()
         late = await box.call("wait", {"seconds": 60})
         assert late.is_error
-        assert "no answer within 2 s" in late.text
-        assert time.monotonic() - begun < 4
+        assert "no answer within 4 s" in late.text
+        assert time.monotonic() - begun < 30
         assert (await box.call("add", {"a": 1, "b": 1})).text == "2"
 
-    use(tmp_path, scenario, settings(REAL, call_s=2.0))
+    use(tmp_path, scenario, settings(REAL, call_s=4.0))
 
 
 def test_a_cancelled_call_ends_at_once(tmp_path: Path) -> None:
@@ -133,10 +136,11 @@ def test_a_cancelled_call_ends_at_once(tmp_path: Path) -> None:
         call.cancel()
         with pytest.raises(asyncio.CancelledError):
             await call
-        assert time.monotonic() - begun < 1.5
+        # Neither the server's answer nor the time that it has for one was waited for.
+        assert time.monotonic() - begun < 15
         assert (await box.call("add", {"a": 1, "b": 1})).text == "2"
 
-    use(tmp_path, scenario, settings(REAL))
+    use(tmp_path, scenario, settings(REAL, call_s=40.0))
 
 
 def test_names_are_unique_and_none_takes_anothers_place(tmp_path: Path) -> None:
@@ -162,7 +166,16 @@ def test_names_are_unique_and_none_takes_anothers_place(tmp_path: Path) -> None:
         ("flood", "more than 16 MiB"),
     ],
 )
-def test_a_server_that_never_gets_ready(tmp_path: Path, how: str, why: str) -> None:
+def test_a_server_that_never_gets_ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str, why: str) -> None:
+    create, started = asyncio.create_subprocess_exec, 0
+
+    async def counted(*command: Any, **options: Any) -> asyncio.subprocess.Process:
+        nonlocal started
+        started += 1
+        return await create(*command, **options)
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", counted)
+
     async def scenario(box: Toolbox) -> None:
         await asyncio.to_thread(__import__, "mcp")
         begun = time.monotonic()
@@ -170,16 +183,17 @@ def test_a_server_that_never_gets_ready(tmp_path: Path, how: str, why: str) -> N
         view = box.servers()[0]
         assert view.state == "failed"
         assert why in view.trouble
-        again = time.monotonic()
-        assert again - begun < 20
+        assert time.monotonic() - begun < 50
+        assert started == 1
         await box.ready()
-        assert time.monotonic() - again < 0.1
+        assert started == 1
         if how == "crash":
             assert "no such database" in box.log("mcp:test")
         await box.restart("mcp:test")
+        assert started == 2
         assert box.servers()[0].state == "failed"
 
-    use(tmp_path, scenario, hostile(how, start_s=2.0 if how == "silent" else 30.0))
+    use(tmp_path, scenario, hostile(how, start_s=2.0 if how == "silent" else 60.0))
 
 
 def test_a_program_that_is_not_there(tmp_path: Path) -> None:
@@ -245,24 +259,30 @@ def test_no_process_is_left_after_closing(tmp_path: Path, how: str) -> None:
     box = use(tmp_path, scenario, hostile(how))
     pids = [int(pid) for pid in re.findall(r"(?:pid|child) (\d+)", box.log("mcp:test"))]
     assert len(pids) == (2 if how == "family" else 1)
-    assert all(gone(pid, 0.5) for pid in pids)
+    assert all(gone(pid) for pid in pids)
+
+
+def own_children() -> set[int]:
+    """Return the ids of the processes that this thread has started."""
+    return {int(pid) for pid in Path(f"/proc/self/task/{threading.get_native_id()}/children").read_text().split()}
 
 
 def test_closing_while_a_server_is_starting(tmp_path: Path) -> None:
     async def scenario(box: Toolbox) -> None:
         await asyncio.to_thread(__import__, "mcp")
+        before = own_children()
         starting = asyncio.create_task(box.ready())
-        children: list[int] = []
-        while not children:
-            await asyncio.sleep(0.05)
-            children = [
-                int(pid) for pid in Path("/proc/self/task").joinpath(str(os.getpid()), "children").read_text().split()
-            ]
+        deadline = time.monotonic() + 60
+        while not (started := own_children() - before):
+            assert not starting.done(), box.servers()
+            assert time.monotonic() < deadline, "no server was started"
+            await asyncio.sleep(0.02)
         begun = time.monotonic()
         await box.close()
-        assert time.monotonic() - begun < 6
-        assert all(gone(pid, 0.5) for pid in children)
-        assert await starting == ()
+        # The minute that the server has to get ready in was not waited for.
+        assert time.monotonic() - begun < 30
+        assert all(gone(pid) for pid in started)
+        assert await asyncio.wait_for(starting, 60) == ()
 
     use(tmp_path, scenario, hostile("silent"))
 
@@ -280,7 +300,7 @@ async def main():
     await asyncio.sleep(100)
 asyncio.run(main())
 """
-    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as process:
+    with child([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "1\n"
         log = (tmp_path / "mcp-test.log").read_text()
@@ -296,15 +316,15 @@ def http_server() -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    with subprocess.Popen([sys.executable, REAL, str(port)], stderr=subprocess.DEVNULL) as process:
-        try:
-            for _ in range(600):
-                with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
-                    break
-                time.sleep(0.1)
-            yield f"http://127.0.0.1:{port}/mcp"
-        finally:
-            process.kill()
+
+    def answers() -> bool:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=10):
+            return True
+        return False
+
+    with child([sys.executable, REAL, str(port)], limit_s=240, stderr=subprocess.DEVNULL) as process:
+        until(answers, "a server that listens", process)
+        yield f"http://127.0.0.1:{port}/mcp"
 
 
 def test_a_server_over_http(tmp_path: Path) -> None:

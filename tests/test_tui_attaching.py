@@ -87,7 +87,8 @@ def test_special_files_are_never_opened(tmp_path: Path) -> None:
             read(tmp_path / name, root=tmp_path)
     with pytest.raises(AttachError, match="made up by the kernel"):
         read(Path("/proc/self/status"), root=tmp_path)
-    assert time.monotonic() - began < 2
+    # A pipe that is opened waits for ever, and a device never ends.
+    assert time.monotonic() - began < 20
     listening.close()
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from chatting import drive, screen, settle, until
+from children import LIMIT_S
 from fake_backend import FIGURES, HOLD, FakeBackend, words
 from textual.pilot import Pilot
 
@@ -411,7 +412,7 @@ def test_an_unknown_theme_is_refused_with_names() -> None:
 
 def test_importing_the_package_does_not_import_textual() -> None:
     code = "import sys, edger1.tui; sys.exit('textual' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=LIMIT_S).returncode == 0
 
 
 def test_it_ends_when_the_terminal_has_gone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -83,4 +83,4 @@ def test_no_colour_is_used_and_what_is_chosen_is_seen(size: tuple[int, int], mon
             await pilot.pause()
             assert "Send the message" in screen(app)
 
-    asyncio.run(run())
+    asyncio.run(asyncio.wait_for(run(), timeout=90))

@@ -79,7 +79,7 @@ def drive(
             await pilot.pause()
             await scenario(pilot, app.shown)
 
-    asyncio.run(asyncio.wait_for(run(), timeout=300))
+    asyncio.run(asyncio.wait_for(run(), timeout=200))
     return app.results
 
 
@@ -295,7 +295,7 @@ def test_a_slow_search_does_not_hold_up_the_keys(store: Store, monkeypatch: pyte
 
     def slow(words: str, limit: int = 50) -> list[Hit]:
         searched.append(words)
-        held.wait(10)
+        held.wait(60)
         return Store.search(store, words, limit)
 
     monkeypatch.setattr(store, "search", slow)
@@ -306,7 +306,7 @@ def test_a_slow_search_does_not_hold_up_the_keys(store: Store, monkeypatch: pyte
         begin = time.monotonic()
         await pilot.press("y")
         assert screen.query_one("#search", Input).value == "sky"
-        assert time.monotonic() - begin < 5
+        assert time.monotonic() - begin < 30
         held.set()
         await until(pilot, screen, lambda: "Why is the sky blue?" in text(screen))
         assert searched[-1] == "sky"

@@ -229,12 +229,14 @@ def test_new_figures_are_drawn_together_and_nothing_runs_between(monkeypatch: py
 
     async def scenario(pilot: Pilot[Any], app: App[None], found: History) -> None:
         drawn = []
+        shown = app.screen
+        assert isinstance(shown, EngineScreen)
+        await until(pilot, lambda: shown._soon is None)
         monkeypatch.setattr(EngineScreen, "_show", lambda screen: drawn.append(1))
-        await asyncio.sleep(0.3)
         for step in range(40):
             found.add(live(step + 40), at=2000.0 + step)
-        await asyncio.sleep(0.5)
-        assert len(drawn) == 1
+        await until(pilot, lambda: drawn)
+        assert shown._soon is None
         await asyncio.sleep(0.5)
         assert len(drawn) == 1
 

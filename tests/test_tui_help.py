@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chatting import screen, until
+from chatting import choose, screen, until
 from textual.app import App
 from textual.pilot import Pilot
 
@@ -44,7 +44,7 @@ def test_help_shows_the_users_keys_and_is_searched(size: tuple[int, int], keymap
             await pilot.press("escape")
             assert len(app.screen_stack) == 1
 
-    asyncio.run(run())
+    asyncio.run(asyncio.wait_for(run(), timeout=90))
 
 
 def test_help_scrolls_without_leaving_the_search(keymap: Keymap) -> None:
@@ -59,7 +59,7 @@ def test_help_scrolls_without_leaving_the_search(keymap: Keymap) -> None:
             await pilot.press(*"quit")
             assert "Ctrl+Q" in screen(app)
 
-    asyncio.run(run())
+    asyncio.run(asyncio.wait_for(run(), timeout=90))
 
 
 class Palette(App[None]):
@@ -87,15 +87,10 @@ def test_the_palette_finds_commands_by_title_help_and_key(typed: str, did: str) 
             await pilot.pause()
             await shows(pilot, "New conversation  F11")
             await pilot.press(*(" " if each == " " else each for each in typed))
-            await pilot.pause(0.4)
-            await pilot.press("enter")
-            await pilot.pause()
-            if not app.done:
-                await pilot.press("enter")
-            await pilot.pause()
-            assert app.done == [did]
+            await choose(pilot, {"new": "New conversation", "hostile": "Hostile [bold]title"}[did])
+            await until(pilot, lambda: app.done == [did])
 
-    asyncio.run(run())
+    asyncio.run(asyncio.wait_for(run(), timeout=90))
 
 
 async def shows(pilot: Pilot[Any], words: str) -> None:

@@ -137,7 +137,7 @@ def test_textual_takes_the_users_keys(tmp_path: Path) -> None:
             await pilot.press("ctrl+n", "f11", "ctrl+k")
             assert app.noted[5:] == ["new", "new"]
 
-    asyncio.run(run())
+    asyncio.run(asyncio.wait_for(run(), timeout=90))
 
 
 def test_every_command_of_the_chat_can_have_other_keys(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
@@ -62,12 +62,18 @@ def run(scenario: Any) -> None:
     asyncio.run(asyncio.wait_for(scenario, timeout=60))
 
 
+async def came(condition: Callable[[], bool]) -> None:
+    """Wait for something; the scenario's own time ends that."""
+    while not condition():
+        await asyncio.sleep(0.001)
+
+
 def test_an_answer_is_stopped_while_its_tools_are_started() -> None:
     async def scenario() -> None:
         backend, tools = FakeBackend(), SlowTools()
         session = await ready(backend, tools=tools)
         asking = asyncio.create_task(play(session.ask(Node("user", "a"))))
-        await asyncio.sleep(0.01)
+        await came(lambda: session.state is State.ANSWERING)
         assert session.stop()
         tools.begin.set()
         assert isinstance((await asking)[-1], Rewound)
@@ -105,7 +111,7 @@ def test_a_title_that_is_being_asked_for_is_no_reason_not_to_be_busy(settings: S
         session.talk.id = "saved"
         session.talk.settings = settings
         naming = asyncio.create_task(session.name())
-        await asyncio.sleep(0.01)
+        await came(lambda: len(backend.asked) == 2)
         asking = asyncio.create_task(play(session.ask(Node("user", "b"))))
         await asyncio.sleep(0)
         await asyncio.sleep(0)
@@ -125,7 +131,7 @@ def test_a_title_gives_way_to_another_model() -> None:
         await play(session.ask(Node("user", "a")))
         session.talk.id = "saved"
         naming = asyncio.create_task(session.name())
-        await asyncio.sleep(0.01)
+        await came(lambda: len(backend.asked) == 2)
         assert isinstance((await play(session.load()))[-1], Loaded)
         assert backend.cancel_count == 1
         assert naming.done()

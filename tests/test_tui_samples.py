@@ -144,7 +144,7 @@ def test_samples_are_counted_while_they_run_and_stopped_together(tmp_path: Path)
         # Ctrl+P finds what needs nothing to be typed after it, and goes on to the next choice.
         await pilot.press("ctrl+p", *"several answers")
         await until(pilot, lambda: "Draw several answers" in screen(app))
-        await asyncio.sleep(0.3)
+        await asyncio.sleep(1.0)
         await pilot.press("enter")
         await until(pilot, lambda: now(app).samples == 5)
 

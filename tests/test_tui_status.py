@@ -120,4 +120,4 @@ def test_the_line_is_laid_out_for_the_width(size: tuple[int, int]) -> None:
             await pilot.pause()
             assert screen(app).strip() == ""
 
-    asyncio.run(run())
+    asyncio.run(asyncio.wait_for(run(), timeout=90))

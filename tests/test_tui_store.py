@@ -5,9 +5,12 @@ from __future__ import annotations
 import sqlite3
 import threading
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
+from children import join
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -366,32 +369,37 @@ def test_a_store_may_be_used_from_any_thread(store: Store) -> None:
         except Exception as error:
             errors.append(error)
 
-    threads = [threading.Thread(target=work, args=(name,)) for name in "xyz"]
+    threads = [threading.Thread(target=work, args=(name,), daemon=True) for name in "xyz"]
     for thread in threads:
         thread.start()
-    for thread in threads:
-        thread.join()
+    join(*threads)
     assert errors == []
     texts = sorted(node.text for node in store.load(id_).tree if node.role == "assistant")
     assert texts == ["".join(f"{name}{at} " for at in range(50)) for name in "xyz"]
 
 
 def test_two_thousand_messages_load_at_once(store: Store) -> None:
-    nodes = [Node("user", "word " * 100)]
-    for at in range(1999):
-        nodes.append(Node("assistant" if at % 2 == 0 else "user", "word " * 100, parent=nodes[-1].id, finish="stop"))
-    store.insert(Stored("long", None, Tree(nodes)))
-    best = min(timed(lambda: store.load("long")) for _ in range(5))
-    assert len(store.load("long").tree) == 2000
-    assert best < 0.1
-    writes = [timed(lambda: store.add("long", Node("user", "word " * 100, parent=nodes[-1].id))) for _ in range(50)]
-    assert sorted(writes)[25] < 0.005
+    """Loading costs by the message and writing does not; the bounds in seconds are generous, for any machine."""
+    loads, writes = {}, {}
+    for count in (100, 2000):
+        nodes = [Node("user", "word " * 100)]
+        for at in range(count - 1):
+            role = "assistant" if at % 2 == 0 else "user"
+            nodes.append(Node(role, "word " * 100, parent=nodes[-1].id, finish="stop"))
+        id_, last = f"of {count}", nodes[-1].id
+        store.insert(Stored(id_, None, Tree(nodes)))
+        loads[count] = min(timed(partial(store.load, id_)) for _ in range(5))
+        assert len(store.load(id_).tree) == count
+        new = [Node("user", "word " * 100, parent=last) for _ in range(50)]
+        writes[count] = sorted(timed(partial(store.add, id_, node)) for node in new)[25]
+    assert loads[2000] < min(3 * 20 * loads[100], 1.0)
+    assert writes[2000] < min(5 * writes[100], 0.05)
 
 
-def timed(work: object) -> float:
+def timed(work: Callable[[], object]) -> float:
     """Seconds of the processor: these machines are shared."""
     begin = time.thread_time()
-    work()  # type: ignore[operator]
+    work()
     return time.thread_time() - begin
 
 

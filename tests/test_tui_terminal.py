@@ -191,7 +191,7 @@ def test_a_day_with_the_chat(tmux: Tmux) -> None:
     window.shows("Today")
     window.type("lighthouse")
     window.shows("lighthouse keeper")
-    time.sleep(0.5)
+    # Enter waits for a search that is under way.
     window.press("Enter")
     window.shows("out the sea.", "2/2")
     window.type("half a thought")
@@ -216,7 +216,8 @@ def test_a_killed_chat_loses_at_most_a_second(tmux: Tmux) -> None:
     # A busy machine's screen comes after the file.
     window.until(lambda: letters(seen)[:30] in letters(window.screen()))
     shown = letters(window.screen().split("sea.", 1)[-1].split("Ask anything")[0])
-    time.sleep(1.0)
+    # A second, and one for a machine that stands still.
+    time.sleep(2.0)
     os.kill(window.pid, signal.SIGKILL)
     # The engine ends with the chat.
     window.until(lambda: window.pid not in living(tmux.home))

@@ -83,7 +83,7 @@ def test_the_session_sends_the_answer_without_thoughts() -> None:
         await _all(session.ask(Node("user", "a?")))
         await _all(session.ask(Node("user", "b?")))
 
-    asyncio.run(talk())
+    asyncio.run(asyncio.wait_for(talk(), timeout=90))
     assert backend.asked[1] == [
         {"role": "user", "content": "a?"},
         {"role": "assistant", "content": "yes"},
@@ -103,7 +103,7 @@ def test_the_session_sends_the_answer_without_thoughts() -> None:
 )
 def test_every_way_to_fail_ends_in_one_failed_event(step: Event | Exception, state: State, said: str) -> None:
     session = Session(FakeBackend([Text("", "half"), step]))
-    events = asyncio.run(_all(session.ask(Node("user", "?"))))
+    events = asyncio.run(asyncio.wait_for(_all(session.ask(Node("user", "?"))), timeout=90))
     assert sum(isinstance(event, Failed) for event in events) == 1
     assert said in next(event.message for event in events if isinstance(event, Failed))
     assert session.state is state
@@ -113,7 +113,7 @@ def test_every_way_to_fail_ends_in_one_failed_event(step: Event | Exception, sta
 
 def test_a_load_that_fails_leaves_the_engine_asleep() -> None:
     session = Session(FakeBackend(loads=[[Failed("", "FormatError", "Damaged.")], [Loaded("", "m")]]))
-    assert asyncio.run(_all(session.load())) == [Failed("", "FormatError", "Damaged.")]
+    assert asyncio.run(asyncio.wait_for(_all(session.load()), timeout=90)) == [Failed("", "FormatError", "Damaged.")]
     assert session.state is State.ASLEEP
-    asyncio.run(_all(session.load()))
+    asyncio.run(asyncio.wait_for(_all(session.load()), timeout=90))
     assert session.state is State.READY

@@ -45,4 +45,4 @@ def test_the_theme_under_the_cursor_is_shown_and_taken_or_left(size: tuple[int, 
             await pilot.press("enter")
             assert (app.theme, app.chosen) == ("edger1-contrast", [None, "edger1-contrast"])
 
-    asyncio.run(run())
+    asyncio.run(asyncio.wait_for(run(), timeout=90))

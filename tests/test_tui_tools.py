@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from chatting import until
 from textual.app import App
 from textual.pilot import Pilot
 from textual.screen import Screen
@@ -56,7 +57,7 @@ def drive(host: Host, scenario: Scenario, size: tuple[int, int] = (80, 24)) -> N
             await pilot.pause()
             await scenario(pilot, host)
 
-    asyncio.run(asyncio.wait_for(run(), 20))
+    asyncio.run(asyncio.wait_for(run(), 120))
 
 
 def seen(host: Host) -> str:
@@ -417,9 +418,7 @@ def test_a_server_that_is_starting_is_followed_until_it_is_ready() -> None:
     async def scenario(pilot: Pilot[None], host: Host) -> None:
         assert "files  starting" in seen(host)
         box.views[0] = ready
-        await asyncio.sleep(0.7)
-        await pilot.pause()
-        assert "files  ready" in seen(host)
+        await until(pilot, lambda: "files  ready" in seen(host))
         screen = host.screen
         assert isinstance(screen, ToolsScreen)
         assert not screen._looking

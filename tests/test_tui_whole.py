@@ -485,7 +485,7 @@ def test_a_failure_inside_is_one_sentence(tmp_path: Path, monkeypatch: pytest.Mo
             await pilot.pause()
 
     with pytest.raises(ZeroDivisionError):
-        asyncio.run(run())
+        asyncio.run(asyncio.wait_for(run(), timeout=90))
     app._fatal_error()
     told = " ".join(str(each) for each in app._exit_renderables)
     assert "division by zero" in told

@@ -59,7 +59,7 @@ def drive(scenario: Scenario, size: tuple[int, int] = (80, 24), transcript: Tran
         async with app.run_test(size=size) as pilot:
             await scenario(pilot, app)
 
-    asyncio.run(asyncio.wait_for(run(), timeout=300))
+    asyncio.run(asyncio.wait_for(run(), timeout=200))
 
 
 def screen(app: App[None]) -> str:
