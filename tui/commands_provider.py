@@ -9,6 +9,8 @@ from textual.app import App
 from textual.command import CommandList, CommandPalette, DiscoveryHit, Hit, Hits, Provider
 from textual.content import Content
 
+from edger1.tui.screens.over import EndsOnce
+
 
 class PaletteCommand(NamedTuple):
     """One line of the palette."""
@@ -20,12 +22,17 @@ class PaletteCommand(NamedTuple):
     """As people read it: "Ctrl+N"; empty where there is none."""
 
 
-class Palette(CommandPalette):
+class Palette(EndsOnce, CommandPalette):
     """Textual's palette; where its list has no row at all, there is nothing to move by, and no error."""
 
     DEFAULT_CSS = """
     Palette > Vertical { min-width: 16; }
     """
+
+    def _select_or_command(self, *given: Any) -> None:
+        # A second Enter before the palette has gone.
+        if self.whole:
+            super()._select_or_command(*given)
 
     def _action_command_list(self, action: str) -> None:
         if self.query_one(CommandList).scrollable_content_region:

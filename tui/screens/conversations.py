@@ -348,10 +348,10 @@ class ConversationsScreen(Over[Choice | None]):
         try:
             result = await asyncio.to_thread(work, *given)
         except EdgeR1Error as error:
-            if self.is_attached:
+            if self.whole:
                 self._say(str(error), error=True)
             return False
-        if not self.is_attached:
+        if not self.whole:
             return False
         return True if result is None else result
 
@@ -382,7 +382,7 @@ class ConversationsScreen(Over[Choice | None]):
             self._highlight(None, None)
             return
         found = await self._done(self._store.search, words)
-        if words != self._search.value or not self.is_attached:
+        if words != self._search.value or not self.whole:
             return
         hits: list[Summary | Hit | None] = list(found) if isinstance(found, list) else []
         self._shown_for = words

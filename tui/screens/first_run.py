@@ -173,7 +173,7 @@ class FirstRunScreen(Over[Chosen | None]):
             self._fetches.stop(open_[0].name)
 
     def _on_fetch(self, fetch: Fetch) -> None:
-        if not self.is_mounted:
+        if not self.whole:
             return
         progress = self.query_one("#progress", Static)
         waiting = [each.name for each in self._fetches.open if each.status == "waiting"]

@@ -315,7 +315,7 @@ class ModelsScreen(Over[Chosen | None]):
     # What is going on
 
     def _on_fetch(self, fetch: Fetch) -> None:
-        if not self.is_mounted:
+        if not self.whole:
             return
         entry = self._entries.get(fetch.name)
         if entry is not None and fetch.name in self._listed:

@@ -245,7 +245,7 @@ class ToolsScreen(Over[frozenset[str]]):
         self.notify("Starting.", markup=False)
         self.set_timer(LOOK_S, self.refresh_list)
         await self._box.restart(origin)
-        if self.is_mounted:
+        if self.whole:
             self.refresh_list()
 
     def action_forget(self) -> None:

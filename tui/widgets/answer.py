@@ -119,7 +119,7 @@ class Answer(Turn):
 
     async def think(self, text: str) -> None:
         """Take a piece of the reasoning."""
-        if self._finished or not self.is_attached:
+        if self._finished or not self.foot.is_attached:
             return
         if self._thinking is None:
             self._thinking = Thinking(self._clock, opened=self._opened)
@@ -141,9 +141,12 @@ class Answer(Turn):
     async def add(self, widget: Widget) -> None:
         """Show a tool's call or result below what was said."""
         await self._pacer.drain()
-        # Another conversation may be shown by now.
-        if self.is_attached:
-            await self.mount(widget, before=self.foot)
+        await self._put(widget)
+
+    async def _put(self, *widgets: Widget) -> None:
+        """Show something at the end, unless another conversation is shown by now, or is about to be."""
+        if self.foot.is_attached:
+            await self.mount_all(widgets, before=self.foot)
 
     async def finish(self, remark: str | None = None) -> None:
         """The answer is over, whole or not; `remark` says so below it, by default as the node's `finish` does.
@@ -160,7 +163,7 @@ class Answer(Turn):
             # Who stops an answer sees it end before the engine has told what became of it.
             new = [each for each in notes_of(self.node) if each not in self._noted]
             self._noted += new
-            await self.mount_all(map(Notice.remark, new), before=self.foot)
+            await self._put(*map(Notice.remark, new))
 
     async def _end(self, remark: str | None) -> None:
         if self._thinking is not None:
@@ -171,9 +174,8 @@ class Answer(Turn):
             self._writing = None
         if remark is None:
             remark = REMARKS.get(self.node.finish, "") if self.node.finish else ""
-        # Code may have taken its time for its colours, and another conversation is shown.
-        if remark and self.is_attached:
-            await self.mount(Notice.remark(remark), before=self.foot)
+        if remark:
+            await self._put(Notice.remark(remark))
         self.look()
 
     async def resume(self) -> None:
@@ -203,7 +205,7 @@ class Answer(Turn):
                 words = SEPARATOR.join([*filter(None, [words]), votes.plain])
             notice = Notice.remark(words or "Nothing was measured.")
             notice.add_class("-figures")
-            await self.mount(notice, before=self.foot)
+            await self._put(notice)
 
     def possible(self) -> list[str]:
         """Return what can be done with it."""
@@ -231,6 +233,8 @@ class Answer(Turn):
         self.toggle_thinking()
 
     async def _show(self, text: str) -> None:
+        if not self.foot.is_attached:
+            return
         if self._writing is None:
             found = list(self.query_children(AnswerText))
             if found:

@@ -239,6 +239,8 @@ class Transcript(VerticalScroll, Copying, can_focus=False):
         if to:
             await (self.show_first() if to == "first" else self.show_last())
             nodes = [entry for entry in self._entries if entry.node is not None]
+            if not nodes:
+                return
             goal = nodes[0 if to == "first" else -1]
         else:
             at = next((i for i, entry in enumerate(self._entries) if entry.widget is turn), None)

@@ -240,7 +240,7 @@ class Turn(Growing, can_focus=True):
 
     async def begin_edit(self) -> None:
         """Change the message in place; what was typed before Esc is still there."""
-        if self.has_class("-editing"):
+        if self.has_class("-editing") or not self.foot.is_attached:
             return
         editor = Editor(self.written() if self._draft is None else self._draft)
         self.add_class("-editing")
@@ -250,7 +250,9 @@ class Turn(Growing, can_focus=True):
 
     async def end_edit(self, text: str | None) -> None:
         """Stop changing it; `text` is what it is to say, None leaves it as it is."""
-        editor = self.query_one(Editor)
+        editor = next(iter(self.query(Editor)), None)
+        if editor is None or not self.has_class("-editing"):
+            return
         # Also of what is saved: it may have to wait until something else is over.
         self._draft = editor.text
         self.remove_class("-editing")
