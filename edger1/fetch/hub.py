@@ -64,13 +64,12 @@ def probe() -> str | None:
 
     It runs on a thread of its own, since looking up a name can block for much longer than any timeout given to it.
     """
-    from huggingface_hub import constants
+    # Imported before the time runs: that may take seconds on a busy machine.
+    from huggingface_hub import constants, get_session
 
     answer: queue.SimpleQueue[str | None] = queue.SimpleQueue()
 
     def ask() -> None:
-        from huggingface_hub import get_session
-
         try:
             get_session().head(f"{constants.ENDPOINT}/api/models", timeout=PROBE_TIMEOUT_S)
             answer.put(None)
