@@ -11,6 +11,7 @@ from pathlib import Path
 from fake_backend import FIGURES, GONE, HOLD, FakeBackend, Step
 from fake_catalogue import FakeCatalogue
 from textual import events
+from textual.errors import NoWidget
 from textual.keys import _get_unicode_name_from_key
 from textual.pilot import OutOfBounds, Pilot
 
@@ -140,7 +141,7 @@ async def act(rng: random.Random, pilot: Pilot[None], app: ChatApp, backend: Fak
         await pilot.resize_terminal(*rng.choice(SIZES))
     elif kind < 0.95:
         wide, high = app.size
-        with suppress(OutOfBounds):
+        with suppress(OutOfBounds, NoWidget):
             await pilot.click(offset=(rng.randrange(wide), rng.randrange(high)))
     await asyncio.sleep(rng.choice((0, 0, 0, 0.001, 0.01, 0.05)))
 
