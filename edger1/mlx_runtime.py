@@ -50,6 +50,16 @@ def set_cache_limit(nbytes: int) -> int:
     return int(_memory().set_cache_limit(nbytes))
 
 
+@contextlib.contextmanager
+def cache_limited(nbytes: int) -> Iterator[None]:
+    """Let MLX keep no more than so many bytes of what is freed."""
+    before = set_cache_limit(nbytes)
+    try:
+        yield
+    finally:
+        set_cache_limit(before)
+
+
 def _memory() -> ModuleType:
     import mlx.core as mx
 

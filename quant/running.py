@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -20,7 +19,6 @@ import mlx.core as mx
 import numpy as np
 
 from edger1.errors import FormatError
-from edger1.mlx_runtime import set_cache_limit
 from edger1.quant import journal, quantizing, threads
 from edger1.quant.formats.ggml import Array
 from edger1.quant.journal import Journal
@@ -30,7 +28,6 @@ from edger1.quant.writing import PART, Shard, Writer
 
 SYNC_BYTES = 512 << 20
 POLL_S = 0.2
-MLX_CACHE_BYTES = 64 << 20
 
 OnProgress = Callable[[int, int], None]
 Importance = Callable[[str, int, int], "np.ndarray | None"]
@@ -97,7 +94,7 @@ def run(plan: Plan, folder: Path, begun: Journal, options: Options, supply: Supp
         begun = replace(begun, units=0, zeroed=())
     sizes = [sum(plan.jobs[unit.job].unit_bytes(unit.start, unit.stop)) for unit in plan.units]
     total, written, unsettled = sum(sizes), sum(sizes[: begun.units]), 0
-    with _small_cache(), Writer(folder, (*plan.shards, *plan.ahead)) as writer:
+    with Writer(folder, (*plan.shards, *plan.ahead)) as writer:
         ledger = _Ledger(plan, folder, begun, writer, supply)
         ledger.settle(begun.units, ())
         supply.begin(ledger.upcoming())
@@ -296,13 +293,3 @@ def _is_there(plan: Plan, folder: Path, units: int) -> bool:
             if not any(path.is_file() and path.stat().st_size == shard.nbytes for path in paths):
                 return False
     return True
-
-
-@contextmanager
-def _small_cache() -> Iterator[None]:
-    """Keep MLX from holding on to what was freed: units differ in size, so little of it would be used again."""
-    before = set_cache_limit(MLX_CACHE_BYTES)
-    try:
-        yield
-    finally:
-        set_cache_limit(before)

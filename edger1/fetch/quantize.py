@@ -25,12 +25,14 @@ if TYPE_CHECKING:
     from edger1.quant.recipes import Recipe
     from edger1.quant.source import Source
 
+_CACHE_BYTES = 64 << 20
+
 
 def convert_source(
     source: Source, destination: Path, recipe: Recipe, watch: Watch, settings: Settings | None = None
 ) -> Report:
     """Convert an opened source into the folder `destination`; raises what quant.converting.convert raises."""
-    from edger1.mlx_runtime import freed_kept, prepare
+    from edger1.mlx_runtime import cache_limited, freed_kept, prepare
 
     prepare()
     from edger1.quant.converting import convert
@@ -40,7 +42,8 @@ def convert_source(
         watch.progress(Step("convert", done, total))
 
     model = model_of(source)
-    with freed_kept():
+    # Units differ in size, so that little of what MLX keeps would be used again.
+    with freed_kept(), cache_limited(_CACHE_BYTES):
         report = convert(source, model, destination, recipe, settings, progress)
     for line in told(report):
         watch.note(line)
