@@ -105,14 +105,12 @@ class Transcript(VerticalScroll, Copying, can_focus=False):
 
     async def open(self, tree: Tree, at: str | None = None) -> None:
         """Show a conversation from its end, or with the message `at` in view."""
-        await self.clear()
-        self._tree = tree
-        self._entries = [Entry(node) for node in shown(tree)]
+        await self.clear(tree)
         if at is None or not await self.show(at):
             await self._go_to_end()
 
-    async def clear(self) -> None:
-        """Show nothing."""
+    async def clear(self, tree: Tree | None = None) -> None:
+        """Show nothing, with the conversation `tree` to be shown next."""
         if self._keeping is not None:
             self._keeping.cancel()
             self._keeping = None
@@ -121,6 +119,9 @@ class Transcript(VerticalScroll, Copying, can_focus=False):
             self._pin, self._placed = None, {}
             await self.remove_children()
             self._above, self._below = Spacer(), Spacer()
+            if tree is not None:
+                self._tree = tree
+                self._entries = [Entry(node) for node in shown(tree)]
 
     async def say(self, *widgets: Widget) -> None:
         """Add to the end, and go there."""
@@ -191,8 +192,9 @@ class Transcript(VerticalScroll, Copying, can_focus=False):
         at = self._index(node_id)
         if at is None:
             return False
+        entry = self._entries[at]
         await self._jump(at, min(2, self.size.height // 4))
-        widget = self._entries[at].widget
+        widget = entry.widget
         if focus and widget is not None:
             widget.focus(scroll_visible=False)
         return True
@@ -426,8 +428,8 @@ class Transcript(VerticalScroll, Copying, can_focus=False):
         return max(5, self.size.height)
 
     async def _go_to_end(self) -> None:
-        end = len(self._entries)
         async with self._one_at_a_time:
+            end = len(self._entries)
             first = span(self._entries, end - 1, -1, self._height, self._width) + 1
             with self.app.batch_update():
                 await self._show_window(first, end)
@@ -436,7 +438,13 @@ class Transcript(VerticalScroll, Copying, can_focus=False):
 
     async def _jump(self, at: int, offset: int) -> None:
         """Mount what is around an entry, which then begins `offset` rows below the top."""
+        entry = self._entries[at]
         async with self._one_at_a_time:
+            # Another conversation, or another branch, may be shown by now.
+            found = next((i for i, each in enumerate(self._entries) if each is entry), None)
+            if found is None:
+                return
+            at = found
             last = span(self._entries, at, 1, self._height - offset, self._width)
             first = span(self._entries, at - 1, -1, offset, self._width) + 1
             if last == len(self._entries):
@@ -448,9 +456,8 @@ class Transcript(VerticalScroll, Copying, can_focus=False):
                 self.release_anchor()
                 self._anchored = False
                 await self._show_window(first, last)
-                widget = self._entries[at].widget
-                assert widget is not None
-                self._pin = (widget, offset)
+                if entry.widget is not None:
+                    self._pin = (entry.widget, offset)
                 self.refresh(layout=True)
         await self._laid_out()
         self._keep_soon()
