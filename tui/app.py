@@ -111,7 +111,7 @@ class ChatApp(Doors, Acts, inherit_bindings=False):
 
     def _painted(self) -> None:
         self._on_painted()
-        self.run_worker(self._begin, name="begin")
+        self.run_worker(self._begin(), name="begin")
         # Only an answer needs it, and importing it would keep the first screen or the first key waiting.
         self.set_timer(_SETTLED_S, partial(self.run_worker, _import_answer, thread=True))
 

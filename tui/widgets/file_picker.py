@@ -7,7 +7,6 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 from textual import events
@@ -184,7 +183,7 @@ class FilePicker(Popup):
         """Measure what is chosen, once the choice rests."""
         event.stop()
         if self.is_open and self.chosen is not None:
-            self.run_worker(partial(self._measure, self.chosen), group="measure", exclusive=True, exit_on_error=False)
+            self.run_worker(self._measure(self.chosen), group="measure", exclusive=True, exit_on_error=False)
 
     async def _measure(self, name: str) -> None:
         await asyncio.sleep(_REST_S)
