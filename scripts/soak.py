@@ -34,6 +34,8 @@ def main() -> int:
     while played == 0 or (given.seed is None and time.monotonic() < end):
         with tempfile.TemporaryDirectory() as folder:
             os.environ["EDGER1_HOME"] = str(Path(folder) / "home")
+            # What is exported goes to where the program was started.
+            os.chdir(folder)
             try:
                 monkey.play(seed, Path(folder), STEPS)
             except BaseException:
