@@ -29,8 +29,12 @@ class Palette(EndsOnce, CommandPalette):
     Palette > Vertical { min-width: 16; }
     """
 
+    def _gather_commands(self, search_value: str) -> Any:
+        # Not for a palette that is about to go.
+        return super()._gather_commands(search_value) if self.whole else None
+
     def _select_or_command(self, *given: Any) -> None:
-        # A second Enter before the palette has gone.
+        # Nor for a second Enter.
         if self.whole:
             super()._select_or_command(*given)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from textual.await_complete import AwaitComplete
+from textual.message import Message
 from textual.screen import ModalScreen, Screen
 from textual.worker import NoActiveWorker, get_current_worker
 
@@ -34,6 +35,11 @@ class EndsOnce(_Mixed):
         if not self.whole:
             return False
         return super().check_action(action, parameters)
+
+    async def _on_message(self, message: Message) -> None:
+        # What its widgets still had to say is about what is no longer there.
+        if not self._ended or message.control is None:
+            await super()._on_message(message)
 
     def dismiss(self, result: Any = None) -> AwaitComplete:
         """End with a result. A second one comes too late; under another screen, this one ends when that has."""
