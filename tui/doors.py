@@ -360,8 +360,9 @@ class Doors(ChatBase, inherit_bindings=False):
                 raise
 
         # A chat that is closing asks nobody.
-        there = approvals is not None and self.is_running and bool(self.screen_stack)
-        return there and approvals is not None and await approvals.approve(call, tool, ask)
+        if approvals is None or not self.is_running or not self.screen_stack:
+            return False
+        return await approvals.approve(call, tool, ask)
 
     def action_engine(self) -> None:
         """Watch memory, rates and experts."""
